@@ -1,0 +1,196 @@
+"""EncoderConfig: what the encoder is, read from and written to Hugging Face configs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_embed.bridge.errors import UserError
+
+Pooling = Literal["avg", "cls", "last", "weighted_avg"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+#: HF text-config keys that are taken over under their own names.
+_SAME_NAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "initializer_range",
+    "rope_parameters",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A bidirectional encoder. Sizes carry transformers' names; nothing here depends on the parallel layout."""
+
+    family: str = "ministral3"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int
+    initializer_range: float = 0.02
+    rope_parameters: Mapping[str, Any] = field(hash=False)
+    pad_token_id: int | None = 11
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    tie_word_embeddings: bool = True
+    #: dtype of the source's weights, as torch names it
+    dtype: str = "bfloat16"
+    pooling: Pooling = "avg"
+    normalize: bool = True
+    #: scores are divided by it in training; stated in the exported config
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise UserError(f"pooling: {self.pooling!r} is not one of {', '.join(POOLINGS)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads: {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+
+    def replace(self, **changes: Any) -> EncoderConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any] | Any, **overrides: Any) -> EncoderConfig:
+        """Read a Hugging Face config.
+
+        Args:
+            config: a ``PretrainedConfig``, the contents of a ``config.json``, or the path of one or of its folder.
+                The VLM (``mistral3``), the text model (``ministral3``) and ready embedders are accepted.
+            overrides: fields to set, such as ``pooling``.
+
+        Raises:
+            UserError: another architecture, an unknown ``rope_type``, or a feature that the encoder does not compute.
+        """
+        where, raw = _as_mapping(config)
+        text = _text_config(raw, where)
+        _refuse_unsupported(text, where)
+        hf = _hf_config_class(text["model_type"])(**{k: v for k, v in text.items() if k not in ("model_type", "dtype")})
+        values: dict[str, Any] = {name: getattr(hf, name) for name in _SAME_NAME}
+        values["rope_parameters"] = dict(hf.rope_parameters)
+        if isinstance(values["eos_token_id"], list):
+            values["eos_token_id"] = values["eos_token_id"][0]
+        # transformers lets a top-level value (default: true for the VLM) override the text config's.
+        default_tie = raw["model_type"] == "mistral3" or hf.tie_word_embeddings
+        values["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", default_tie)))
+        values["family"] = text["model_type"]
+        values["dtype"] = _dtype_name(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "bfloat16")
+        for name in ("pooling", "temperature", "normalize"):
+            if raw.get(name) is not None:
+                values[name] = raw[name]
+        return cls(**{**values, **overrides})
+
+    def to_hf(self) -> Any:
+        """The config of the stock Hugging Face model that computes the same: bidirectional, no head.
+
+        Returns:
+            A transformers config (``Ministral3Config`` with ``is_causal=False``) that also states the pooling, the
+            normalisation and, where known, the temperature.
+        """
+        extra: dict[str, Any] = {"is_causal": False, "pooling": self.pooling, "normalize": self.normalize}
+        if self.temperature is not None:
+            extra["temperature"] = self.temperature
+        config_class = _hf_config_class(self.family)
+        hf = config_class(
+            **{name: getattr(self, name) for name in _SAME_NAME if name != "rope_parameters"},
+            rope_parameters=dict(self.rope_parameters),
+            # The bare model has no head to tie; the key is explicit so that no reader's default decides.
+            tie_word_embeddings=self.tie_word_embeddings,
+            attention_dropout=0.0,
+            use_cache=False,
+            dtype=self.dtype,
+            **extra,
+        )
+        hf.architectures = [_HF_MODEL[self.family]]
+        return hf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML and JSON; :meth:`from_dict` is the inverse."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"rope_parameters": dict(self.rope_parameters)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
+        """Inverse of :meth:`to_dict`."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"encoder config: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+_HF_MODEL = {"ministral3": "Ministral3Model"}
+
+
+def _hf_config_class(model_type: str) -> Any:
+    from transformers import Ministral3Config
+
+    return {"ministral3": Ministral3Config}[model_type]
+
+
+def _as_mapping(config: Any) -> tuple[str, dict[str, Any]]:
+    """(what to call it in messages, its values)"""
+    if isinstance(config, str | Path):
+        path = Path(config)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            return str(path), json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; a Hugging Face model folder holds a config.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid JSON ({error})") from None
+    if isinstance(config, Mapping):
+        return "config", dict(config)
+    return type(config).__name__, config.to_dict()
+
+
+def _text_config(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    model_type = raw.get("model_type")
+    text = raw.get("text_config") if model_type == "mistral3" else raw
+    if not isinstance(text, Mapping) or text.get("model_type") not in _HF_MODEL:
+        found = model_type if text is raw or not isinstance(text, Mapping) else f"{model_type}/{text.get('model_type')}"
+        raise UserError(
+            f"{where}: model_type {found!r} is not supported; wanted 'mistral3' with a 'ministral3' text_config "
+            f"(the VLM) or 'ministral3' (text only)"
+        )
+    return dict(text)
+
+
+def _refuse_unsupported(text: dict[str, Any], where: str) -> None:
+    """Features that would silently change the function are refused by name."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    wanted = {"hidden_act": "silu", "sliding_window": None, "attention_dropout": 0.0}
+    for key, value in wanted.items():
+        if text.get(key, value) != value:
+            raise UserError(f"{where}: {key} is {text[key]!r}; the encoder computes {value!r} only")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name not in ("dynamic", "longrope", "default")))
+    # dynamic and longrope change the frequencies with the length of the batch: no fixed table computes them
+    if rope_type not in known:
+        raise UserError(f"{where}: rope_type {rope_type!r} is not supported; known: {', '.join(known)}")
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

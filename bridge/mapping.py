@@ -1,0 +1,166 @@
+"""THE table: how each weight is called on either side, how it is packed, and which dimension TP splits.
+
+One row serves import, export, direct loading, verification and the tests. Names in the ``megatron`` column are those
+of the checkpoint, which are Transformer Engine's (its linear layers hold the norm in front of them); the local layer
+spec's own names for the two norms are aliases of them (``LOCAL_ALIASES``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from megatron_embed.bridge.config import EncoderConfig
+
+Kind = Literal["copy", "vocab", "qkv", "gate_up"]
+Dim = Literal["vocab", "hidden", "q", "kv", "ffn"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight. ``{layer}`` in a name stands for the 0-based global layer index."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    kind: Kind
+    #: the dimension that tensor parallelism splits, the same for the HF parts and the packed weight; None: replicated
+    tp_dim: int | None
+    #: shape of each HF part, in dimension names
+    hf_dims: tuple[tuple[Dim, ...], ...]
+
+
+_ATTENTION, _MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
+_HF_ATTENTION, _HF_MLP = "layers.{layer}.self_attn", "layers.{layer}.mlp"
+
+#: Ministral 3 and Llama (decoder layers of the same form; what differs between them is in the config).
+TABLE: tuple[Row, ...] = (
+    Row("embedding.word_embeddings.weight", ("embed_tokens.weight",), "vocab", 0, (("vocab", "hidden"),)),
+    Row(
+        f"{_ATTENTION}.linear_qkv.layer_norm_weight",
+        ("layers.{layer}.input_layernorm.weight",),
+        "copy",
+        None,
+        (("hidden",),),
+    ),
+    Row(
+        f"{_ATTENTION}.linear_qkv.weight",
+        (f"{_HF_ATTENTION}.q_proj.weight", f"{_HF_ATTENTION}.k_proj.weight", f"{_HF_ATTENTION}.v_proj.weight"),
+        "qkv",
+        0,
+        (("q", "hidden"), ("kv", "hidden"), ("kv", "hidden")),
+    ),
+    Row(f"{_ATTENTION}.linear_proj.weight", (f"{_HF_ATTENTION}.o_proj.weight",), "copy", 1, (("hidden", "q"),)),
+    Row(
+        f"{_MLP}.linear_fc1.layer_norm_weight",
+        ("layers.{layer}.post_attention_layernorm.weight",),
+        "copy",
+        None,
+        (("hidden",),),
+    ),
+    Row(
+        f"{_MLP}.linear_fc1.weight",
+        (f"{_HF_MLP}.gate_proj.weight", f"{_HF_MLP}.up_proj.weight"),
+        "gate_up",
+        0,
+        (("ffn", "hidden"), ("ffn", "hidden")),
+    ),
+    Row(f"{_MLP}.linear_fc2.weight", (f"{_HF_MLP}.down_proj.weight",), "copy", 1, (("hidden", "ffn"),)),
+    Row("decoder.final_layernorm.weight", ("norm.weight",), "copy", None, (("hidden",),)),
+)
+
+#: local layer spec → checkpoint name
+LOCAL_ALIASES: dict[str, str] = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+#: HF tensors that the encoder has no place for, by name and with the reason. Anything else unknown is an error.
+IGNORED_HF: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(model\.)?vision_tower\..+"), "the vision tower takes no part in text embedding"),
+    (re.compile(r"(model\.)?multi_modal_projector\..+"), "the projector takes no part in text embedding"),
+    (re.compile(r"(language_model\.)?lm_head\.weight"), "an embedder has no language-model head"),
+    (re.compile(r"(.+\.)?rotary_emb\.inv_freq"), "rope frequencies are computed from the config"),
+)
+
+#: Where the language tower's names begin: the VLM on disk, the VLM in memory, a causal LM, a bare model.
+HF_PREFIXES: tuple[str, ...] = ("language_model.model.", "model.language_model.", "model.", "")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A row at one layer of one model: concrete names and shapes. ``hf`` names carry no prefix."""
+
+    row: Row
+    layer: int | None
+    megatron: str
+    hf: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def kind(self) -> Kind:
+        return self.row.kind
+
+    @property
+    def tp_dim(self) -> int | None:
+        return self.row.tp_dim
+
+    @property
+    def megatron_shape(self) -> tuple[int, ...]:
+        """Shape of the whole packed weight, the vocabulary unpadded."""
+        return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
+
+
+def weights(config: EncoderConfig) -> Iterator[Weight]:
+    """Every weight of a model: the embedding, the layers in order, the final norm."""
+    sizes: dict[Dim, int] = {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "q": config.num_attention_heads * config.head_dim,
+        "kv": config.num_key_value_heads * config.head_dim,
+        "ffn": config.intermediate_size,
+    }
+
+    def at(row: Row, layer: int | None) -> Weight:
+        return Weight(
+            row=row,
+            layer=layer,
+            megatron=row.megatron.format(layer=layer),
+            hf=tuple(name.format(layer=layer) for name in row.hf),
+            hf_shapes=tuple(tuple(sizes[dim] for dim in dims) for dims in row.hf_dims),
+        )
+
+    per_layer = [row for row in TABLE if "{layer}" in row.megatron]
+    first, last = (row for row in TABLE if "{layer}" not in row.megatron)
+    yield at(first, None)
+    for layer in range(config.num_hidden_layers):
+        for row in per_layer:
+            yield at(row, layer)
+    yield at(last, None)
+
+
+def checkpoint_name(parameter: str, *, layer_offset: int = 0) -> str:
+    """Name of a module's parameter in the checkpoint.
+
+    Args:
+        parameter: as in ``encoder.named_parameters()``, with the stage's own layer numbers, of either layer spec.
+        layer_offset: global index of the stage's first layer.
+    """
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
+    if match is None:
+        return parameter
+    layer, rest = int(match[1]) + layer_offset, match[2]
+    return f"decoder.layers.{layer}.{LOCAL_ALIASES.get(rest, rest)}"
+
+
+def hf_prefix(names: Iterable[str]) -> str | None:
+    """What stands before ``embed_tokens.weight`` in a folder's tensor names, or None where there is no such tensor."""
+    present = set(names)
+    return next((prefix for prefix in HF_PREFIXES if f"{prefix}embed_tokens.weight" in present), None)
+
+
+def ignored_reason(hf_name: str) -> str | None:
+    """Why a tensor of the HF folder is left out, or None where nothing says that it may be."""
+    return next((reason for pattern, reason in IGNORED_HF if pattern.fullmatch(hf_name)), None)

@@ -1,0 +1,85 @@
+"""Pure tensor functions between the two layouts. Inverses stand next to each other.
+
+``hidden`` is the model width, ``groups`` the number of KV heads (on this tensor-parallel rank, when given its slices).
+Every function works on a whole weight and on a tensor-parallel slice of it alike: slicing each Hugging Face weight
+evenly and packing the slices gives exactly Megatron's slice of the packed weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pack_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int, head_dim: int) -> Tensor:
+    """Fuse the projections into megatron-core's ``linear_qkv``: for each KV head its queries, its key, its value.
+
+    Args:
+        q: ``[heads * head_dim, hidden]``; ``k``, ``v``: ``[groups * head_dim, hidden]``.
+
+    Returns:
+        ``[(heads + 2 * groups) * head_dim, hidden]``.
+    """
+    hidden = q.shape[1]
+    parts = (
+        q.reshape(groups, -1, hidden),
+        k.reshape(groups, head_dim, hidden),
+        v.reshape(groups, head_dim, hidden),
+    )
+    return torch.cat(parts, dim=1).reshape(-1, hidden)
+
+
+def unpack_qkv(qkv: Tensor, *, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse of :func:`pack_qkv`."""
+    hidden = qkv.shape[1]
+    per_group = qkv.reshape(groups, -1, hidden)
+    queries = per_group.shape[1] - 2 * head_dim
+    q, k, v = per_group.split([queries, head_dim, head_dim], dim=1)
+    return q.reshape(-1, hidden), k.reshape(-1, hidden), v.reshape(-1, hidden)
+
+
+def pack_gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """``linear_fc1`` of a gated MLP: gate rows, then up rows. ``[ffn, hidden]`` twice → ``[2 * ffn, hidden]``."""
+    return torch.cat((gate, up), dim=0)
+
+
+def unpack_gate_up(fc1: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of :func:`pack_gate_up`."""
+    gate, up = fc1.chunk(2, dim=0)
+    return gate, up
+
+
+def tp_range(size: int, *, rank: int, world: int) -> slice:
+    """The rows (or columns) of an evenly split dimension that tensor-parallel ``rank`` of ``world`` holds."""
+    if size % world:
+        raise ValueError(f"a dimension of {size} cannot be split over {world} tensor-parallel ranks")
+    step = size // world
+    return slice(rank * step, (rank + 1) * step)
+
+
+def split_tp(full: Tensor, *, dim: int | None, world: int) -> list[Tensor]:
+    """The slices of all tensor-parallel ranks; ``dim=None`` means replicated."""
+    return [full] * world if dim is None else list(full.chunk(world, dim=dim))
+
+
+def merge_tp(slices: Sequence[Tensor], *, dim: int | None) -> Tensor:
+    """Inverse of :func:`split_tp`."""
+    return slices[0] if dim is None else torch.cat(list(slices), dim=dim)
+
+
+def padded_vocab_size(vocab_size: int, *, world: int) -> int:
+    """The smallest multiple of the tensor-parallel size that holds the vocabulary (997 at TP 2 → 998)."""
+    return -(-vocab_size // world) * world
+
+
+def pad_vocab(embedding: Tensor, *, rows: int) -> Tensor:
+    """Append zero rows to ``[vocab, hidden]`` until there are ``rows``; no token id reaches them."""
+    missing = rows - embedding.shape[0]
+    return embedding if missing == 0 else torch.nn.functional.pad(embedding, (0, 0, 0, missing))
+
+
+def unpad_vocab(embedding: Tensor, *, vocab_size: int) -> Tensor:
+    """Inverse of :func:`pad_vocab`."""
+    return embedding[:vocab_size]
