@@ -1,0 +1,165 @@
+"""Core attention: every token sees every token of its own sequence, and nothing else.
+
+Rope and the Llama-4 query scale are applied here rather than by megatron-core's attention module, because both depend
+on the position *within the sequence*, padded or packed: megatron-core's packed rope maps by offset in the buffer, and
+it has no query scale. The tables are made once per micro-batch and shared by all layers; under selective recompute
+they are not kept per layer either.
+
+Legend: ``S`` tokens of a column, ``B`` rows, ``H`` heads (``G`` KV heads) on this tensor-parallel rank, ``D`` head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.rope import query_scale, rope_tables, rotate
+from megatron_embed.bridge.sequences import TokenBatch
+
+
+@dataclass
+class SequenceInfo(PackedSeqParams):
+    """What attention must know of a micro-batch. Travels to every layer in megatron-core's ``packed_seq_params``.
+
+    ``qkv_format`` stays ``"sbhd"`` for packed rows too, so that megatron-core passes tensors through unchanged.
+
+    Attributes:
+        cos, sin: ``[S, B or 1, 1, D]`` in the activations' dtype.
+        scale: ``[S, B or 1, 1, 1]``, or None where it is 1 everywhere.
+        key_mask: ``[B, 1, 1, S]``, True on real tokens, or None.
+        runs: for a packed row, (how many sequences, of which length) for each run of equal neighbours; else None.
+    """
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    scale: Tensor | None = None
+    key_mask: Tensor | None = None
+    runs: tuple[tuple[int, int], ...] | None = None
+
+    @classmethod
+    def of(
+        cls, batch: TokenBatch, config: EncoderConfig, frequencies: Tensor, factor: float, dtype: torch.dtype
+    ) -> SequenceInfo:
+        """Make the tables of a micro-batch."""
+        positions_SB = _positions(batch).transpose(0, 1)
+        cos, sin = rope_tables(positions_SB, frequencies, factor, dtype=dtype)
+        scale = None
+        if batch.max_length > config.rope_parameters.get("original_max_position_embeddings", float("inf")):
+            scale = query_scale(positions_SB, config, dtype=dtype)
+        runs = None
+        if batch.packed:
+            # The tail that fills the row up attends to itself: a softmax over nothing would be NaN.
+            lengths = batch.lengths + ((batch.padding,) if batch.padding else ())
+            runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
+        return cls(
+            qkv_format="sbhd",
+            cos=cos.unsqueeze(2),
+            sin=sin.unsqueeze(2),
+            scale=None if scale is None else scale[..., None, None],
+            key_mask=None if batch.mask is None else batch.mask[:, None, None, :],
+            runs=runs,
+        )
+
+    def as_thd(self) -> PackedSeqParams:
+        """The same packed row in Transformer Engine's own terms."""
+        assert self.runs is not None and self.cos is not None
+        lengths = [length for count, length in self.runs for _ in range(count)]
+        ends = torch.tensor([0, *lengths], dtype=torch.int32, device=self.cos.device).cumsum(0, dtype=torch.int32)
+        longest = max(lengths)
+        return PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
+
+
+def _positions(batch: TokenBatch) -> Tensor:
+    """``[1, S]`` where all rows count from their first column, so that one table serves them all; else ``[B, S]``."""
+    if batch.packed or (batch.mask is not None and not bool(batch.mask[:, 0].all())):
+        return batch.positions
+    return torch.arange(batch.positions.shape[1], device=batch.positions.device)[None]
+
+
+def place_queries_and_keys(query: Tensor, key: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
+    """Apply rope to ``[S, B, H, D]`` and ``[S, B, G, D]``, then the query scale; never in place (recompute)."""
+    assert info.cos is not None and info.sin is not None
+    query, key = rotate(query, info.cos, info.sin), rotate(key, info.cos, info.sin)
+    return (query if info.scale is None else query * info.scale), key
+
+
+class BidirectionalAttention(MegatronModule):
+    """Core attention for the local layer spec, by torch's scaled dot product attention."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_unused: Any,
+    ):
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.padding, "the encoder is bidirectional"
+        assert attention_type == "self"
+        assert config.attention_dropout == 0
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """``[S, B, H, D]``, ``[S, B, G, D]`` twice → ``[S, B, H * D]``."""
+        info = packed_seq_params
+        assert isinstance(info, SequenceInfo), "the encoder passes a SequenceInfo to every layer"
+        query, key = place_queries_and_keys(query, key, info)
+        dtype = query.dtype
+        if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+            # The CPU kernel's backward is 5 × slower in 16 bits than in fp32.
+            query, key, value = query.float(), key.float(), value.float()
+        if info.runs is None:
+            output = self._padded(query, key, value, info.key_mask)
+        else:
+            output = self._packed(query, key, value, info.runs)
+        return output.to(dtype)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``[B, H, S, D]``, ``[B, G, S, D]`` twice → ``[B, H, S, D]``."""
+        grouped = query.shape[1] != key.shape[1]
+        if grouped and mask is not None:
+            # CUDA kernels take grouped heads or a mask, not both.
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+            grouped = False
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=self.softmax_scale, enable_gqa=grouped
+        )
+
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        output_BHSD = self._attend(query, key, value, key_mask)
+        return output_BHSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+        """One kernel call for each run of equally long neighbours; `split` is cheap backward, slicing is not."""
+        sizes = [count * length for count, length in runs]
+        parts = zip(*(x.squeeze(1).split(sizes) for x in (query, key, value)), runs, strict=True)
+        outputs = []
+        for q, k, v, (count, length) in parts:
+            q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            outputs.append(self._attend(q, k, v).transpose(1, 2).reshape(count * length, -1))
+        return torch.cat(outputs).unsqueeze(1)

@@ -1,0 +1,222 @@
+"""The encoder as pipeline stages: embedding on the first, transformer layers on each, norm and pooling on the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_embed.bridge.attention import SequenceInfo
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.layer_spec import block_spec
+from megatron_embed.bridge.parallel import Layout
+from megatron_embed.bridge.pooling import pool
+from megatron_embed.bridge.rope import inverse_frequencies
+from megatron_embed.bridge.sequences import TokenBatch
+from megatron_embed.bridge.transforms import padded_vocab_size
+
+
+def pipeline_split(num_layers: int, stages: int) -> list[int]:
+    """Layers on each of the (virtual) pipeline stages, as even as can be.
+
+    Where they do not divide, the last stages in the middle take one more: the first also holds the embedding, the last
+    the final norm and the pooling. 26 layers at 4 stages → ``[6, 7, 7, 6]``.
+    """
+    base, extra = divmod(num_layers, stages)
+    # the ends come last in the order in which stages receive an extra layer
+    middle_first = [*range(1, stages - 1), stages - 1, 0]
+    heavier = set(middle_first[:extra])
+    return [base + (stage in heavier) for stage in range(stages)]
+
+
+def transformer_config(
+    config: EncoderConfig,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool | None = None,
+    recompute: str = "none",
+    **overrides: Any,
+) -> TransformerConfig:
+    """megatron-core's config of this encoder under a layout.
+
+    Args:
+        dtype: of parameters, activations and pipeline messages.
+        sequence_parallel: None: wherever TP > 1.
+        recompute: ``none``, ``selective`` (core attention) or ``full`` (every layer).
+
+    Raises:
+        UserError: the layout cannot hold the model.
+    """
+    check_layout(config, layout)
+    if layout.pp > 1:
+        stages = layout.pp * (layout.vpp or 1)
+        rows = [["decoder"] * count for count in pipeline_split(config.num_hidden_layers, stages)]
+        rows[0].insert(0, "embedding")
+        rows[-1].append("loss")
+        overrides.setdefault("pipeline_model_parallel_layout", rows)
+    if recompute == "selective":
+        overrides.update(recompute_granularity="selective", recompute_modules=["core_attn"])
+    elif recompute == "full":
+        overrides.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=config.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=config.initializer_range,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.tp > 1 if sequence_parallel is None else sequence_parallel and layout.tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        # Every parameter is loaded; anything not loaded is an error, not a random number.
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        # On CPUs these would be compiled by inductor, which wants a compiler and gains nothing measurable.
+        bias_activation_fusion=torch.cuda.is_available(),
+        bias_dropout_fusion=torch.cuda.is_available(),
+        persist_layer_norm=False,
+        # Micro-batches differ in length, so stages exchange shapes; megatron-core ties this to an MoE setting.
+        variable_seq_lengths=layout.pp > 1,
+        moe_token_dispatcher_type="alltoall",
+        deallocate_pipeline_outputs=layout.pp > 1,
+        # The default batched messages hang with interleaved stages.
+        overlap_p2p_comm=bool(layout.vpp),
+        batch_p2p_comm=not layout.vpp,
+        **overrides,
+    )
+
+
+def check_layout(config: EncoderConfig, layout: Layout) -> None:
+    """Refuse a layout that cannot hold the model, before anything is loaded."""
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        value = getattr(config, name)
+        if value % layout.tp:
+            raise UserError(
+                f"model.tensor_model_parallel_size: {layout.tp} does not divide {name} {value}; "
+                f"choose a divisor of {value}"
+            )
+    stages = layout.pp * (layout.vpp or 1)
+    if stages > config.num_hidden_layers:
+        raise UserError(
+            f"model.pipeline_model_parallel_size: {layout.pp}{f' × {layout.vpp} virtual stages' if layout.vpp else ''} "
+            f"is more than the model's {config.num_hidden_layers} layers"
+        )
+
+
+class Encoder(MegatronModule):
+    """One pipeline stage of the bidirectional encoder.
+
+    Args:
+        config: the model.
+        transformer: from :func:`transformer_config`.
+        pre_process, post_process: whether this stage holds the embedding, or the final norm and the pooling.
+        vp_stage: which of the interleaved stages this is.
+        use_te: see :func:`megatron_embed.bridge.layer_spec.block_spec`.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        transformer: TransformerConfig,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        use_te: bool | None = None,
+    ):
+        super().__init__(config=transformer)
+        self.encoder_config = config
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        # what megatron-core's schedules and gradient finalisation read
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=transformer,
+                vocab_size=padded_vocab_size(config.vocab_size, world=transformer.tensor_model_parallel_size),
+                max_sequence_length=config.max_position_embeddings,
+                position_embedding_type="rope",
+            )
+        self.decoder = TransformerBlock(
+            config=transformer,
+            spec=block_spec(get_num_layers_to_build(transformer, vp_stage), use_te=use_te),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        self.layer_offset: int = get_transformer_layer_offset(transformer, vp_stage)
+        frequencies, self.rope_factor = inverse_frequencies(config)
+        # not a buffer: checkpoints must not carry it, and it must stay fp32 whatever the model is cast to
+        self._frequencies = frequencies
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the previous stage's output (megatron-core's schedules call this)."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Encode a micro-batch.
+
+        Returns:
+            On the last stage ``[n, hidden]``, one vector a sequence in fp32 or wider, of length 1 where the config
+            says ``normalize``. On the others ``[s, b, hidden]`` (``s`` divided by TP under sequence parallelism).
+        """
+        device, dtype = batch.input_ids.device, self.config.params_dtype
+        self._frequencies = self._frequencies.to(device)
+        info = SequenceInfo.of(batch, self.encoder_config, self._frequencies, self.rope_factor, dtype)
+        states = self.embedding(batch.input_ids, batch.positions) if self.pre_process else None
+        states = self.decoder(hidden_states=states, attention_mask=None, packed_seq_params=info)
+        if not self.post_process:
+            return states
+        if self.config.sequence_parallel:
+            # Every TP rank goes on with the whole sequence and the same loss, so backward keeps each rank's slice.
+            states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
+        pooled = pool(states, batch, self.encoder_config.pooling)
+        return F.normalize(pooled, dim=-1) if self.encoder_config.normalize else pooled
+
+
+def build_stages(
+    config: EncoderConfig, transformer: TransformerConfig, *, use_te: bool | None = None
+) -> list[Encoder]:
+    """This rank's pipeline stages (one, unless they are interleaved), parameters allocated but not filled."""
+    vpp = transformer.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(vpp or 1):
+        vp_stage = stage if vpp else None
+        chunks.append(
+            Encoder(
+                config,
+                transformer,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vpp is None, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vpp is None, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+                use_te=use_te,
+            )
+        )
+    return chunks

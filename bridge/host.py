@@ -1,0 +1,83 @@
+"""Lets megatron-core run on a host without CUDA, or where ``device=cpu`` is asked for; elsewhere does nothing.
+
+megatron-core 0.16 names CUDA in places that a CPU process reaches: ``device="cuda"`` and
+``torch.cuda.current_device()`` when it allocates, ``tensor.type() == "torch.cuda.FloatTensor"`` in the optimizer,
+``torch.cuda.synchronize()`` around point-to-point messages and checkpoints, CUDA random states in recomputation.
+Each is answered here for the CPU. Dropout is 0 in every model of this project, so random states carry no meaning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+def cuda_is_hidden() -> bool:
+    """Whether this process runs megatron-core on the CPU (:func:`run_on_cpu` was called)."""
+    return _installed
+
+
+def device() -> torch.device:
+    """Where this process's tensors live."""
+    return _CPU if _installed else torch.device("cuda", torch.cuda.current_device())
+
+
+def run_on_cpu() -> None:
+    """Hide CUDA from this process and answer megatron-core's calls to it. Idempotent; call before building models."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing below may find a device, nor spend time looking for one
+    _answer_cuda_calls()
+    _CudaMeansCpu().__enter__()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Maps CUDA devices to the CPU wherever torch is asked to allocate, and types of CPU tensors to CUDA's names."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device_wanted = kwargs.get("device")
+        if device_wanted is not None and _names_cuda(device_wanted):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # the optimizers sort parameters by comparing this string
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def _names_cuda(value: Any) -> bool:
+    return (isinstance(value, str) and value.startswith("cuda")) or (
+        isinstance(value, torch.device) and value.type == "cuda"
+    )
+
+
+@contextlib.contextmanager
+def _no_fork(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _answer_cuda_calls() -> None:
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.is_available = lambda: False
+    # `_set_cuda_rng_state` without a CUDA context queues callbacks for ever; the getter raises.
+    no_state = torch.empty(0, dtype=torch.uint8)
+    mcore_random._get_cuda_rng_state = lambda *_a, **_k: no_state
+    mcore_random._set_cuda_rng_state = lambda *_a, **_k: None
+    mcore_random.CudaRNGStatesTracker.fork = _no_fork

@@ -1,0 +1,51 @@
+"""Rotary frequencies and the Llama-4 query scale, both by position within a sequence.
+
+The inverse frequencies come from transformers' own functions and are never derived again here: YaRN's correction
+range is rounded there (``truncate``), and a port that does not round is off by a quarter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_embed.bridge.config import EncoderConfig
+
+
+def inverse_frequencies(config: EncoderConfig) -> tuple[Tensor, float]:
+    """``[head_dim / 2]`` in fp32, and the factor that cosines and sines are multiplied by (1.0 for Ministral 3)."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if rope_type == "default":
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config.to_hf(), device=torch.device("cpu"))
+    return frequencies, float(factor)
+
+
+def rope_tables(
+    positions: Tensor, frequencies: Tensor, factor: float, *, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for ``positions [...]``: two ``[..., head_dim]``, computed in fp32 and then cast, as HF does."""
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of the last dimension: ``x cos + rotate_half(x) sin`` (Su et al. 2021, HF's half layout)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def query_scale(positions: Tensor, config: EncoderConfig, *, dtype: torch.dtype) -> Tensor | None:
+    """Llama-4's attention temperature ``1 + beta · log(1 + floor(position / original_max))``, shaped like positions.
+
+    None where the family has no such scale. It is exactly 1 below ``original_max_position_embeddings``.
+    """
+    beta = config.rope_parameters.get("llama_4_scaling_beta")
+    if beta is None:
+        return None
+    original = config.rope_parameters["original_max_position_embeddings"]
+    return (1 + beta * torch.log(1 + torch.floor(positions / original))).to(dtype)

@@ -1,0 +1,89 @@
+"""TokenBatch: the token ids of one micro-batch, and where each sequence lies in them.
+
+Legend: ``n`` sequences, ``b`` rows, ``s`` columns. Padded: one sequence a row (``b = n``). Packed: one row
+(``b = 1``) with the sequences end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Ids of a micro-batch with everything that attention and pooling must know about them.
+
+    Attributes:
+        input_ids: ``[b, s]`` int64.
+        positions: ``[b, s]`` int64, each token's position within its own sequence; 0 on padding.
+        lengths: tokens of each of the ``n`` sequences.
+        mask: ``[b, s]`` bool, True on real tokens; None where there is no padding. Padded form only.
+        packed: whether the sequences lie end to end in one row.
+        padding: columns at the end of a packed row that belong to no sequence.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    mask: Tensor | None
+    packed: bool
+    padding: int = 0
+
+    @property
+    def real_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @classmethod
+    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> TokenBatch:
+        """From a tokenizer's ``[b, s]`` ids and mask, padded on either side."""
+        mask = attention_mask.bool()
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        lengths = tuple(mask.sum(dim=1).tolist())
+        return cls(input_ids, positions, lengths, None if bool(mask.all()) else mask, packed=False)
+
+    @classmethod
+    def pad(cls, sequences: Sequence[Sequence[int]], *, pad_id: int, multiple_of: int = 1) -> TokenBatch:
+        """One sequence a row, padded on the right to the longest, the columns rounded up to ``multiple_of``."""
+        longest = max(len(ids) for ids in sequences)
+        columns = -(-longest // multiple_of) * multiple_of
+        input_ids = torch.full((len(sequences), columns), pad_id, dtype=torch.long)
+        mask = torch.zeros(len(sequences), columns, dtype=torch.bool)
+        for row, ids in enumerate(sequences):
+            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+            mask[row, : len(ids)] = True
+        return cls.from_padded(input_ids, mask)
+
+    @classmethod
+    def pack(cls, sequences: Sequence[Sequence[int]], *, pad_id: int, multiple_of: int = 1) -> TokenBatch:
+        """Sequences end to end in one row, which is filled up to ``multiple_of`` by a tail that nothing attends to."""
+        lengths = tuple(len(ids) for ids in sequences)
+        padding = -sum(lengths) % multiple_of
+        ids = [token for sequence in sequences for token in sequence] + [pad_id] * padding
+        positions = torch.cat([torch.arange(n) for n in (*lengths, padding)])
+        return cls(torch.tensor([ids]), positions[None], lengths, None, packed=True, padding=padding)
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same on another device."""
+        if self.input_ids.device == device:
+            return self
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return TokenBatch(
+            self.input_ids.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.lengths,
+            mask,
+            self.packed,
+            self.padding,
+        )
