@@ -83,3 +83,8 @@ def pad_vocab(embedding: Tensor, *, rows: int) -> Tensor:
 def unpad_vocab(embedding: Tensor, *, vocab_size: int) -> Tensor:
     """Inverse of :func:`pad_vocab`."""
     return embedding[:vocab_size]
+
+
+def dequantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
+    """An FP8 weight with one scale, as bfloat16: the product in float32, rounded once."""
+    return (weight.float() * scale.float().reshape(())).to(torch.bfloat16)
