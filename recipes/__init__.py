@@ -1,0 +1,53 @@
+"""Training recipes. Names load on first use, so that `--list` and `--help` need neither torch nor megatron-core."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from megatron_embed.recipes.config import RecipeConfig
+    from megatron_embed.recipes.encode import Encoder
+    from megatron_embed.recipes.ministral3 import (
+        ministral3_3b_embed_config,
+        ministral3_8b_embed_config,
+        ministral3_14b_embed_config,
+        ministral3_tiny_embed_config,
+    )
+    from megatron_embed.recipes.training import train
+
+    RECIPES: dict[str, Callable[[], RecipeConfig]]
+
+#: recipe function → the module of its family
+_RECIPE_MODULES = {
+    "ministral3_3b_embed_config": "ministral3",
+    "ministral3_8b_embed_config": "ministral3",
+    "ministral3_14b_embed_config": "ministral3",
+    "ministral3_tiny_embed_config": "ministral3",
+}
+#: other exported name → its module
+_MODULES = {"Encoder": "encode", "RecipeConfig": "config"}
+
+__all__ = [
+    "RECIPES",
+    "Encoder",
+    "RecipeConfig",
+    "ministral3_3b_embed_config",
+    "ministral3_8b_embed_config",
+    "ministral3_14b_embed_config",
+    "ministral3_tiny_embed_config",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RECIPES":
+        return {recipe: __getattr__(recipe) for recipe in _RECIPE_MODULES}
+    if name == "train":  # the module is callable: see train.py
+        return importlib.import_module(f"{__name__}.train")
+    module = _RECIPE_MODULES.get(name) or _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -1,0 +1,337 @@
+"""The recipe: its sections, keys, defaults, and the checks that need nothing but the values.
+
+Every key is a field below; strict throughout, so that a typo or a value of the wrong type never trains silently.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from megatron_embed.bridge.config import Pooling
+from megatron_embed.bridge.errors import UserError
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+# Strict integers: 1.0, "1" and true are mistakes. Floats accept "5e-6", which YAML takes for a string.
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class Section(BaseModel):
+    """Keys are closed and values are checked, at construction and at every assignment."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class ModelSection(Section):
+    """What is trained, and how it is laid out over the ranks."""
+
+    hf_model: str | None = None
+    """Hugging Face folder or id; weights are read straight from it unless checkpoint.pretrained_checkpoint is set."""
+    tensor_model_parallel_size: Count = 1
+    """Ranks that share every layer; TP × PP × CP divides the world, the rest is data parallel."""
+    pipeline_model_parallel_size: Count = 1
+    """Pipeline stages; uneven stages are chosen automatically."""
+    context_parallel_size: Count = 1
+    """Ranks that share every sequence."""
+    virtual_pipeline_model_parallel_size: Count | None = None
+    """Interleaved stages a rank; null: none."""
+    sequence_parallel: Flag | None = None
+    """Activations outside the matrices split over the TP ranks; null: true where TP > 1."""
+    pooling: Pooling = "avg"
+    """avg, cls, last or weighted_avg, over the real tokens."""
+    normalize: Flag = True
+    """L2-normalise the embeddings."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of weights and activations; the optimizer and the loss are fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept."""
+
+
+class LossSection(Section):
+    """The contrastive objective."""
+
+    temperature: Positive = 0.02
+    """Scores are divided by it."""
+    learn_temperature: Flag = False
+    """Train the temperature too."""
+    mode: Literal["auto", "direct", "cached"] = "auto"
+    """The same gradient in one pass (direct) or two (cached). direct needs the per-rank batch in one micro-batch."""
+    in_batch_negatives: Flag = True
+    """Other queries' passages are negatives."""
+    cross_rank_negatives: Flag = True
+    """So are the passages of the other data-parallel ranks."""
+    symmetric: Flag = False
+    """Add the passage → query direction."""
+    false_negative_margin: Number | None = None
+    """A negative scoring above positive + margin is masked; null: none is."""
+    matryoshka_dims: list[Count] = []
+    """Prefixes of the embedding that are trained too."""
+    score_distillation_weight: NonNegative = 0.0
+    """Weight of the KL divergence to the teacher scores in the data."""
+    embedding_distillation_weight: NonNegative = 0.0
+    """Weight of the cosine distance to the teacher embeddings in the data."""
+
+
+class DataSource(Section):
+    """One source of training pairs."""
+
+    path: str
+    """JSONL, JSON or Parquet file, BEIR folder, or hf://org/name."""
+    weight: Positive | None = None
+    """Share of the batches drawn from it; null for every source: as many as it has rows."""
+    query_prompt: str | None = None
+    """null: data.query_prompt."""
+    passage_prompt: str | None = None
+    """null: data.passage_prompt."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | Mapping | DataSource) else value
+
+
+class DataSection(Section):
+    """What is read, and how texts become tokens."""
+
+    train: list[DataSource] | None = None
+    """Path, list of paths, or list of {path, weight, query_prompt, passage_prompt}."""
+    query_prompt: str = "query: "
+    """Put before every query exactly as written."""
+    passage_prompt: str = "passage: "
+    """Put before every passage exactly as written."""
+    query_max_length: Count = 512
+    """Tokens, BOS and EOS included."""
+    passage_max_length: Count = 512
+    """Tokens, BOS and EOS included."""
+    negatives_per_query: CountOrZero = 4
+    """Hard negatives used, if the data has them."""
+    packing: Flag = False
+    """Lay sequences end to end instead of padding them."""
+    eval: list[str] | None = None
+    """BEIR folder(s), evaluated every train.eval_interval."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        value = _as_list(value)
+        if isinstance(value, list):
+            return [{"path": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _folders(cls, value: Any) -> Any:
+        return _as_list(value)
+
+    def sources(self) -> list[DataSource]:
+        """The training sources with their prompts filled in."""
+        return [
+            DataSource(
+                path=source.path,
+                weight=source.weight,
+                query_prompt=self.query_prompt if source.query_prompt is None else source.query_prompt,
+                passage_prompt=self.passage_prompt if source.passage_prompt is None else source.passage_prompt,
+            )
+            for source in self.train or []
+        ]
+
+
+class TrainSection(Section):
+    """Batches, steps, where the run lives."""
+
+    global_batch_size: Count = 128
+    """Queries a step, over all ranks."""
+    micro_batch_size: Count | None = None
+    """Texts a micro-batch, packed or padded; set, it replaces micro_batch_tokens."""
+    micro_batch_tokens: Count = 16384
+    """Tokens a micro-batch."""
+    train_iters: Count = 1000
+    """Optimizer steps."""
+    eval_interval: Count = 200
+    """Steps between evaluations on data.eval."""
+    save_interval: Count = 200
+    """Steps between checkpoints; the last step is always saved."""
+    log_interval: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    save_dir: str | None = None
+    """null: $SAVE_DIR, or runs/<recipe>."""
+    seed: CountOrZero = 42
+    """Of the data order."""
+
+
+class OptimizerSection(Section):
+    """Adam with betas 0.9/0.999 and eps 1e-8, and the learning rate's course."""
+
+    lr: Positive = 5e-6
+    """The highest learning rate."""
+    min_lr: NonNegative = 0.0
+    """The learning rate at the end."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled, as in AdamW."""
+    clip_grad: NonNegative = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    warmup_iters: CountOrZero | None = None
+    """Steps of linear warm-up; null: 10 % of train_iters."""
+    lr_decay_style: Literal["linear", "cosine"] = "linear"
+    """After the warm-up."""
+    distributed: Flag = True
+    """Shard the optimizer state over the data-parallel ranks."""
+
+
+class CheckpointSection(Section):
+    """Where weights and state come from."""
+
+    pretrained_checkpoint: str | None = None
+    """Start from this Megatron checkpoint's weights."""
+    load: str | None = None
+    """Continue another run's checkpoint: weights, optimizer, data position."""
+    resume: Flag = True
+    """Continue from save_dir if it holds a checkpoint of the same recipe, data, loss, optimizer and seed."""
+
+
+class LoggerSection(Section):
+    """Beside metrics.jsonl, which is always written."""
+
+    tensorboard: Flag = True
+    """Write save_dir/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project; null: none."""
+
+
+class RecipeConfig(Section):
+    """One training run. `train` takes it; `run_config.yaml` is its YAML form."""
+
+    recipe: str = "custom"
+    """The recipe function's name; names the run's folder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there are at least as many GPUs as local processes, else cpu."""
+    model: ModelSection = ModelSection()
+    loss: LossSection = LossSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logger: LoggerSection = LoggerSection()
+
+    def resolved(self) -> RecipeConfig:
+        """A copy in which every null that stands for a derived value holds that value."""
+        cfg = self.model_copy(deep=True)
+        model, train, optimizer = cfg.model, cfg.train, cfg.optimizer
+        if model.tensor_model_parallel_size == 1:
+            model.sequence_parallel = False
+        elif model.sequence_parallel is None:
+            model.sequence_parallel = True
+        if train.save_dir is None:
+            train.save_dir = os.environ.get("SAVE_DIR") or f"runs/{cfg.recipe}"
+        if optimizer.warmup_iters is None:
+            optimizer.warmup_iters = train.train_iters // 10
+        return cfg
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, section by section; :func:`config_from_dict` is the inverse."""
+        return self.model_dump(mode="json")
+
+
+def keys(model: type[Section] = RecipeConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its pydantic field, in the order of the sections."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def config_from_dict(
+    values: Mapping[str, Any], *, base: RecipeConfig | None = None, where: str = "config"
+) -> RecipeConfig:
+    """A config from nested plain values laid over ``base``'s.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one) or a bad value, named ``where: key``.
+    """
+    from megatron_embed.recipes.overrides import explain_validation_error, refuse_unknown_keys
+
+    refuse_unknown_keys(values, where=where)
+    merged: dict[str, Any] = (base or RecipeConfig()).to_dict()
+    for name, value in values.items():
+        merged[name] = {**merged[name], **value} if isinstance(merged[name], dict) else value
+    try:
+        return RecipeConfig.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain_validation_error(error)}") from None
+
+
+def load_run_config(path: str | Path, *, base: RecipeConfig | None = None) -> RecipeConfig:
+    """Read a ``run_config.yaml``; keys that it lacks keep ``base``'s values, or those of the recipe that it names."""
+    from megatron_embed.recipes import RECIPES
+
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); wanted a run_config.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: found {type(values).__name__}; wanted sections such as 'train:' with their keys")
+    if base is None and values.get("recipe") in RECIPES:
+        base = RECIPES[values["recipe"]]()
+    return config_from_dict(values, base=base, where=str(path))
+
+
+def save_run_config(cfg: RecipeConfig, path: str | Path) -> None:
+    """Write ``cfg`` as YAML, atomically: a reader sees the old file or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(to_yaml(cfg))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)  # mkstemp's 0600 would hide the run from colleagues
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def to_yaml(cfg: RecipeConfig) -> str:
+    """``cfg`` as ``run_config.yaml`` holds it."""
+    return yaml.safe_dump(cfg.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def differences(a: RecipeConfig, b: RecipeConfig, prefixes: Iterable[str]) -> list[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) for every key that starts with one of ``prefixes`` and differs."""
+    flat_a, flat_b, wanted = dict(_flat(a)), dict(_flat(b)), tuple(prefixes)
+    return [(key, flat_a[key], flat_b[key]) for key in flat_a if key.startswith(wanted) and flat_a[key] != flat_b[key]]
+
+
+def _flat(cfg: RecipeConfig) -> Iterator[tuple[str, Any]]:
+    values = cfg.to_dict()
+    for key, _ in keys():
+        section, _, name = key.rpartition(".")
+        yield key, values[section][name] if section else values[name]
