@@ -94,7 +94,9 @@ class EncoderConfig:
             values["eos_token_id"] = values["eos_token_id"][0]
         # transformers lets a top-level value (default: true for the VLM) override the text config's.
         default_tie = raw["model_type"] == "mistral3" or hf.tie_word_embeddings
-        values["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", default_tie)))
+        values["tie_word_embeddings"] = bool(
+            raw.get("tie_word_embeddings", text.get("tie_word_embeddings", default_tie))
+        )
         values["family"] = text["model_type"]
         values["dtype"] = _dtype_name(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "bfloat16")
         for name in ("pooling", "temperature", "normalize"):

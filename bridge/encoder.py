@@ -17,26 +17,12 @@ from torch import Tensor
 
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layer_spec import block_spec
-from megatron_embed.bridge.parallel import Layout
+from megatron_embed.bridge.parallel import Layout, check_layout, pipeline_split
 from megatron_embed.bridge.pooling import pool
 from megatron_embed.bridge.rope import inverse_frequencies
 from megatron_embed.bridge.sequences import TokenBatch
 from megatron_embed.bridge.transforms import padded_vocab_size
-
-
-def pipeline_split(num_layers: int, stages: int) -> list[int]:
-    """Layers on each of the (virtual) pipeline stages, as even as can be.
-
-    Where they do not divide, the last stages in the middle take one more: the first also holds the embedding, the last
-    the final norm and the pooling. 26 layers at 4 stages → ``[6, 7, 7, 6]``.
-    """
-    base, extra = divmod(num_layers, stages)
-    # the ends come last in the order in which stages receive an extra layer
-    middle_first = [*range(1, stages - 1), stages - 1, 0]
-    heavier = set(middle_first[:extra])
-    return [base + (stage in heavier) for stage in range(stages)]
 
 
 def transformer_config(
@@ -112,23 +98,6 @@ def transformer_config(
     )
 
 
-def check_layout(config: EncoderConfig, layout: Layout) -> None:
-    """Refuse a layout that cannot hold the model, before anything is loaded."""
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        value = getattr(config, name)
-        if value % layout.tp:
-            raise UserError(
-                f"model.tensor_model_parallel_size: {layout.tp} does not divide {name} {value}; "
-                f"choose a divisor of {value}"
-            )
-    stages = layout.pp * (layout.vpp or 1)
-    if stages > config.num_hidden_layers:
-        raise UserError(
-            f"model.pipeline_model_parallel_size: {layout.pp}{f' × {layout.vpp} virtual stages' if layout.vpp else ''} "
-            f"is more than the model's {config.num_hidden_layers} layers"
-        )
-
-
 class Encoder(MegatronModule):
     """One pipeline stage of the bidirectional encoder.
 
@@ -201,9 +170,7 @@ class Encoder(MegatronModule):
         return F.normalize(pooled, dim=-1) if self.encoder_config.normalize else pooled
 
 
-def build_stages(
-    config: EncoderConfig, transformer: TransformerConfig, *, use_te: bool | None = None
-) -> list[Encoder]:
+def build_stages(config: EncoderConfig, transformer: TransformerConfig, *, use_te: bool | None = None) -> list[Encoder]:
     """This rank's pipeline stages (one, unless they are interleaved), parameters allocated but not filled."""
     vpp = transformer.virtual_pipeline_model_parallel_size
     chunks = []

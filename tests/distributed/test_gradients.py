@@ -1,0 +1,147 @@
+"""The gradient of every parameter under every layout, against Hugging Face modules and hand-written InfoNCE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from support import oracle
+from support.megatron import collect, filled_stages, merge_world
+from support.tiny_models import tiny_config
+from support.worlds import run_world
+
+from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.parallel import Layout, parallel_world
+
+QUERIES, SLOTS, TEMPERATURE = 8, 3, 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: Layout
+    mode: str
+    dtype: torch.dtype
+    packed: bool = False
+    sequence_parallel: bool | None = None
+    recompute: str = "none"
+
+    def __str__(self) -> str:
+        form = "packed" if self.packed else "padded"
+        sequence = {None: "", True: "", False: "-no_sp"}[self.sequence_parallel]
+        return f"{self.layout}-{self.mode}-{str(self.dtype)[6:]}-{form}{sequence}-{self.recompute}".replace(" ", "")
+
+
+def matrix(world: int) -> list[Case]:
+    """All layouts of a world (the rest is data parallel) in the forms that must agree."""
+    layouts = {
+        2: [Layout(), Layout(tp=2), Layout(pp=2)],
+        4: [Layout(tp=2, pp=2), Layout(tp=2), Layout(pp=2), Layout(tp=4), Layout()],
+    }[world]
+    cases = [
+        Case(layout, mode, dtype, packed)
+        for layout in layouts
+        for mode in ("direct", "cached")
+        for dtype in (torch.float32, torch.float64)
+        for packed in (False, True)
+    ]
+    extra = layouts[1] if world == 2 else layouts[0]
+    return [*cases, Case(extra, "cached", torch.float32, sequence_parallel=False)]
+
+
+def config() -> Any:
+    # 5 layers: uneven stages; 997 ids: padded vocabulary; originals of 16: the Llama-4 scale acts
+    return tiny_config(num_hidden_layers=5, rope_parameters={"original_max_position_embeddings": 16})
+
+
+def texts() -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Queries, and for each its positive and up to two hard negatives: ragged lengths, ragged counts."""
+    generator = torch.Generator().manual_seed(7)
+
+    def text() -> list[int]:
+        length = int(torch.randint(3, 40, (), generator=generator))
+        return torch.randint(12, 997, (length,), generator=generator).tolist()
+
+    return [text() for _ in range(QUERIES)], [[text() for _ in range(1 + i % SLOTS)] for i in range(QUERIES)]
+
+
+def wanted(dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    model = oracle.hf_model(config(), dtype=dtype, exact_norms=dtype == torch.float64)
+    queries, passages = texts()
+    flat = [text for group in passages for text in group]
+    positives = [sum(len(group) for group in passages[:i]) for i in range(QUERIES)]
+    loss = oracle.info_nce(oracle.embed(model, queries), oracle.embed(model, flat), positives, TEMPERATURE)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.item(), gradients, model.state_dict()
+
+
+def run_cases(cases: list[Case], states: dict[torch.dtype, dict[str, torch.Tensor]]) -> list[Any]:
+    return [run_case(case, states[case.dtype]) for case in cases]
+
+
+def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
+    from megatron.core import parallel_state
+
+    from megatron_embed.recipes.batching import BatchingPlan
+    from megatron_embed.recipes.config import LossSection
+    from megatron_embed.recipes.loss import BatchShape
+    from megatron_embed.recipes.optimizer import gradients, wrap_ddp
+    from megatron_embed.recipes.step import contrastive_step
+
+    encoder_config = EncoderConfig.from_hf(config())
+    with parallel_world(case.layout):
+        encoders = filled_stages(
+            encoder_config,
+            case.layout,
+            state,
+            case.dtype,
+            sequence_parallel=case.sequence_parallel,
+            recompute=case.recompute,
+        )
+        stages = wrap_ddp(encoders)
+        for stage in stages:
+            stage.zero_grad_buffer()
+        rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        mine = slice(rank * QUERIES // world, (rank + 1) * QUERIES // world)
+        queries, passages = texts()
+        queries, passages = queries[mine], passages[mine]
+        valid = torch.tensor([[slot < len(group) for slot in range(SLOTS)] for group in passages])
+        sequences = [*queries, *(text for group in passages for text in group)]
+        plan = BatchingPlan(
+            pad_id=11,
+            packed=case.packed,
+            max_texts=None if case.mode == "direct" else 5,
+            multiple_of=case.layout.tp,
+            max_tokens=100_000,
+        )
+        loss = contrastive_step(
+            stages,
+            plan.split(sequences),
+            BatchShape(len(queries), valid),
+            LossSection(temperature=TEMPERATURE),
+            mode=case.mode,
+        )
+        return loss, collect(gradients(stages))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_equal_one_process(world: int) -> None:
+    cases = matrix(world)
+    answers = {dtype: wanted(dtype) for dtype in (torch.float32, torch.float64)}
+    results = run_world(run_cases, world, cases, {dtype: answer[2] for dtype, answer in answers.items()})
+    failures = []
+    for number, case in enumerate(cases):
+        loss, gradients, _ = answers[case.dtype]
+        limit = 1e-5 if case.dtype == torch.float32 else 1e-10
+        of_ranks = [result[number] for result in results]
+        if any(abs(found / loss - 1) > limit for found, _ in of_ranks):
+            failures.append(f"{case}: losses {[found for found, _ in of_ranks]}, wanted {loss}")
+        merged = merge_world(EncoderConfig.from_hf(config()), [collected for _, collected in of_ranks])
+        assert merged.keys() == gradients.keys()
+        worst = max(gradients, key=lambda name: oracle.relative_error(merged[name], gradients[name]))
+        error = oracle.relative_error(merged[worst], gradients[worst])
+        if not error <= limit:
+            failures.append(f"{case}: gradient of {worst} is off by {error:.1e}")
+    assert not failures, "\n".join(failures)

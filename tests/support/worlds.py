@@ -1,0 +1,42 @@
+"""Runs a function in 1, 2 or 4 gloo processes on this host."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_world(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``function(*args)`` in every process of a fresh world; return each rank's result.
+
+    The rendezvous is a file, so no port is taken. A rank that raises fails the call at once with its traceback.
+    Spawning costs about 10 s of imports: run many cases in one world.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_child, args=(world_size, folder, function, args), nprocs=world_size, join=True)
+        return [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _child(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", LOCAL_WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    from megatron_embed.bridge import host
+
+    host.run_on_cpu()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        result = function(*args)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    torch.save(result, Path(folder) / f"result{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
