@@ -72,7 +72,8 @@ class SequenceInfo(PackedSeqParams):
 
     def as_thd(self) -> PackedSeqParams:
         """The same packed row in Transformer Engine's own terms."""
-        assert self.runs is not None and self.cos is not None
+        assert self.runs is not None
+        assert self.cos is not None
         lengths = [length for count, length in self.runs for _ in range(count)]
         ends = torch.tensor([0, *lengths], dtype=torch.int32, device=self.cos.device).cumsum(0, dtype=torch.int32)
         longest = max(lengths)
@@ -90,7 +91,8 @@ def _positions(batch: TokenBatch) -> Tensor:
 
 def place_queries_and_keys(query: Tensor, key: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
     """Apply rope to ``[S, B, H, D]`` and ``[S, B, G, D]``, then the query scale; never in place (recompute)."""
-    assert info.cos is not None and info.sin is not None
+    assert info.cos is not None
+    assert info.sin is not None
     query, key = rotate(query, info.cos, info.sin), rotate(key, info.cos, info.sin)
     return (query if info.scale is None else query * info.scale), key
 

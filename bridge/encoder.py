@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.layer_spec import block_spec
+from megatron_embed.bridge.mapping import checkpoint_name, weights
 from megatron_embed.bridge.parallel import Layout, check_layout, pipeline_split
 from megatron_embed.bridge.pooling import pool
 from megatron_embed.bridge.rope import inverse_frequencies
@@ -186,4 +188,24 @@ def build_stages(config: EncoderConfig, transformer: TransformerConfig, *, use_t
                 use_te=use_te,
             )
         )
+    for chunk in chunks:
+        _mark_tensor_parallel(chunk, config)
     return chunks
+
+
+def _mark_tensor_parallel(encoder: Encoder, config: EncoderConfig) -> None:
+    """Give each parameter the attributes by which megatron-core counts it once in the gradient norm.
+
+    Its layers set them while initialising at random, which is switched off here; without them every sliced weight
+    passes for a replica, and the norm (so the clipping) is too small under TP.
+    """
+    table = {weight.megatron: weight for weight in weights(config)}
+    for name, parameter in encoder.named_parameters():
+        weight = table[checkpoint_name(name, layer_offset=encoder.layer_offset)]
+        if weight.tp_dim is None:
+            continue
+        if getattr(parameter, "tensor_model_parallel", False):
+            assert parameter.partition_dim == weight.tp_dim, f"{name}: the table and the layer disagree"
+        else:
+            stride = 2 if weight.kind == "gate_up" else 1
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=weight.tp_dim, stride=stride)

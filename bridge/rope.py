@@ -25,7 +25,7 @@ def inverse_frequencies(config: EncoderConfig) -> tuple[Tensor, float]:
 
 
 def rope_tables(positions: Tensor, frequencies: Tensor, factor: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for ``positions [...]``: two ``[..., head_dim]``, computed in fp32 and then cast, as HF does."""
+    """Cosines and sines of ``positions [...]``: two ``[..., head_dim]``, computed in fp32, then cast, as HF does."""
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

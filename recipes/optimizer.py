@@ -74,7 +74,7 @@ def _use_fused_adamw() -> None:
     if not mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         return
     mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
-    mcore_optimizer.Adam = FusedAdamW
+    mcore_optimizer.Adam = distrib_optimizer.Adam = FusedAdamW
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 

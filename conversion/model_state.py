@@ -1,0 +1,133 @@
+"""A model's (and its optimizer's) distributed checkpoint, through megatron-core's dist_checkpointing.
+
+Layout-free: what was saved under one TP × PP × DP loads under any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.checkpoint_folder import iteration_folder, refuse_unsafe_loading, safe_metadata
+
+#: iteration folder while it is being written
+PARTIAL = ".partial"
+
+
+def save_model_state(
+    root: Path,
+    iteration: int,
+    encoders: list[Encoder],
+    *,
+    optimizer: Any = None,
+    common: dict[str, Any] | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write ``root/iter_…`` from all ranks; the folder gets its name only when everything is on disk.
+
+    Args:
+        encoders: this rank's stages.
+        optimizer: megatron-core's; its state is saved too.
+        common: plain values, the same on every rank.
+        finish: called on rank 0 with the folder before it gets its name (sidecars, run_config.yaml).
+
+    Returns:
+        The iteration folder.
+    """
+    target = iteration_folder(root, iteration)
+    partial = target.with_name(f".{target.name}{PARTIAL}")
+    first = dist.get_rank() == 0
+    if first:
+        _remove(partial)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    model = _sharded_model(encoders)
+    state: dict[str, Any] = {**model, **(common or {}), "iteration": iteration, "checkpoint_version": 3.0}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if first:
+        if finish is not None:
+            finish(partial)
+        _remove(target)
+        partial.rename(target)
+    dist.barrier()
+    return target
+
+
+def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any = None) -> dict[str, Any]:
+    """Fill the stages (and the optimizer) from an iteration folder, whatever layout it was written under.
+
+    Returns:
+        The plain values that were saved beside the tensors.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor, has one of another shape, or carries what is not plain data.
+    """
+    refuse_unsafe_loading()
+    safe_metadata(iter_dir)  # it is a pickle: looked through before megatron-core unpickles it
+    model = _sharded_model(encoders)
+    state: dict[str, Any] = dict(model)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
+    try:
+        with mock.patch("torch.load", _load_plain):
+            loaded = dist_checkpointing.load(state, str(iter_dir), strict=StrictHandling.RAISE_UNEXPECTED)
+    except Exception as error:
+        raise UserError(f"{iter_dir}: cannot be loaded into this model ({_first_lines(error)})") from error
+    for index, encoder in enumerate(encoders):
+        name = f"model{index}" if len(encoders) > 1 else "model"
+        encoder.load_state_dict(loaded.pop(name), strict=False)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded.pop("optimizer"))
+    return loaded
+
+
+_torch_load = torch.load
+
+
+def _load_plain(*args: Any, **kwargs: Any) -> Any:
+    """megatron-core loads sharded objects with ``weights_only=False``: arbitrary code."""
+    return _torch_load(*args, **{**kwargs, "weights_only": True})
+
+
+def _sharded_model(encoders: list[Encoder]) -> dict[str, Any]:
+    """``{"model": …}`` or ``{"model0": …, "model1": …}`` with interleaved stages, as megatron-core's optimizers expect."""
+    sharded = {}
+    for index, encoder in enumerate(encoders):
+        tensors = encoder.sharded_state_dict(metadata=_metadata())
+        # Transformer Engine's per-layer state is for fp8, which is not trained here; the bytes would be pickles.
+        tensors = {name: value for name, value in tensors.items() if not name.endswith("_extra_state")}
+        sharded[f"model{index}" if len(encoders) > 1 else "model"] = tensors
+    return sharded
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        # the only form of the distributed optimizer's state that loads under another TP, PP and DP
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
