@@ -1,0 +1,125 @@
+"""BEIR folders: corpus.jsonl, queries.jsonl, qrels/<split>.tsv."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.rows import JsonLineRows, RowError
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a retriever is measured on.
+
+    Attributes:
+        corpus: document id → text, title first.
+        queries: query id → text, of the queries that ``qrels`` judges.
+        qrels: query id → {document id: grade}; judged documents that the corpus lacks are left in, as BEIR counts them.
+        absent: how many judgements name a document that the corpus lacks.
+    """
+
+    name: str
+    corpus: dict[str, str]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+    absent: int = 0
+
+
+def is_beir(path: str | Path) -> bool:
+    """Whether ``path`` is a folder with a corpus and queries."""
+    return (Path(path) / "corpus.jsonl").is_file() and (Path(path) / "queries.jsonl").is_file()
+
+
+def document_text(row: dict[str, Any]) -> str:
+    """Title and text as one text, as BEIR has it."""
+    return f"{row.get('title') or ''} {row.get('text') or ''}".strip()
+
+
+def load_beir(folder: str | Path, split: str = "test") -> Collection:
+    """Read a BEIR folder.
+
+    Raises:
+        UserError: a missing file or split, a malformed line, an empty corpus, queries that are not there, or
+            judgements none of which names a document of the corpus.
+    """
+    folder = Path(folder)
+    corpus = {id_: document_text(row) for id_, row, _ in read_texts(folder, "corpus.jsonl")}
+    if not any(corpus.values()):
+        raise UserError(f"{folder / 'corpus.jsonl'}: no document has any text")
+    texts = {id_: document_text(row) for id_, row, _ in read_texts(folder, "queries.jsonl")}
+    qrels: dict[str, dict[str, int]] = {}
+    for query, document, grade, line in read_qrels(folder, split):
+        if query not in texts:
+            raise UserError(f"{qrels_path(folder, split)}, line {line}: query {query!r} is not in queries.jsonl")
+        qrels.setdefault(query, {})[document] = grade
+    judged = [document for grades in qrels.values() for document in grades]
+    absent = sum(document not in corpus for document in judged)
+    if absent == len(judged):
+        raise UserError(f"{qrels_path(folder, split)}: none of {absent} judgements names a document of corpus.jsonl")
+    return Collection(folder.resolve().name, corpus, {query: texts[query] for query in qrels}, qrels, absent)
+
+
+def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """(id, row, row number from 0) of every line of ``corpus.jsonl`` or ``queries.jsonl``."""
+    rows = open_texts(folder, name)
+    seen: set[str] = set()
+    for index, row in enumerate(rows.scan()):
+        where = f"{rows.path}, line {rows.line(index)}"
+        if isinstance(row, RowError):
+            raise UserError(f"{where}: {row}")
+        if not isinstance(row, dict) or "_id" not in row or not isinstance(row.get("text"), str):
+            found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{where}: found {found}; wanted an object with _id, text and, for documents, title")
+        id_ = str(row["_id"])
+        if id_ in seen:
+            raise UserError(f"{where}: _id {id_!r} stands in the file twice")
+        seen.add(id_)
+        yield id_, row, index
+    if not seen:
+        raise UserError(f"{rows.path}: the file is empty")
+
+
+def open_texts(folder: Path, name: str) -> JsonLineRows:
+    """The rows of ``corpus.jsonl`` or ``queries.jsonl``."""
+    path = folder / name
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; wanted a BEIR folder with corpus.jsonl, queries.jsonl, qrels/")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/")
+    return JsonLineRows(path)
+
+
+def qrels_path(folder: Path, split: str) -> Path:
+    """Where the judgements of ``split`` lie."""
+    return folder / "qrels" / f"{split}.tsv"
+
+
+def read_qrels(folder: Path, split: str) -> Iterator[tuple[str, str, int, int]]:
+    """(query id, document id, grade, line) of every judgement."""
+    path = qrels_path(folder, split)
+    if not path.is_file():
+        present = sorted(file.stem for file in path.parent.glob("*.tsv"))
+        raise UserError(f"{path}: no such split; present: {', '.join(present) or 'none'}")
+    empty = True
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        fields = line.rstrip("\r").split("\t")
+        if fields == [""] or (number == 1 and not _is_grade(fields[-1])):  # a blank line; the header
+            continue
+        if len(fields) != 3 or not _is_grade(fields[2]):
+            raise UserError(f"{path}, line {number}: found {line!r}; wanted query-id, corpus-id, score between tabs")
+        empty = False
+        yield fields[0], fields[1], int(fields[2]), number
+    if empty:
+        raise UserError(f"{path}: no judgements")
+
+
+def _is_grade(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()

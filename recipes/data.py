@@ -1,0 +1,305 @@
+"""Training pairs from files, and the order in which they are trained on.
+
+A dataset holds offsets, not texts; all of it is read once at the start, so that a bad line ends a run before it
+began. The order is a pure function of seed and step: resuming needs the step alone, and no layout changes it.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.beir import document_text, is_beir, open_texts, qrels_path, read_qrels, read_texts
+from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.rows import RowError, Rows, open_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One query with one positive.
+
+    Attributes:
+        negatives: the hard negatives that the data has for the query, all of them, in the data's order.
+        positives: every known positive of the query, ``positive`` included: none of them is a negative.
+        source, line: where it came from.
+    """
+
+    query: str
+    positive: str
+    negatives: list[str]
+    positives: list[str]
+    source: str
+    line: int
+    query_prompt: str
+    passage_prompt: str
+
+
+class Pair(NamedTuple):
+    """What one row of a source says."""
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+
+
+def parse_pair(row: Any) -> Pair:
+    """Read ``{"query": …, "positive": text or list, "negatives": list}``; other keys are not looked at.
+
+    Raises:
+        RowError: a missing field, a wrong type, an empty text, no positive.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"found {_kind(row)}; wanted an object with query, positive and, optionally, negatives")
+    for field in ("query", "positive"):
+        if field not in row:
+            keys = ", ".join(map(str, row)) or "none"
+            raise RowError(f"no {field!r}; found keys: {keys}; wanted query, positive and, optionally, negatives")
+    query, positive, negatives = row["query"], row["positive"], row.get("negatives")
+    _check_text("query", query)
+    positives = positive if isinstance(positive, list) else [positive]
+    if not positives or positive is None:
+        raise RowError("'positive' is empty; every query needs one")
+    negatives = [] if negatives is None else negatives
+    if not isinstance(negatives, list):
+        raise RowError(f"'negatives': found {_kind(negatives)}; wanted a list of texts")
+    for text in positives:
+        _check_text("positive", text)
+    for text in negatives:
+        _check_text("negatives", text)
+    return Pair(query, positives, negatives)
+
+
+def _check_text(field: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise RowError(f"{field!r}: found {_kind(text)}; wanted text")
+    if not text or text.isspace():
+        raise RowError(f"{field!r} holds an empty text")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
+    return names.get(type(value), f"the number {value}")
+
+
+class BeirRows:
+    """The train split of a BEIR folder: one row a judged query. Only ids are kept in memory."""
+
+    form = "BEIR folder, train split"
+
+    def __init__(self, folder: str) -> None:
+        root = Path(folder)
+        self.path = str(qrels_path(root, "train"))
+        self._tables = {name: open_texts(root, name) for name in ("corpus.jsonl", "queries.jsonl")}
+        index = {name: {id_: row for id_, _, row in read_texts(root, name)} for name in self._tables}
+        self._positives: dict[int, list[int]] = {}
+        self._lines: dict[int, int] = {}
+        for query, document, grade, line in read_qrels(root, "train"):
+            for id_, name in ((query, "queries.jsonl"), (document, "corpus.jsonl")):
+                if id_ not in index[name]:
+                    raise UserError(f"{self.path}, line {line}: {id_!r} is not in {name}")
+            if grade > 0:
+                row = index["queries.jsonl"][query]
+                self._positives.setdefault(row, []).append(index["corpus.jsonl"][document])
+                self._lines.setdefault(row, line)
+        if not self._positives:
+            raise UserError(f"{self.path}: no judgement has a grade above 0")
+        self._queries = list(self._positives)
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def __getitem__(self, index: int) -> Any:
+        row = self._queries[index]
+        documents = (self._tables["corpus.jsonl"][document] for document in self._positives[row])
+        return {
+            "query": document_text(self._tables["queries.jsonl"][row]),
+            "positive": [document_text(document) for document in documents],
+        }
+
+    def line(self, index: int) -> int:
+        return self._lines[self._queries[index]]
+
+    def scan(self) -> Iterator[Any]:
+        yield from (self[index] for index in range(len(self)))
+
+
+class PairSource:
+    """One source, every row checked. A row with several positives counts as that many examples."""
+
+    def __init__(self, source: DataSource) -> None:
+        self.source = source
+        self.rows: Rows = open_source(source.path)
+        problems, counts = [], np.ones(len(self.rows), dtype=np.int32)
+        for index, (pair, problem) in enumerate(checked(self.rows)):
+            if pair is None:
+                problems.append(f"line {self.rows.line(index)}: {problem}")
+            else:
+                counts[index] = len(pair.positives)
+        if problems:
+            more = f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""
+            raise UserError(f"{self.rows.path}, {problems[0]}{more}")
+        # Only where some row has several positives does an example need more than its row's number.
+        self._ends = None if (counts == 1).all() else np.cumsum(counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows) if self._ends is None else int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        row, which = index, 0
+        if self._ends is not None:
+            row = int(np.searchsorted(self._ends, index, side="right"))
+            which = index - (int(self._ends[row - 1]) if row else 0)
+        pair = parse_pair(self.rows[row])
+        return Example(
+            query=pair.query,
+            positive=pair.positives[which],
+            negatives=pair.negatives,
+            positives=pair.positives,
+            source=self.rows.path,
+            line=self.rows.line(row),
+            query_prompt=self.source.query_prompt or "",
+            passage_prompt=self.source.passage_prompt or "",
+        )
+
+
+def open_source(path: str) -> Rows:
+    """Open a file, a BEIR folder or ``hf://org/name``; the form is recognised."""
+    if not path.startswith("hf://") and Path(path).is_dir():
+        if not is_beir(path):
+            raise UserError(
+                f"{path}: a folder, but no BEIR folder; wanted corpus.jsonl, queries.jsonl, qrels/train.tsv"
+            )
+        return BeirRows(path)
+    return open_rows(path)
+
+
+def checked(rows: Rows) -> Iterator[tuple[Pair | None, str]]:
+    """(pair, "") of every row, or (None, what is wrong with it)."""
+    for value in rows.scan():
+        try:
+            if isinstance(value, RowError):
+                raise value
+            yield parse_pair(value), ""
+        except RowError as error:
+            yield None, str(error)
+
+
+class PairDataset:
+    """All training sources, end to end.
+
+    Raises:
+        UserError: no source, or one that cannot be read in full; file and line are named.
+    """
+
+    def __init__(self, sources: Sequence[DataSource]) -> None:
+        if not sources:
+            raise UserError("data.train: missing; wanted at least one source of training pairs")
+        self.sources = [PairSource(source) for source in sources]
+        self.sizes = [len(source) for source in self.sources]
+        self.weights = None if sources[0].weight is None else [float(source.weight or 0) for source in sources]
+        self._ends = list(accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which = bisect.bisect_right(self._ends, index)
+        return self.sources[which][index - (self._ends[which] - self.sizes[which])]
+
+
+class GlobalBatchSampler:
+    """Which examples each step trains on: a pure function of the seed and the step.
+
+    Every batch comes from one source. Within a source the examples are shuffled anew each epoch, and the tail that
+    does not fill a batch is dropped (other examples in each epoch). Without weights an epoch takes every source
+    through once; with weights each step draws its source by weight.
+
+    Args:
+        dataset: a :class:`PairDataset`, or the sizes of its sources.
+        weights: one a source; default: the dataset's.
+
+    Raises:
+        UserError: a source with fewer examples than a batch.
+    """
+
+    _BLOCK = 1024  # steps whose sources are drawn together, where weights decide
+
+    def __init__(
+        self,
+        dataset: PairDataset | Sequence[int],
+        global_batch_size: int,
+        seed: int,
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        if isinstance(dataset, PairDataset):
+            names, sizes = [source.source.path for source in dataset.sources], dataset.sizes
+            weights = dataset.weights if weights is None else weights
+        else:
+            names, sizes = [f"source {which}" for which in range(len(dataset))], list(dataset)
+        self.sizes, self.global_batch_size, self.seed = sizes, global_batch_size, seed
+        self._shares = None if weights is None else np.asarray(weights) / np.sum(weights)
+        self._starts = [0, *accumulate(self.sizes)]
+        self._batches = [size // global_batch_size for size in self.sizes]  # a source's batches an epoch
+        for name, size in zip(names, sizes, strict=True):
+            if size < global_batch_size:
+                raise UserError(
+                    f"{name}: {size} examples do not fill one batch of train.global_batch_size {global_batch_size}"
+                )
+        self._order = lru_cache(maxsize=2 * len(self.sizes))(self._shuffled)
+        self._plan = lru_cache(maxsize=8)(self._planned)
+        # Batches that each source has given before block k. Grows with the steps asked for, 8 bytes a source and block.
+        self._given = [np.zeros(len(self.sizes), dtype=np.int64)]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that take every source through once (of the mean course, where weights decide)."""
+        return sum(self._batches)
+
+    def batch(self, step: int) -> list[int]:
+        """The examples of a step (from 0), as indices into the dataset: ``global_batch_size`` of one source."""
+        block, within = divmod(step, self._block_size)
+        plan = self._plan(block)
+        which = int(plan[within])
+        number = int(self._before(block)[which] + np.count_nonzero(plan[:within] == which))
+        epoch, place = divmod(number, self._batches[which])
+        first = place * self.global_batch_size
+        chosen = self._order(which, epoch)[first : first + self.global_batch_size]
+        return (chosen.astype(np.int64) + self._starts[which]).tolist()
+
+    @property
+    def _block_size(self) -> int:
+        return self.steps_per_epoch if self._shares is None else self._BLOCK
+
+    def _planned(self, block: int) -> np.ndarray:
+        """The source of each step of a block."""
+        generator = np.random.default_rng([self.seed, 0, block])
+        if self._shares is None:
+            return generator.permutation(np.repeat(np.arange(len(self.sizes)), self._batches))
+        return generator.choice(len(self.sizes), size=self._BLOCK, p=self._shares)
+
+    def _before(self, block: int) -> np.ndarray:
+        if self._shares is None:
+            return np.asarray(self._batches) * block
+        while len(self._given) <= block:
+            counts = np.bincount(self._planned(len(self._given) - 1), minlength=len(self.sizes))
+            self._given.append(self._given[-1] + counts)
+        return self._given[block]
+
+    def _shuffled(self, which: int, epoch: int) -> np.ndarray:
+        """The source's examples in the epoch's order."""
+        generator = np.random.default_rng([self.seed, 1, which, epoch])
+        dtype = np.int32 if self.sizes[which] < 2**31 else np.int64
+        order = np.arange(self.sizes[which], dtype=dtype)
+        generator.shuffle(order)
+        return order

@@ -1,0 +1,247 @@
+"""Rows of data files, one by one and never all in memory: what form a file has, where each row lies, what it says.
+
+A row's problem is part of what it says: :meth:`Rows.scan` yields it in the row's place, so that a caller can name the
+line, count the problems or list them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_embed.bridge.errors import UserError
+
+
+class RowError(ValueError):
+    """One row cannot be used; the message says why, without the place."""
+
+
+class Rows(Protocol):
+    """A file's rows. ``form`` names what was recognised."""
+
+    path: str
+    form: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any:
+        """The row's plain value; :class:`RowError` where it has none."""
+
+    def line(self, index: int) -> int:
+        """The line (or entry) of the file that the row stands on, from 1."""
+
+    def scan(self) -> Iterator[Any]:
+        """Every row in order: its value, or the :class:`RowError` that says why it has none."""
+
+
+def open_rows(path: str) -> Rows:
+    """Open a JSONL, JSON or Parquet file, or ``hf://org/name[/config]``; the form is recognised.
+
+    Raises:
+        UserError: no such file, no rows, or none of these forms.
+    """
+    if path.startswith("hf://"):
+        return TableRows.from_hub(path)
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file or folder")
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not head:
+        raise UserError(f"{path}: the file is empty; wanted training pairs")
+    if head.startswith(b"PAR1"):
+        return TableRows.from_parquet(path)
+    if head.removeprefix(_BOM).lstrip()[:1] == b"[":
+        return JsonArrayRows(path)
+    rows = JsonLineRows(path)
+    if not len(rows):
+        raise UserError(f"{path}: the file holds only blank lines; wanted training pairs")
+    return rows
+
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class JsonLineRows:
+    """JSON lines through an index of byte offsets: 16 bytes of memory a row, whatever the file's size."""
+
+    form = "JSON lines"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self._file = os.open(self.path, os.O_RDONLY)
+        starts, ends = _line_offsets(self._file)
+        lines = np.flatnonzero(ends > starts)
+        self._starts, self._ends = starts[lines], ends[lines]
+        # Only a file with blank lines needs a map from row to line.
+        self._lines = None if len(lines) == len(starts) else lines
+
+    def __del__(self) -> None:
+        if (file := self.__dict__.pop("_file", None)) is not None:
+            os.close(file)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Any:
+        start, end = int(self._starts[index]), int(self._ends[index])
+        return parse_json(os.pread(self._file, end - start, start))  # pread: no shared position among threads
+
+    def line(self, index: int) -> int:
+        return int(index if self._lines is None else self._lines[index]) + 1
+
+    def scan(self) -> Iterator[Any]:
+        for index in range(len(self)):
+            try:
+                yield self[index]
+            except RowError as error:
+                yield error
+
+
+def _line_offsets(file: int, chunk: int = 1 << 24) -> tuple[np.ndarray, np.ndarray]:
+    """(first byte, end) of every line, as int64; blank lines come out empty, a BOM belongs to no line."""
+    breaks, position = [], 0
+    while data := os.pread(file, chunk, position):
+        breaks.append(np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n")) + position)
+        position += len(data)
+    ends = np.concatenate([*breaks, [position]]).astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+    if os.pread(file, len(_BOM), 0) == _BOM:
+        starts[0] = len(_BOM)
+    for line in np.flatnonzero(ends - starts == 1):  # "\r\n" alone is blank too
+        if os.pread(file, 1, int(starts[line])).isspace():
+            ends[line] = starts[line]
+    if starts[-1] == ends[-1]:  # the last line break ends a line, it does not begin one
+        starts, ends = starts[:-1], ends[:-1]
+    return starts, ends
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of one line.
+
+    Raises:
+        RowError: not UTF-8, not JSON, or text that no UTF-8 can hold.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line; "
+            f"wanted the file converted to UTF-8"
+        ) from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RowError(f"not JSON: {error.msg} at column {error.colno}: {_clip(text)}") from None
+    except RecursionError:
+        raise RowError("not usable JSON: nested too deeply") from None
+    if "\\ud" in text or "\\uD" in text:
+        _refuse_lone_surrogates(value)
+    return value
+
+
+def _refuse_lone_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"half a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no text") from None
+
+
+def _clip(text: str, length: int = 60) -> str:
+    return repr(text if len(text) <= length else text[: length - 1] + "…")
+
+
+class JsonArrayRows:
+    """A JSON array of rows. It cannot be indexed by line, so it lies in memory: use JSON lines for large data."""
+
+    form = "JSON array"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        raw = Path(path).read_bytes().removeprefix(_BOM)
+        try:
+            self._values = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise UserError(f"{path}, line {line}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+        if not self._values:
+            raise UserError(f"{path}: the array is empty; wanted training pairs")
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._values[index]
+
+    def line(self, index: int) -> int:
+        return index + 1
+
+    def scan(self) -> Iterator[Any]:
+        yield from self._values
+
+
+class TableRows:
+    """Rows of an Arrow table that `datasets` keeps on disk and maps into memory."""
+
+    def __init__(self, path: str, table: Any, form: str) -> None:
+        self.path, self.form, self._table = path, form, table
+        if not len(table):
+            raise UserError(f"{path}: no rows; wanted training pairs")
+
+    @classmethod
+    def from_parquet(cls, path: str) -> TableRows:
+        """A Parquet file; a damaged one is a :class:`UserError`."""
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            pyarrow.parquet.read_metadata(path)  # the footer: where a file cut short shows
+            return cls(path, _quiet_datasets().Dataset.from_parquet(path), "Parquet")
+        except (pyarrow.ArrowException, _datasets_error()) as error:
+            raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+
+    @classmethod
+    def from_hub(cls, path: str) -> TableRows:
+        """The train split of ``hf://org/name[/config]``, from the hub or its cache."""
+        parts = path.removeprefix("hf://").split("/")
+        if len(parts) not in (2, 3) or not all(parts):
+            raise UserError(f"{path}: wanted hf://org/name or hf://org/name/config")
+        try:
+            table = _quiet_datasets().load_dataset("/".join(parts[:2]), *parts[2:], split="train")
+        except Exception as error:  # network, absent repository, absent split, …: datasets has no common base class
+            raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from None
+        return cls(path, table, "datasets")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._table[index]
+
+    def line(self, index: int) -> int:
+        return index + 1
+
+    def scan(self) -> Iterator[Any]:
+        for block in self._table.iter(batch_size=1000):  # row by row is 20 times slower
+            names = list(block)
+            for values in zip(*block.values(), strict=True):
+                yield dict(zip(names, values, strict=True))
+
+
+def _quiet_datasets() -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _datasets_error() -> type[Exception]:
+    from datasets.exceptions import DatasetGenerationError
+
+    return DatasetGenerationError

@@ -1,0 +1,100 @@
+"""Texts to token ids: the one place where a prompt meets a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_embed.bridge.errors import UserError
+
+Kind = Literal["query", "passage"]
+
+
+class TextTokenizer:
+    """A model's tokenizer with the prompts and lengths that it is trained with.
+
+    The ids of a text are those of the prompt, exactly as written, followed by the text, with the tokenizer's own BOS
+    and EOS, which truncation keeps. Text that looks like a control token (``</s>``, ``[INST]``) stays text. The
+    exported folder gives the same ids in sentence-transformers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        query_prompt: str,
+        passage_prompt: str,
+        query_max_length: int,
+        passage_max_length: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tokenizer.split_special_tokens = True
+        self.prompts: dict[Kind, str] = {"query": query_prompt, "passage": passage_prompt}
+        self.max_lengths: dict[Kind, int] = {"query": query_max_length, "passage": passage_max_length}
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path,
+        *,
+        query_prompt: str,
+        passage_prompt: str,
+        query_max_length: int,
+        passage_max_length: int,
+    ) -> TextTokenizer:
+        """Load ``tokenizer.json`` and ``tokenizer_config.json`` from a model folder; no network, no remote code.
+
+        Raises:
+            UserError: no tokenizer there, or one that cannot be read.
+        """
+        # Not AutoTokenizer: beside a tekken.json its answer depends on whether mistral_common is installed.
+        from transformers import PreTrainedTokenizerFast
+
+        if not (Path(path) / "tokenizer.json").is_file():
+            raise UserError(f"{path}: no tokenizer.json; wanted a model folder with a fast tokenizer")
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers raises bare Exception for a malformed file
+            raise UserError(f"{Path(path) / 'tokenizer.json'}: cannot be read ({error})") from None
+        return cls(
+            tokenizer,
+            query_prompt=query_prompt,
+            passage_prompt=passage_prompt,
+            query_max_length=query_max_length,
+            passage_max_length=passage_max_length,
+        )
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills padded columns; any id serves, since padding is masked."""
+        tokenizer = self.tokenizer
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return next(id_ for id_ in known if id_ is not None)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def text(self, text: str, kind: Kind, prompt: str | None = None) -> str:
+        """What the model sees of a text: prompt, then text, nothing added and nothing taken away."""
+        return (self.prompts[kind] if prompt is None else prompt) + text
+
+    def encode(self, texts: Sequence[str], kind: Kind, prompts: Sequence[str] | None = None) -> list[list[int]]:
+        """Token ids of each text, BOS and EOS included, at most the kind's maximal length.
+
+        Args:
+            prompts: one a text, in the place of the kind's own.
+        """
+        if not texts:
+            return []
+        own: Sequence[str | None] = [None] * len(texts) if prompts is None else prompts
+        return self.tokenizer(
+            [self.text(text, kind, prompt) for text, prompt in zip(texts, own, strict=True)],
+            truncation=True,
+            max_length=self.max_lengths[kind],
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
