@@ -1,0 +1,270 @@
+"""What lies where in a Megatron checkpoint, and how to look into it without running anybody's code.
+
+``DIR/latest_checkpointed_iteration.txt`` names the newest ``DIR/iter_0000000/``, which holds megatron-core's files
+(``.metadata``, ``*.distcp``, ``common.pt``, ``metadata.json``) and ours: ``run_config.yaml`` and ``hf/``, the source's
+files beside the weights, so that export needs nothing that may have moved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.sentence_files import SentenceSettings
+
+TRACKER, RUN_CONFIG, SIDECARS = "latest_checkpointed_iteration.txt", "run_config.yaml", "hf"
+
+#: weights in any form; everything else beside them is a sidecar
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".npz",
+    ".distcp",
+)
+_NOT_SIDECARS = (".git", ".cache", ".locks")
+_SIDECAR_LIMIT = 256 << 20
+
+
+# ---- where things are
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    """``root/iter_0000100``."""
+    return root / f"iter_{iteration:07d}"
+
+
+def write_tracker(root: Path, iteration: int) -> None:
+    """Make ``iteration`` the one that ``root`` stands for. Replaced in one step."""
+    partial = root / f"{TRACKER}.partial"
+    partial.write_text(f"{iteration}\n", encoding="utf-8")
+    partial.replace(root / TRACKER)
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """The iteration folder that ``path`` means.
+
+    Args:
+        path: a checkpoint folder with a tracker, one of its ``iter_…`` folders, or a training run's ``save_dir``.
+
+    Raises:
+        UserError: none of these; says what was found.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{path}: no such folder; wanted a Megatron checkpoint (a folder with {TRACKER})")
+    if (root / ".metadata").is_file():
+        return root
+    if not (root / TRACKER).is_file() and (root / "checkpoints" / TRACKER).is_file():
+        root = root / "checkpoints"
+    if not (root / TRACKER).is_file():
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
+        raise UserError(
+            f"{path}: not a Megatron checkpoint: no {TRACKER} in it (found {found}); "
+            f"wanted a folder written by `import` or by training, or one of its iter_… folders"
+        )
+    text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdecimal():
+        raise UserError(f"{root / TRACKER}: holds {text[:40]!r}, wanted an iteration number")
+    folder = iteration_folder(root, int(text))
+    if not (folder / ".metadata").is_file():
+        raise UserError(
+            f"{root / TRACKER}: names iteration {text}, but {folder} holds no checkpoint (.metadata is missing); "
+            f"write the number of a complete iter_… folder into the tracker"
+        )
+    return folder
+
+
+def has_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether :func:`resolve` would find a checkpoint."""
+    try:
+        resolve(path)
+    except UserError:
+        return False
+    return True
+
+
+# ---- what it says of itself
+
+
+def write_run_config(iter_dir: Path, values: Mapping[str, Any]) -> None:
+    """Write ``run_config.yaml``. Prompts keep their exact white space (YAML quotes them)."""
+    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    (iter_dir / RUN_CONFIG).write_text(text, encoding="utf-8")
+
+
+def read_run_config(iter_dir: Path) -> dict[str, Any]:
+    """Contents of ``run_config.yaml``; empty where there is none (a checkpoint of another program).
+
+    Raises:
+        UserError: not valid YAML, or not sections.
+    """
+    path = iter_dir / RUN_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        # Megatron-Bridge tags Python classes in its run_config.yaml; nothing of it is needed here
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def encoder_config(iter_dir: Path) -> EncoderConfig | None:
+    """The encoder of a checkpoint, from its ``run_config.yaml`` or else ``hf/config.json``; None: it does not say."""
+    values = read_run_config(iter_dir).get("encoder")
+    if isinstance(values, dict):
+        try:
+            return EncoderConfig.from_dict(values)
+        except (UserError, TypeError) as error:
+            raise UserError(f"{iter_dir / RUN_CONFIG}: encoder: {error}") from None
+    if (iter_dir / SIDECARS / "config.json").is_file():
+        return EncoderConfig.from_hf(iter_dir / SIDECARS)
+    return None
+
+
+def sentence_settings(iter_dir: Path, config: EncoderConfig) -> SentenceSettings:
+    """Prompts and lengths of a checkpoint's ``run_config.yaml``, defaults where it says nothing."""
+    data = read_run_config(iter_dir).get("data")
+    data = data if isinstance(data, dict) else {}
+    names = ("query_prompt", "passage_prompt", "query_max_length", "passage_max_length")
+    stated = {name: data[name] for name in names if data.get(name) is not None}
+    return SentenceSettings(pooling=config.pooling, normalize=config.normalize, **stated)
+
+
+# ---- the files beside the weights
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """Files of an HF folder that are no weights, relative to it: config, tokenizer, processor, sentence files, …"""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part in _NOT_SIDECARS for part in relative.parts)
+        weights = path.name.endswith((*_WEIGHTS, ".safetensors.index.json", ".bin.index.json"))
+        if path.is_file() and not hidden and not weights and path.stat().st_size <= _SIDECAR_LIMIT:
+            found.append(relative)
+    return found
+
+
+def copy_files(files: list[Path], source: Path, target: Path) -> None:
+    """Copy byte for byte, folders included; a link's target is copied."""
+    for relative in files:
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, target / relative)
+
+
+def write_sidecars(iter_dir: Path, hf_folder: Path) -> None:
+    """Keep the source's files beside the weights in ``iter_dir/hf``."""
+    copy_files(sidecars(hf_folder), hf_folder, iter_dir / SIDECARS)
+
+
+# ---- megatron-core's own small files
+
+
+def write_common(iter_dir: Path, iteration: int) -> None:
+    """``common.pt`` and ``metadata.json``, without which dist_checkpointing sees no checkpoint."""
+    torch.save({"iteration": iteration, "checkpoint_version": 3.0}, iter_dir / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    versions = {f"{key}_version": 1 for key in backends}
+    (iter_dir / "metadata.json").write_text(json.dumps(backends | versions), encoding="utf-8")
+
+
+def load_common(iter_dir: Path) -> Any:
+    """``common.pt``, tensors and plain values only.
+
+    Raises:
+        UserError: it is absent, damaged, or holds anything else.
+    """
+    refuse_unsafe_loading()
+    path = iter_dir / "common.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: damaged, or holds more than tensors and plain values ({reason}); refused") from None
+
+
+def refuse_unsafe_loading() -> None:
+    """``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` would turn every load into the execution of what is loaded."""
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() not in ("", "0", "false", "no", "n"):
+        raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: checkpoints could run code; unset it")
+
+
+_DCP = "torch.distributed.checkpoint"
+_ALLOWED: dict[str, frozenset[str]] = {
+    f"{_DCP}.metadata": frozenset(
+        (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    f"{_DCP}.filesystem": frozenset(("_StorageInfo", "_StoragePrefix")),
+    f"{_DCP}.planner": frozenset(("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")),
+    "megatron.core.dist_checkpointing.strategies.torch": frozenset(("MCoreMetadata", "MCoreSavePlan")),
+    "torch": frozenset(("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)))),
+    "torch.serialization": frozenset(("_get_layout",)),
+    "collections": frozenset(("OrderedDict",)),
+    "pathlib": frozenset(("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")),
+    "pathlib._local": frozenset(("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")),
+    "builtins": frozenset(("int", "float", "str", "bytes", "bool", "list", "dict", "tuple", "set", "frozenset")),
+    "_codecs": frozenset(("encode",)),  # how protocol 2 spells bytes
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows DCP's metadata classes and nothing else: no other name is even looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to objects outside of itself")
+
+
+def safe_metadata(iter_dir: Path) -> Metadata:
+    """Read ``.metadata`` (a pickle) without running anything that it may carry. Call it before megatron-core does.
+
+    Raises:
+        UserError: damaged, or anything but DCP's metadata in it.
+    """
+    refuse_unsafe_loading()
+    path = iter_dir / ".metadata"
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path}: not this checkpoint's metadata ({error}); refused, nothing of it was run") from None
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise UserError(f"{path}: holds a {type(metadata).__name__}, wanted DCP's Metadata")
+    return metadata

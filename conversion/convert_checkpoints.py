@@ -1,0 +1,160 @@
+"""Command line: ``import``, ``export`` and ``verify``. Arguments only; the work is in the modules beside it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0: done; 1: failed, with one message on stderr; 2 (raised by argparse): bad arguments.
+    """
+    args = _parser().parse_args(argv)
+    _quiet(args.debug)
+    signal.signal(signal.SIGTERM, _stop)
+    from megatron_embed.bridge.errors import UserError
+
+    try:
+        return int(COMMANDS[args.command](args))
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+    except OSError as error:
+        if args.debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert-checkpoints", description="Ministral 3 weights between Hugging Face and Megatron."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    common.add_argument("--trust-remote-code", action="store_true", help="let a hub model's own code run")
+    common.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    common.add_argument("--debug", action="store_true", help="show tracebacks and library messages")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|verify")
+
+    cmd = commands.add_parser("import", parents=[common], help="Hugging Face → Megatron checkpoint")
+    cmd.add_argument("--hf-model", required=True, metavar="DIR_OR_ID", help="the model to read")
+    cmd.add_argument("--megatron-path", required=True, metavar="OUT", help="the checkpoint folder to make")
+    cmd.add_argument("--torch-dtype", choices=DTYPES, help="of the stored weights; default: the source's")
+    cmd.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor-parallel size to cut for")
+    cmd.add_argument("--pp", type=_positive, default=1, metavar="N", help="pipeline-parallel size to cut for")
+    cmd.add_argument("--with-vision", action="store_true", help="keep the VLM's other tensors in the checkpoint")
+    cmd.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+
+    cmd = commands.add_parser("export", parents=[common], help="Megatron checkpoint → Hugging Face")
+    cmd.add_argument("--hf-model", metavar="DIR_OR_ID", help="the source, where it is not the recorded one")
+    cmd.add_argument("--megatron-path", required=True, metavar="DIR", help="checkpoint, iter_… folder, or save_dir")
+    cmd.add_argument("--hf-path", required=True, metavar="OUT", help="the model folder to make")
+    cmd.add_argument("--target", choices=("embedder", "vlm"), default="embedder", help="what to write")
+    cmd.add_argument("--torch-dtype", choices=DTYPES, help="of the written weights; default: the source's")
+    cmd.add_argument("--max-shard-size", default="5GB", type=_size, metavar="SIZE", help="such as 5GB, the default")
+    cmd.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
+
+    cmd = commands.add_parser("verify", parents=[common], help="compare a model with its conversion")
+    cmd.add_argument("--hf-model", required=True, metavar="DIR_OR_ID", help="the source")
+    other = cmd.add_mutually_exclusive_group(required=True)
+    other.add_argument("--megatron-path", metavar="DIR", help="compare with this checkpoint")
+    other.add_argument("--hf-path", metavar="DIR", help="compare with this folder")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _size(text: str) -> str:
+    from megatron_embed.bridge.errors import UserError
+    from megatron_embed.conversion.safetensors_writer import parse_size
+
+    try:
+        parse_size(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--max-shard-size: ")) from None
+    return text
+
+
+def _import(args: argparse.Namespace) -> int:
+    from megatron_embed.conversion.importing import import_hf
+
+    names = ("torch_dtype", "tp", "pp", "with_vision", "overwrite", *_COMMON)
+    done = import_hf(args.hf_model, args.megatron_path, **_pick(args, names))
+    print("\n".join([*done.notes, f"Megatron checkpoint written to {done.path}"]))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from megatron_embed.conversion.exporting import export_hf
+
+    names = ("hf_model", "target", "torch_dtype", "max_shard_size", "overwrite", *_COMMON)
+    done = export_hf(args.megatron_path, args.hf_path, **_pick(args, names))
+    print("\n".join([*done.notes, f"{args.target} written to {done.path}"]))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_embed.conversion.verify import verify
+    from megatron_embed.conversion.verify_table import print_table
+
+    outcome = verify(args.hf_model, **_pick(args, ("megatron_path", "hf_path", *_COMMON)))
+    print_table(outcome)
+    if not outcome:
+        worst = max(outcome.differences, key=lambda difference: difference.largest)
+        print(
+            f"error: {len(outcome.differences)} of {outcome.compared} differ, most {worst.name} ({worst.largest:g})",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+COMMANDS = {"import": _import, "export": _export, "verify": _verify}
+_COMMON = ("revision", "trust_remote_code", "progress")
+
+
+def _pick(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _quiet(debug: bool) -> None:
+    """Only this program speaks on stderr: libraries warn about what users cannot change."""
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

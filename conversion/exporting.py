@@ -1,0 +1,167 @@
+"""Megatron checkpoint → HF folder: a sentence-transformers embedder, or the whole VLM."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_embed.bridge import mapping
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.atomic import atomic_output
+from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
+from megatron_embed.conversion.hf_folder import HFFolder, read_json
+from megatron_embed.conversion.importing import TEMPERATURE, refuse_inside, torch_dtype_of
+from megatron_embed.conversion.model_card import model_card
+from megatron_embed.conversion.progress import Converted, byte_bar
+from megatron_embed.conversion.safetensors_writer import TensorSpec, parse_size, write_sharded
+from megatron_embed.conversion.sentence_files import write_json, write_sentence_files
+from megatron_embed.conversion.tensor_stream import CheckpointReader
+from megatron_embed.conversion.tokenizer_files import has_tokenizer, write_tokenizer
+from megatron_embed.conversion.vlm import find_vlm_source, write_vlm
+
+Target = Literal["embedder", "vlm"]
+TARGETS: tuple[str, ...] = get_args(Target)
+
+
+def export_hf(
+    megatron_path: str | os.PathLike[str],
+    hf_path: str | os.PathLike[str],
+    *,
+    hf_model: str | os.PathLike[str] | None = None,
+    target: Target = "embedder",
+    torch_dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Converted:
+    """Write a checkpoint's weights as a Hugging Face model, tensor by tensor.
+
+    Args:
+        megatron_path: a checkpoint folder, one of its ``iter_…`` folders, or a run's ``save_dir``.
+        hf_path: the folder to make.
+        hf_model: where tokenizer and (for ``vlm``) the other tensors come from; by default what the checkpoint
+            remembers.
+        target: ``embedder``: bare encoder plus sentence-transformers' files. ``vlm``: the source VLM with the encoder's
+            weights in its language tower.
+        torch_dtype: of the written encoder; by default the source's.
+        max_shard_size: such as ``5GB``.
+        overwrite: replace a model folder that is there.
+
+    Raises:
+        UserError: bad input; then nothing is left at ``hf_path``.
+    """
+    if target not in TARGETS:
+        raise UserError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    parse_size(max_shard_size)
+    iter_dir = checkpoint_folder.resolve(megatron_path)
+    source = HFFolder(hf_model, revision=revision, trust_remote_code=trust_remote_code) if hf_model else None
+    config = _config(iter_dir, source)
+    if torch_dtype is not None:
+        torch_dtype_of(torch_dtype)
+        config = config.replace(dtype=torch_dtype)
+    weights = CheckpointWeights(CheckpointReader(iter_dir), config)
+    refuse_inside(iter_dir, hf_path)
+    if source is not None:
+        refuse_inside(source.path, hf_path)
+    vlm = find_vlm_source(iter_dir, weights, source) if target == "vlm" else None
+    with atomic_output(hf_path, overwrite=overwrite) as out:
+        if vlm is not None:
+            write_vlm(out, vlm, weights, torch_dtype=torch_dtype, max_shard_size=max_shard_size, progress=progress)
+        else:
+            _write_embedder(out, iter_dir, weights, source, max_shard_size=max_shard_size, progress=progress)
+    return Converted(Path(hf_path), source.notes if source else [])
+
+
+def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
+    """The checkpoint's own config, else the given folder's (a checkpoint of another program carries none)."""
+    config = checkpoint_folder.encoder_config(iter_dir)
+    if config is None and source is None:
+        raise UserError(f"{iter_dir}: does not say which model it is; give --hf-model, the folder it was made from")
+    if source is None or config is None:
+        return config if source is None else source.encoder_config()  # type: ignore[return-value]
+    theirs = source.encoder_config()
+    free = ("dtype", "pooling", "normalize", "temperature", "tie_word_embeddings", "initializer_range")
+    for field in fields(config):
+        found, wanted = getattr(theirs, field.name), getattr(config, field.name)
+        if field.name not in free and found != wanted:
+            raise UserError(f"{source.path}: {field.name} is {found!r}, but the checkpoint's model has {wanted!r}")
+    return config
+
+
+# ---- embedder
+
+
+def _write_embedder(
+    out: Path,
+    iter_dir: Path,
+    weights: CheckpointWeights,
+    source: HFFolder | None,
+    *,
+    max_shard_size: str,
+    progress: bool,
+) -> None:
+    config = weights.config
+    settings = checkpoint_folder.sentence_settings(iter_dir, config)
+    run = checkpoint_folder.read_run_config(iter_dir)
+    if config.temperature is None:
+        stated = (run.get("loss") or {}).get("temperature")
+        config = config.replace(temperature=float(stated if stated is not None else TEMPERATURE))
+    write_embedder_config(out, config)
+    length = min(max(settings.query_max_length, settings.passage_max_length), config.max_position_embeddings)
+    write_tokenizer(_tokenizer_folder(iter_dir, source, run), out, max_length=length)
+    write_sentence_files(out, config, settings)
+    (out / "README.md").write_text(model_card(config, settings, run, iter_dir, out.name), encoding="utf-8")
+    dtype = torch_dtype_of(config.dtype)
+    specs = [
+        TensorSpec(name, shape, dtype)
+        for weight in mapping.weights(config)
+        for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
+    ]
+    with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
+        write_sharded(
+            specs,
+            weights.hf_tensors(),
+            out,
+            max_shard_size=max_shard_size,
+            on_tensor=lambda spec: advance(spec.nbytes),
+        )
+
+
+def write_embedder_config(out: Path, config: EncoderConfig) -> None:
+    """``config.json`` of the stock model, with the keys that vLLM needs and transformers passes over.
+
+    Without ``apply_yarn_scaling: false`` vLLM multiplies attention by YaRN's own factor, 1.277 here; without
+    ``llama_4_scaling`` it leaves out the query scale.
+    """
+    config.to_hf().save_pretrained(out)
+    raw = read_json(out / "config.json")
+    rope = raw["rope_parameters"]
+    if rope.get("rope_type") == "yarn":
+        rope["apply_yarn_scaling"] = False
+    if rope.get("llama_4_scaling_beta") is not None:
+        raw["llama_4_scaling"] = {
+            "beta": rope["llama_4_scaling_beta"],
+            "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        }
+    write_json(out / "config.json", raw)
+
+
+def _tokenizer_folder(iter_dir: Path, source: HFFolder | None, run: dict[str, Any]) -> Path:
+    if source is not None:
+        return source.path
+    stored = iter_dir / checkpoint_folder.SIDECARS
+    if has_tokenizer(stored):
+        return stored
+    recorded = (run.get("model") or {}).get("hf_model")
+    if isinstance(recorded, str) and has_tokenizer(Path(recorded)):
+        return Path(recorded)
+    raise UserError(
+        f"{iter_dir}: holds no tokenizer, nor is there one at {recorded or 'its recorded source'}; "
+        f"give --hf-model a folder with a tokenizer.json"
+    )

@@ -1,0 +1,133 @@
+"""HF folder → Megatron checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.atomic import atomic_output
+from megatron_embed.conversion.checkpoint_weights import check_layout, chunks, kept_chunks
+from megatron_embed.conversion.hf_folder import HFFolder
+from megatron_embed.conversion.progress import Converted, byte_bar
+from megatron_embed.conversion.sentence_files import SentenceSettings, read_sentence_settings
+from megatron_embed.conversion.tensor_stream import write_chunks
+
+TEMPERATURE = 0.02
+
+
+def import_hf(
+    hf_model: str | os.PathLike[str],
+    megatron_path: str | os.PathLike[str],
+    *,
+    torch_dtype: str | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    with_vision: bool = False,
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Converted:
+    """Write a Megatron checkpoint of a Hugging Face model, tensor by tensor.
+
+    Args:
+        hf_model: local folder or hub id of the VLM, the text model, or a ready embedder.
+        megatron_path: the checkpoint folder to make.
+        torch_dtype: of the stored weights; by default the source's (FP8 counts as bfloat16).
+        tp, pp: how the tensors are cut into chunks and files; any other layout loads them just as well.
+        with_vision: keep the other tensors of a VLM too, so that the checkpoint alone can become a VLM again.
+        overwrite: replace a checkpoint that is there.
+
+    Returns:
+        The checkpoint folder, and what was left out.
+
+    Raises:
+        UserError: bad input; then nothing is left at ``megatron_path``.
+    """
+    folder = HFFolder(hf_model, revision=revision, trust_remote_code=trust_remote_code)
+    config = folder.encoder_config()
+    if torch_dtype is not None:
+        config = config.replace(dtype=torch_dtype)
+    check_layout(config, tp=tp, pp=pp)
+    folder.check(config)
+    ignored = folder.ignored(config)
+    kept = _to_keep(folder, config, ignored) if with_vision else []
+    refuse_inside(folder.path, megatron_path)
+    with atomic_output(megatron_path, overwrite=overwrite) as out:
+        iter_dir = checkpoint_folder.iteration_folder(out, 0)
+        iter_dir.mkdir()
+        pieces = [*chunks(folder, config, dtype=torch_dtype_of(config.dtype), tp=tp, pp=pp), *kept_chunks(folder, kept)]
+        with byte_bar("import", sum(piece.nbytes for piece in pieces), enabled=progress) as advance:
+            write_chunks(iter_dir, pieces, on_chunk=lambda piece: advance(piece.nbytes))
+        checkpoint_folder.write_sidecars(iter_dir, folder.path)
+        checkpoint_folder.write_common(iter_dir, 0)
+        checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, tp=tp, pp=pp))
+        checkpoint_folder.write_tracker(out, 0)
+    return Converted(Path(megatron_path), folder.notes + summarize({k: v for k, v in ignored.items() if k not in kept}))
+
+
+def torch_dtype_of(name: str) -> torch.dtype:
+    """``"bfloat16"`` → ``torch.bfloat16``.
+
+    Raises:
+        UserError: not a dtype that weights are stored in.
+    """
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+    if name not in known:
+        raise UserError(f"dtype {name!r} is not one of {', '.join(known)}")
+    return known[name]
+
+
+def refuse_inside(source: Path, target: str | os.PathLike[str]) -> None:
+    """An output may neither be its own source nor contain it: --overwrite would remove what is being read."""
+    inner, outer = source.resolve(), Path(target).expanduser().resolve()
+    if inner == outer or outer in inner.parents:
+        raise UserError(f"{target}: holds the source {source}; give another output path")
+
+
+def summarize(ignored: dict[str, str]) -> list[str]:
+    """One line for each reason, with the number of tensors: such as ``11 tensor(s) left out: the …``."""
+    counts: dict[str, int] = {}
+    for reason in ignored.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return [f"{count} tensor(s) left out: {reason}" for reason, count in counts.items()]
+
+
+def _to_keep(folder: HFFolder, config: EncoderConfig, ignored: dict[str, str]) -> list[str]:
+    """Tensors of a VLM beside the language tower. A tied lm_head is the embedding, and comes back as that."""
+    if folder.config.get("model_type") != "mistral3":
+        raise UserError(f"{folder.path}: --with-vision: the source is {folder.architecture}, which has no vision tower")
+    scales = (".weight_scale_inv", ".activation_scale")
+    tied_head = [name for name in ignored if name.endswith("lm_head.weight")] if config.tie_word_embeddings else []
+    return [name for name in ignored if not name.endswith(scales) and name not in tied_head]
+
+
+def _run_config(folder: HFFolder, config: EncoderConfig, *, tp: int, pp: int) -> dict[str, Any]:
+    settings = read_sentence_settings(folder.path) or SentenceSettings()
+    local = Path(folder.source).expanduser().is_dir()
+    return {
+        "model": {
+            "hf_model": str(folder.path.resolve()) if local else folder.source,
+            "revision": folder.revision,
+            "hf_prefix": folder.prefix,
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "pooling": config.pooling,
+            "normalize": config.normalize,
+            "torch_dtype": config.dtype,
+        },
+        "data": {
+            "query_prompt": settings.query_prompt,
+            "passage_prompt": settings.passage_prompt,
+            "query_max_length": settings.query_max_length,
+            "passage_max_length": settings.passage_max_length,
+        },
+        "loss": {"temperature": config.temperature if config.temperature is not None else TEMPERATURE},
+        "encoder": config.to_dict(),
+    }

@@ -1,0 +1,125 @@
+"""Safetensors written tensor by tensor: headers first, from the known shapes, then the bytes as they come."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.hf_folder import DTYPES, INDEX, SINGLE
+from megatron_embed.conversion.sentence_files import write_json
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_size(text: str) -> int:
+    """``"5GB"``, ``"500MiB"``, ``"1000"`` → bytes (KB is 1000, KiB 1024).
+
+    Raises:
+        UserError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    unit = match[2].upper().removesuffix("B") + "B" if match and match[2] else ""
+    if match is None or unit not in {**_UNITS, "B": 1} or float(match[1]) <= 0:
+        raise UserError(f"--max-shard-size: {text!r} is not a size; wanted something like 5GB or 500MB")
+    return max(1, int(float(match[1]) * _UNITS.get(unit, 1)))
+
+
+def write_sharded(
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    out: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    on_tensor: Callable[[TensorSpec], object] | None = None,
+) -> int:
+    """Write tensors into folder ``out``; one of them is held at a time.
+
+    Args:
+        specs: names, shapes and dtypes, in the order in which ``tensors`` yields them.
+        tensors: cast to the spec's dtype here.
+        max_shard_size: bytes, or such as ``"5GB"``; a larger single tensor gets a file of its own.
+        on_tensor: called after each tensor (progress).
+
+    Returns:
+        Total bytes of the tensors. One file is called ``model.safetensors``; several come with their index.
+    """
+    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    shards = _plan(specs, limit)
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    source = iter(tensors)
+    for file, shard in zip(files, shards, strict=True):
+        with (out / file).open("wb") as stream:
+            stream.write(_header(shard))
+            for spec in shard:
+                name, tensor = next(source)
+                assert name == spec.name, (name, spec.name)
+                _write_tensor(stream, spec, tensor)
+                if on_tensor is not None:
+                    on_tensor(spec)
+    assert next(source, None) is None, "more tensors than were announced"
+    total = sum(spec.nbytes for spec in specs)
+    if len(shards) > 1:
+        weight_map = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
+        parameters = sum(math.prod(spec.shape) for spec in specs)
+        metadata = {"total_parameters": parameters, "total_size": total}
+        write_json(out / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    return total
+
+
+def _plan(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """Fill shards in order; each holds at least one tensor."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def _header(shard: Sequence[TensorSpec]) -> bytes:
+    """Length (8 bytes, little endian) and JSON, padded with spaces so that the tensors start at a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in shard:
+        offsets = [position, position + spec.nbytes]
+        entries[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        position = offsets[1]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(stream: BinaryIO, spec: TensorSpec, tensor: Tensor) -> None:
+    assert tuple(tensor.shape) == spec.shape, (spec.name, tuple(tensor.shape), spec.shape)
+    tensor = tensor.to(spec.dtype).contiguous()
+    stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

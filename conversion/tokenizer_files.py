@@ -1,0 +1,116 @@
+"""The tokenizer of an exported embedder: the source's, but one that always adds BOS and EOS and knows no chat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.hf_folder import read_json
+from megatron_embed.conversion.sentence_files import write_json
+
+#: what a fast tokenizer may consist of. tekken.json is left out on purpose: with it, what AutoTokenizer loads depends
+#: on whether mistral_common is installed
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a fast tokenizer."""
+    return (folder / "tokenizer.json").is_file()
+
+
+def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
+    """Copy a tokenizer with the edits that an embedder needs.
+
+    ``model_max_length`` is set; every text gets ``<s> … </s>`` (a file that does so already stays as it is); the chat
+    template goes, since sentence-transformers 6 would read every text as a chat message; so do the keys that name a
+    processor or remote code.
+
+    Raises:
+        UserError: no ``tokenizer.json``.
+    """
+    if not has_tokenizer(source):
+        found = ", ".join(sorted(p.name for p in source.glob("*tok*"))) or "nothing of the kind"
+        raise UserError(
+            f"{source}: no tokenizer.json (found {found}), without which no one can use the embedder; "
+            f"give --hf-model a folder that has one"
+        )
+    for name in FILES:
+        if (source / name).is_file():
+            (out / name).write_bytes((source / name).read_bytes())
+    settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    for key in ("chat_template", "processor_class", "auto_map"):
+        settings.pop(key, None)
+    settings["model_max_length"] = max_length
+    for key in ("add_bos_token", "add_eos_token"):
+        if key in settings:  # where these are stated, transformers builds the post-processor from them anew
+            settings[key] = True
+    write_json(out / "tokenizer_config.json", settings)
+    tokenizer = read_json(source / "tokenizer.json")
+    if add_bos_eos(tokenizer, settings):
+        (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Make the contents of a ``tokenizer.json`` put BOS before and EOS behind every text.
+
+    Args:
+        tokenizer: changed in place.
+        settings: contents of ``tokenizer_config.json``, which name the two tokens.
+
+    Returns:
+        Whether anything had to be changed.
+    """
+    bos, eos = (_token(settings.get(key), default) for key, default in (("bos_token", "<s>"), ("eos_token", "</s>")))
+    ids = _ids(tokenizer)
+    for token in (bos, eos):
+        if token not in ids:
+            raise UserError(f"tokenizer.json: no token {token!r}, which tokenizer_config.json names")
+    post = tokenizer.get("post_processor")
+    steps = post["processors"] if post and post.get("type") == "Sequence" else [post] if post else []
+    if any(_adds(step, bos, eos) for step in steps):
+        return False
+    template = {
+        "type": "TemplateProcessing",
+        "single": [_special(bos), _sequence("A"), _special(eos)],
+        "pair": [_special(bos), _sequence("A"), _special(eos), _sequence("B"), _special(eos)],
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (bos, eos)},
+    }
+    others = [step for step in steps if step["type"] == "ByteLevel"]  # trims offsets only
+    tokenizer["post_processor"] = {"type": "Sequence", "processors": [*others, template]} if others else template
+    return True
+
+
+def _adds(step: dict[str, Any], bos: str, eos: str) -> bool:
+    if step.get("type") != "TemplateProcessing":
+        return False
+    names = [next(iter(part.values()))["id"] for part in step["single"]]
+    return names == [bos, "A", eos]
+
+
+def _ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    model = tokenizer.get("model", {}).get("vocab", {})
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    return {**(model if isinstance(model, dict) else {}), **added}
+
+
+def _token(value: Any, default: str) -> str:
+    """Token names are plain, or an object with a ``content``."""
+    return str(value.get("content", default)) if isinstance(value, dict) else str(value or default)
+
+
+def _special(token: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": token, "type_id": 0}}
+
+
+def _sequence(name: str) -> dict[str, Any]:
+    return {"Sequence": {"id": name, "type_id": 0}}

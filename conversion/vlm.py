@@ -1,0 +1,138 @@
+"""The whole VLM again: the source's tensors and files, with a checkpoint's weights in the language tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_embed.bridge import mapping
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.checkpoint_weights import KEPT, CheckpointWeights
+from megatron_embed.conversion.hf_folder import FLOATS, HFFolder, read_json
+from megatron_embed.conversion.importing import torch_dtype_of
+from megatron_embed.conversion.progress import byte_bar
+from megatron_embed.conversion.safetensors_writer import TensorSpec, write_sharded
+from megatron_embed.conversion.sentence_files import write_json
+
+_PREFIX = "language_model.model."
+_SCALES = (".weight_scale_inv", ".activation_scale")
+
+
+@dataclass(frozen=True)
+class VLMSource:
+    """Where the tensors beside the language tower, and the files beside the weights, come from."""
+
+    #: folder of config.json and the other files
+    files: Path
+    #: what stands before the language tower's names
+    prefix: str
+    #: tensors beside the language tower (lm_head among them, where there is one)
+    others: tuple[TensorSpec, ...]
+    read: Callable[[str], Tensor]
+
+
+def find_vlm_source(iter_dir: Path, weights: CheckpointWeights, given: HFFolder | None) -> VLMSource:
+    """The folder given, else what the checkpoint holds itself (``--with-vision``), else the source that it remembers.
+
+    Raises:
+        UserError: none of them, or not a VLM.
+    """
+    if given is not None:
+        return _from_folder(given, weights)
+    model = checkpoint_folder.read_run_config(iter_dir).get("model")
+    model = model if isinstance(model, dict) else {}
+    kept = weights.kept()
+    if kept:
+        reader = weights.reader
+        specs = tuple(TensorSpec(n, reader.shape(KEPT + n), reader.dtype(KEPT + n)) for n in kept)
+        prefix = str(model.get("hf_prefix") or _PREFIX)
+        return VLMSource(
+            iter_dir / checkpoint_folder.SIDECARS, prefix, specs, lambda name: weights.reader.read(KEPT + name)
+        )
+    recorded = model.get("hf_model")
+    if isinstance(recorded, str) and recorded:
+        try:
+            return _from_folder(HFFolder(recorded, revision=model.get("revision")), weights)
+        except UserError as error:
+            raise UserError(
+                f"{iter_dir}: its source is needed for the vision tower: {error}; give --hf-model"
+            ) from None
+    raise UserError(
+        f"{iter_dir}: holds no vision tower and does not remember its source; "
+        f"give --hf-model, or import with --with-vision"
+    )
+
+
+def _from_folder(folder: HFFolder, weights: CheckpointWeights) -> VLMSource:
+    if folder.config.get("model_type") != "mistral3":
+        raise UserError(
+            f"{folder.path}: is {folder.architecture} ({folder.config.get('model_type')}), which has no vision tower; "
+            f"wanted the VLM (mistral3) as --hf-model, or --target embedder"
+        )
+    folder.check(folder.encoder_config())
+    tower = {folder.prefix + name for weight in mapping.weights(weights.config) for name in weight.hf}
+    names = [name for name in folder.names() if name not in tower and not name.endswith(_SCALES)]
+    specs = tuple(TensorSpec(name, folder.shape(name), folder.tensor_dtype(name)) for name in names)
+    return VLMSource(folder.path, folder.prefix, specs, folder.read)
+
+
+def write_vlm(
+    out: Path,
+    source: VLMSource,
+    weights: CheckpointWeights,
+    *,
+    torch_dtype: str | None,
+    max_shard_size: str,
+    progress: bool,
+) -> None:
+    """Write weights, the adapted config, and every other file byte for byte.
+
+    Args:
+        torch_dtype: None keeps the dtype of every tensor beside the language tower; else all floats become this.
+    """
+    config = weights.config
+    files = [path for path in checkpoint_folder.sidecars(source.files) if str(path) != "config.json"]
+    checkpoint_folder.copy_files(files, source.files, out)
+    raw = read_json(source.files / "config.json")
+    raw.pop("quantization_config", None)
+    raw["text_config"] = {**raw["text_config"], "is_causal": False}
+    raw["text_config"].pop("quantization_config", None)
+    if torch_dtype is not None:
+        raw["dtype"] = torch_dtype
+        raw.pop("torch_dtype", None)
+        raw["text_config"].pop("dtype", None)
+    write_json(out / "config.json", raw)
+
+    def dtype_of(spec: TensorSpec) -> torch.dtype:
+        return torch_dtype_of(torch_dtype) if torch_dtype is not None and spec.dtype in FLOATS else spec.dtype
+
+    tower = torch_dtype_of(config.dtype)
+    specs = [
+        TensorSpec(source.prefix + name, shape, tower)
+        for weight in mapping.weights(config)
+        for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
+    ]
+    specs += [TensorSpec(spec.name, spec.shape, dtype_of(spec)) for spec in source.others]
+    with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
+        write_sharded(
+            specs,
+            _tensors(source, weights),
+            out,
+            max_shard_size=max_shard_size,
+            on_tensor=lambda spec: advance(spec.nbytes),
+        )
+
+
+def _tensors(source: VLMSource, weights: CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
+    yield from weights.hf_tensors(source.prefix)
+    embedding = next(mapping.weights(weights.config))
+    for spec in source.others:
+        if spec.name.endswith("lm_head.weight") and weights.config.tie_word_embeddings:
+            yield spec.name, weights.read(embedding)  # a tied head that is stored all the same
+        else:
+            yield spec.name, source.read(spec.name)
