@@ -31,7 +31,7 @@ def has_tokenizer(folder: Path) -> bool:
 def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     """Copy a tokenizer with the edits that an embedder needs.
 
-    ``model_max_length`` is set; every text gets ``<s> … </s>`` (a file that does so already stays as it is); the chat
+    ``model_max_length`` is set; control tokens inside a text (``[INST]``) stay text, as in training; every text gets ``<s> … </s>`` (a file that does so already stays as it is); the chat
     template goes, since sentence-transformers 6 would read every text as a chat message; so do the keys that name a
     processor or remote code.
 
@@ -51,6 +51,7 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     for key in ("chat_template", "processor_class", "auto_map"):
         settings.pop(key, None)
     settings["model_max_length"] = max_length
+    settings["split_special_tokens"] = True
     for key in ("add_bos_token", "add_eos_token"):
         if key in settings:  # where these are stated, transformers builds the post-processor from them anew
             settings[key] = True
@@ -58,6 +59,17 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     tokenizer = read_json(source / "tokenizer.json")
     if add_bos_eos(tokenizer, settings):
         (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def ensure_bos_eos(tokenizer: Any) -> bool:
+    """Make a loaded ``PreTrainedTokenizerFast`` give the ids that an exported one gives; see :func:`add_bos_eos`."""
+    from tokenizers import Tokenizer
+
+    contents = json.loads(tokenizer.backend_tokenizer.to_str())
+    changed = add_bos_eos(contents, {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token})
+    if changed:
+        tokenizer.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(contents)).post_processor
+    return changed
 
 
 def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
