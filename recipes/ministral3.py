@@ -6,7 +6,7 @@ from megatron_embed.recipes.config import DataSection, ModelSection, OptimizerSe
 
 
 def ministral3_3b_embed_config() -> RecipeConfig:
-    """3B on one GPU or more, data parallel: 128 queries a step, full fine-tuning."""
+    """3B: one GPU a replica, 128 queries a step, full fine-tuning."""
     return RecipeConfig(
         recipe="ministral3_3b_embed_config",
         model=ModelSection(hf_model="mistralai/Ministral-3-3B-Base-2512"),
@@ -16,7 +16,7 @@ def ministral3_3b_embed_config() -> RecipeConfig:
 
 
 def ministral3_8b_embed_config() -> RecipeConfig:
-    """8B on two GPUs a replica."""
+    """8B: two GPUs a replica."""
     cfg = ministral3_3b_embed_config()
     cfg.recipe = "ministral3_8b_embed_config"
     cfg.model.hf_model = "mistralai/Ministral-3-8B-Base-2512"
@@ -25,7 +25,7 @@ def ministral3_8b_embed_config() -> RecipeConfig:
 
 
 def ministral3_14b_embed_config() -> RecipeConfig:
-    """14B on four GPUs a replica."""
+    """14B: four GPUs a replica."""
     cfg = ministral3_3b_embed_config()
     cfg.recipe = "ministral3_14b_embed_config"
     cfg.model.hf_model = "mistralai/Ministral-3-14B-Base-2512"
@@ -34,7 +34,7 @@ def ministral3_14b_embed_config() -> RecipeConfig:
 
 
 def ministral3_tiny_embed_config() -> RecipeConfig:
-    """A model of some million parameters on a laptop, in fp32; model.hf_model must be given."""
+    """tiny: some million parameters in fp32 on a laptop; model.hf_model must be given."""
     return RecipeConfig(
         recipe="ministral3_tiny_embed_config",
         model=ModelSection(precision="fp32"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.tokenizer_files import write_tokenizer
 
 Kind = Literal["query", "passage"]
 
@@ -43,22 +45,28 @@ class TextTokenizer:
         query_max_length: int,
         passage_max_length: int,
     ) -> TextTokenizer:
-        """Load ``tokenizer.json`` and ``tokenizer_config.json`` from a model folder; no network, no remote code.
+        """Load the tokenizer of a model folder; no network, no remote code.
+
+        A ready embedder's (a folder with ``modules.json``) is taken as it is. Any other model's gets the edits that
+        export makes, BOS and EOS around every text above all, so that training and the exported embedder agree.
 
         Raises:
             UserError: no tokenizer there, or one that cannot be read.
         """
-        # Not AutoTokenizer: beside a tekken.json its answer depends on whether mistral_common is installed.
-        from transformers import PreTrainedTokenizerFast
-
-        if not (Path(path) / "tokenizer.json").is_file():
+        path = Path(path)
+        if not (path / "tokenizer.json").is_file():
             raise UserError(f"{path}: no tokenizer.json; wanted a model folder with a fast tokenizer")
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                str(path), local_files_only=True, trust_remote_code=False
-            )
+            if (path / "modules.json").is_file():
+                tokenizer = _load(path)
+            else:
+                with tempfile.TemporaryDirectory(prefix="tokenizer-") as edited:
+                    write_tokenizer(path, Path(edited), max_length=max(query_max_length, passage_max_length))
+                    tokenizer = _load(Path(edited))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
-            raise UserError(f"{Path(path) / 'tokenizer.json'}: cannot be read ({error})") from None
+            raise UserError(f"{path / 'tokenizer.json'}: cannot be read ({error})") from None
         return cls(
             tokenizer,
             query_prompt=query_prompt,
@@ -98,3 +106,10 @@ class TextTokenizer:
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
+
+
+def _load(folder: Path) -> Any:
+    # Not AutoTokenizer: beside a tekken.json its answer depends on whether mistral_common is installed.
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

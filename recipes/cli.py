@@ -1,0 +1,201 @@
+"""What the programs of this package share: the training command line, and how a program ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes import RECIPES
+from megatron_embed.recipes.config import RecipeConfig, load_run_config, to_yaml
+from megatron_embed.recipes.layout import (
+    data_parallel_size,
+    model_parallel_size,
+    pipeline_split,
+    validate,
+    validate_layout,
+)
+from megatron_embed.recipes.overrides import apply_overrides, nearest
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """What the training command line asks for; ``cfg`` is None with ``--list``."""
+
+    cfg: RecipeConfig | None
+    list_recipes: bool
+    dry_run: bool
+    world_size: int
+    debug: bool
+
+
+def parse_train_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
+    """Read ``RECIPE [--config FILE.yaml] [--list] [--dry-run] [section.key=value …]``.
+
+    Bad arguments (an unknown recipe, key or value) end the program with status 2 and one message; under torchrun
+    the first rank prints it.
+    """
+    parser = _train_parser()
+    args = parser.parse_intermixed_args(argv)
+    if args.list:
+        return TrainArguments(None, True, False, 1, args.debug)
+    words = list(args.words)
+    recipe = words.pop(0) if words and "=" not in words[0] else None
+    try:
+        cfg = apply_overrides(_base(recipe, args.config), words)
+    except UserError as error:
+        if args.debug:
+            raise
+        _exit_with(2, str(error))
+    if "WORLD_SIZE" in os.environ:
+        world_size = int(os.environ["WORLD_SIZE"])
+    else:  # a dry run shows the smallest world that the layout fits, unless told otherwise
+        world_size = args.world_size or (model_parallel_size(cfg) if args.dry_run else 1)
+    return TrainArguments(cfg, False, args.dry_run, world_size, args.debug)
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = _FirstRankParser(
+        prog="megatron_embed.recipes.train",
+        description="Fine-tune an embedding model. Several processes: torchrun --nproc-per-node N -m …",
+        usage="%(prog)s RECIPE [--config FILE.yaml] [--list] [--dry-run] [section.key=value …]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="RECIPE | section.key=value", help="what to train, and how")
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="run this run_config.yaml again")
+    parser.add_argument("--list", action="store_true", help="every recipe with size, layout, batch")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the layout, and stop")
+    parser.add_argument("--world-size", type=_positive, metavar="N", help="ranks, for --dry-run")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+class _FirstRankParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _exit_with(2, f"{message}\n{self.format_usage().strip()}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; wanted a whole number from 1 up")
+    return int(text)
+
+
+def _base(recipe: str | None, config: Path | None) -> RecipeConfig:
+    if recipe is None and config is None:
+        raise UserError(f"no recipe; wanted one of {', '.join(RECIPES)}, or --config FILE.yaml")
+    if recipe is not None and recipe not in RECIPES:
+        match = nearest(recipe, RECIPES)
+        hint = f"did you mean {match!r}?" if match else f"known: {', '.join(RECIPES)}"
+        raise UserError(f"unknown recipe {recipe!r}; {hint}")
+    base = RECIPES[recipe]() if recipe is not None else None
+    return base if config is None and base is not None else load_run_config(config or "", base=base)
+
+
+def recipe_table() -> Table:
+    """Every recipe with size, layout and batch, as ``--list`` prints it."""
+    from rich.table import Table
+
+    table = Table(title="Recipes")
+    table.add_column("recipe", no_wrap=True)
+    for column in ("size", "model", "TP × PP × CP", "queries a step", "lr", "lengths"):
+        table.add_column(column, overflow="fold")
+    for name, recipe in RECIPES.items():
+        cfg = recipe()
+        model, data = cfg.model, cfg.data
+        sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
+        table.add_row(
+            name,
+            (recipe.__doc__ or "").strip().partition(":")[0],
+            model.hf_model or "model.hf_model=…",
+            " × ".join(map(str, sizes)),
+            str(cfg.train.global_batch_size),
+            f"{cfg.optimizer.lr:g}",
+            f"{data.query_max_length}, {data.passage_max_length}",
+        )
+    return table
+
+
+def describe(cfg: RecipeConfig, world_size: int) -> str:
+    """The resolved config as YAML and, as comments, the layout; nothing is built and no weight is read.
+
+    Raises:
+        UserError: a layout that cannot hold.
+    """
+    validate(cfg, world_size, inputs=False)
+    cfg = cfg.resolved()
+    model, train = cfg.model, cfg.train
+    replicas = data_parallel_size(cfg, world_size)
+    micro = f"{train.micro_batch_size} texts" if train.micro_batch_size else f"{train.micro_batch_tokens} tokens"
+    layout = (
+        f"tensor parallel {model.tensor_model_parallel_size} × pipeline parallel {model.pipeline_model_parallel_size}"
+        f" × context parallel {model.context_parallel_size} × data parallel {replicas}"
+    )
+    lines = [
+        f"# layout of {world_size} rank{'s' if world_size > 1 else ''}: {layout}",
+        f"# layers per stage: {_stages(cfg)}",
+        f"# queries per step: {train.global_batch_size}, {train.global_batch_size // replicas} a replica",
+        f"# micro-batch: {micro}",
+    ]
+    return to_yaml(cfg) + "\n".join(lines)
+
+
+def _stages(cfg: RecipeConfig) -> str:
+    """Layers of each stage, where the model's config can be read without a network."""
+    from megatron_embed.bridge.config import EncoderConfig
+
+    if not cfg.model.hf_model or not Path(cfg.model.hf_model).is_dir():
+        return f"known once model.hf_model is a folder (found {cfg.model.hf_model or 'none'})"
+    encoder = EncoderConfig.from_hf(cfg.model.hf_model)
+    validate_layout(cfg, encoder)
+    split = pipeline_split(encoder.num_hidden_layers, cfg.model.pipeline_model_parallel_size)
+    return f"{', '.join(map(str, split))} of {encoder.num_hidden_layers}"
+
+
+def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
+    """Run a program's body and exit: 0, or 1 with one readable message on stderr.
+
+    A traceback is shown with ``debug``, and for errors that no user can have caused. Of several torchrun ranks on a
+    host, the first to fail speaks; what the others then meet is its consequence.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        _exit_with(130, "interrupted")
+    except (UserError, OSError) as error:
+        _exit_with(1, traceback.format_exc() if debug else str(error))
+    except Exception:
+        _exit_with(1, f"this should not happen, please report it\n{traceback.format_exc()}")
+    sys.exit(0)
+
+
+def _exit_with(status: int, message: str) -> NoReturn:
+    if _speaks_for_all():
+        print(f"error: {message.strip()}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A thread of a collective or a writer that waits for another rank must not keep this one alive.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _speaks_for_all() -> bool:
+    """Whether this rank is the first of its host's to fail; torchrun gives them a folder that lives as long as they."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file or not Path(error_file).parents[1].is_dir():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        (Path(error_file).parents[1] / "megatron-embed-failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,56 @@
+"""Fine-tune an embedding model: ``torchrun --nproc-per-node N -m megatron_embed.recipes.train RECIPE …``.
+
+The work is in :mod:`megatron_embed.recipes.training`. The module itself is callable: the import system binds the name
+``train`` of the package to this module, and ``from megatron_embed.recipes import train; train(cfg)`` must work
+whatever was imported before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from megatron_embed.recipes.cli import describe, parse_train_arguments, recipe_table, run_program
+from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.layout import validate
+
+
+class _CallableModule(ModuleType):
+    def __call__(self, cfg: RecipeConfig) -> Any:
+        """Run the training that ``cfg`` describes; see :func:`megatron_embed.recipes.training.train`."""
+        from megatron_embed.recipes.training import train
+
+        return train(cfg)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Exit status 0: done; 1: failed, with one message; 2: bad arguments."""
+    args = parse_train_arguments(argv)
+
+    def body() -> None:
+        if args.list_recipes:
+            from rich.console import Console
+
+            console = Console()
+            console.width = console.width if console.is_terminal else 160
+            console.print(recipe_table())
+            return
+        assert args.cfg is not None
+        if args.dry_run:
+            print(describe(args.cfg, args.world_size))
+            return
+        validate(args.cfg, args.world_size)  # before the imports that take seconds
+        from megatron_embed.recipes.training import train
+
+        train(args.cfg)
+
+    run_program(body, debug=args.debug)
+
+
+if __name__ == "__main__":
+    main()
