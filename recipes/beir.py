@@ -17,8 +17,9 @@ class Collection:
 
     Attributes:
         corpus: document id → text, title first.
-        queries: query id → text, of the queries that ``qrels`` judges.
-        qrels: query id → {document id: grade}; judged documents that the corpus lacks are left in, as BEIR counts them.
+        queries: query id → text, of the queries in ``qrels``.
+        qrels: query id → {document id: grade}. A query for which no document is relevant is left out: nothing could
+            answer it. Judged documents that the corpus lacks are left in, and never found.
         absent: how many judgements name a document that the corpus lacks.
     """
 
@@ -56,11 +57,15 @@ def load_beir(folder: str | Path, split: str = "test") -> Collection:
         if query not in texts:
             raise UserError(f"{qrels_path(folder, split)}, line {line}: query {query!r} is not in queries.jsonl")
         qrels.setdefault(query, {})[document] = grade
+    answerable = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
+    if not answerable:
+        raise UserError(f"{qrels_path(folder, split)}: no judgement has a grade above 0")
     judged = [document for grades in qrels.values() for document in grades]
     absent = sum(document not in corpus for document in judged)
     if absent == len(judged):
         raise UserError(f"{qrels_path(folder, split)}: none of {absent} judgements names a document of corpus.jsonl")
-    return Collection(folder.resolve().name, corpus, {query: texts[query] for query in qrels}, qrels, absent)
+    queries = {query: texts[query] for query in answerable}
+    return Collection(folder.resolve().name, corpus, queries, answerable, absent)
 
 
 def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:
