@@ -137,12 +137,18 @@ class PairSource:
     def __init__(self, source: DataSource) -> None:
         self.source = source
         self.rows: Rows = open_source(source.path)
+        #: hard negatives of the row that has most
+        self.max_negatives = 0
         problems, counts = [], np.ones(len(self.rows), dtype=np.int32)
+        #: the most hard negatives that any row has
+        self.max_negatives = 0
         for index, (pair, problem) in enumerate(checked(self.rows)):
             if pair is None:
                 problems.append(f"line {self.rows.line(index)}: {problem}")
             else:
                 counts[index] = len(pair.positives)
+                self.max_negatives = max(self.max_negatives, len(pair.negatives))
+                self.max_negatives = max(self.max_negatives, len(pair.negatives))
         if problems:
             more = f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""
             raise UserError(f"{self.rows.path}, {problems[0]}{more}")

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import Collection, load_beir
 from megatron_embed.recipes.bm25 import bm25_run
 
@@ -98,32 +99,34 @@ def score(collection: Collection, queries: np.ndarray, passages: np.ndarray) -> 
     return metrics(collection.qrels, run)
 
 
-def evaluate(encode: Encode, collections: Sequence[Collection], *, bm25: bool = True) -> dict[str, dict[str, Metrics]]:
+def evaluate(encode: Encode, collections: Sequence[Collection], *, bm25: bool = False) -> dict[str, dict[str, Any]]:
     """Measure a model.
 
     Args:
         encode: (texts, ``"query"`` or ``"passage"``) → ``[n, d]``, normalised where the model normalises. Under
             torchrun every rank must call this, if every rank takes part in the encoding.
+        bm25: measure BM25 too.
 
     Returns:
-        collection name → {``"model"``: metrics, ``"bm25"``: metrics}.
+        collection name → ``{"ndcg@10": …, "recall@100": …, "mrr@10": …}``, and ``"bm25": {the same}`` if wanted.
     """
-    results: dict[str, dict[str, Metrics]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for collection in collections:
         vectors = [
             encode(list(texts.values()), kind)
             for texts, kind in ((collection.queries, "query"), (collection.corpus, "passage"))
         ]
-        results[collection.name] = {"model": score(collection, *vectors)}
+        results[collection.name] = dict(score(collection, *vectors))
         if bm25:
             results[collection.name]["bm25"] = metrics(collection.qrels, bm25_run(collection))
     return results
 
 
-def markdown_table(results: Mapping[str, Mapping[str, Metrics]]) -> str:
-    """One row a collection and system."""
+def markdown_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What :func:`evaluate` returns, one row a collection and system."""
     lines = [f"| collection | system | {' | '.join(METRICS)} |", f"|---|---|{'---:|' * len(METRICS)}"]
-    for collection, systems in results.items():
+    for collection, found in results.items():
+        systems = {"model": found} | ({"BM25": found["bm25"]} if "bm25" in found else {})
         for system, values in systems.items():
             lines.append(f"| {collection} | {system} | {' | '.join(f'{values[name]:.4f}' for name in METRICS)} |")
     return "\n".join(lines)
@@ -149,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _run(args: argparse.Namespace) -> None:
     first_rank = os.environ.get("RANK", "0") == "0"
     collections = [load_beir(folder, args.split) for folder in args.data]
+    names = [collection.name for collection in collections]
+    if len(set(names)) < len(names):
+        raise UserError(f"--data: two folders are named {next(n for n in names if names.count(n) > 1)!r}; rename one")
     for collection in collections:
         if collection.absent and first_rank:
             print(
@@ -169,10 +175,7 @@ def _run(args: argparse.Namespace) -> None:
     print(markdown_table(results))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            json.dumps({"model": str(args.model), "split": args.split, "results": results}, indent=2) + "\n",
-            encoding="utf-8",
-        )
+        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
