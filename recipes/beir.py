@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,16 @@ def load_beir(folder: str | Path, split: str = "test") -> Collection:
         raise UserError(f"{qrels_path(folder, split)}: none of {absent} judgements names a document of corpus.jsonl")
     queries = {query: texts[query] for query in answerable}
     return Collection(folder.resolve().name, corpus, queries, answerable, absent)
+
+
+def load_collections(folders: Sequence[str | Path], split: str = "test") -> list[Collection]:
+    """Read several BEIR folders; results are told apart by the folders' names, so these must differ."""
+    collections = [load_beir(folder, split) for folder in folders]
+    names = [collection.name for collection in collections]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two BEIR folders are named {name!r}, which names their results; rename one")
+    return collections
 
 
 def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:

@@ -139,19 +139,20 @@ class PairSource:
         self.rows: Rows = open_source(source.path)
         #: hard negatives of the row that has most
         self.max_negatives = 0
-        problems, counts = [], np.ones(len(self.rows), dtype=np.int32)
+        first_problem, unusable, counts = "", 0, np.ones(len(self.rows), dtype=np.int32)
         #: the most hard negatives that any row has
         self.max_negatives = 0
         for index, (pair, problem) in enumerate(checked(self.rows)):
             if pair is None:
-                problems.append(f"line {self.rows.line(index)}: {problem}")
+                first_problem = first_problem or f"line {self.rows.line(index)}: {problem}"
+                unusable += 1
             else:
                 counts[index] = len(pair.positives)
                 self.max_negatives = max(self.max_negatives, len(pair.negatives))
                 self.max_negatives = max(self.max_negatives, len(pair.negatives))
-        if problems:
-            more = f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""
-            raise UserError(f"{self.rows.path}, {problems[0]}{more}")
+        if unusable:
+            more = f" ({unusable - 1} more cannot be used)" if unusable > 1 else ""
+            raise UserError(f"{self.rows.path}, {first_problem}{more}")
         # Only where some row has several positives does an example need more than its row's number.
         self._ends = None if (counts == 1).all() else np.cumsum(counts, dtype=np.int64)
 
@@ -309,3 +310,9 @@ class GlobalBatchSampler:
         order = np.arange(self.sizes[which], dtype=dtype)
         generator.shuffle(order)
         return order
+
+
+if __name__ == "__main__":
+    from megatron_embed.recipes.inspect_data import main
+
+    main()

@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import Collection, load_beir
+from megatron_embed.recipes.beir import Collection, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
 
 __all__ = ["METRICS", "Collection", "evaluate", "load_beir", "main", "markdown_table", "metrics", "rank", "score"]
@@ -151,10 +150,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(args: argparse.Namespace) -> None:
     first_rank = os.environ.get("RANK", "0") == "0"
-    collections = [load_beir(folder, args.split) for folder in args.data]
-    names = [collection.name for collection in collections]
-    if len(set(names)) < len(names):
-        raise UserError(f"--data: two folders are named {next(n for n in names if names.count(n) > 1)!r}; rename one")
+    collections = load_collections(args.data, args.split)
     for collection in collections:
         if collection.absent and first_rank:
             print(

@@ -1,0 +1,114 @@
+"""``python -m megatron_embed.recipes.data FILE …``: what a data file holds, as training will see it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.config import DataSection
+from megatron_embed.recipes.data import Pair, checked, open_source
+from megatron_embed.recipes.rows import Rows
+
+_SHOWN = 20  # problems named one by one
+_SAMPLES = 3
+
+
+@dataclass
+class Findings:
+    """What :func:`look_through` saw of one file."""
+
+    rows: Rows
+    examples: int = 0
+    with_negatives: int = 0
+    lengths: dict[str, list[int]] = field(default_factory=lambda: {"query": [], "positive": [], "negative": []})
+    duplicate_queries: int = 0
+    duplicate_pairs: int = 0
+    problems: list[str] = field(default_factory=list)
+    samples: list[Pair] = field(default_factory=list)
+
+
+def look_through(path: str) -> Findings:
+    """Read every row of a source; lengths are in characters, duplicates are exact."""
+    found = Findings(open_source(path))
+    queries: set[int] = set()
+    pairs: set[int] = set()
+    for index, (pair, problem) in enumerate(checked(found.rows)):
+        if pair is None:
+            found.problems.append(f"line {found.rows.line(index)}: {problem}")
+            continue
+        found.examples += len(pair.positives)
+        found.with_negatives += bool(pair.negatives)
+        found.lengths["query"].append(len(pair.query))
+        found.lengths["positive"].extend(map(len, pair.positives))
+        found.lengths["negative"].extend(map(len, pair.negatives))
+        found.duplicate_queries += hash(pair.query) in queries
+        queries.add(hash(pair.query))
+        for positive in pair.positives:
+            found.duplicate_pairs += hash((pair.query, positive)) in pairs
+            pairs.add(hash((pair.query, positive)))
+        if len(found.samples) < _SAMPLES:
+            found.samples.append(pair)
+    return found
+
+
+def describe(found: Findings, data: DataSection) -> str:
+    """The findings as text; samples with their prompts."""
+    rows = found.rows
+    lines = [
+        f"{rows.path}",
+        f"  form       {rows.form}",
+        f"  rows       {len(rows):,}",
+        f"  examples   {found.examples:,} (query, positive) pairs, {found.with_negatives:,} rows with hard negatives",
+        f"  duplicates {found.duplicate_queries:,} repeated queries, {found.duplicate_pairs:,} repeated pairs",
+    ]
+    for name, lengths in found.lengths.items():
+        if lengths:
+            low, middle, high, most = np.percentile(lengths, [5, 50, 95, 100]).astype(int)
+            lines.append(f"  {name:10} characters: 5 % {low:,}, median {middle:,}, 95 % {high:,}, most {most:,}")
+    for pair in found.samples:
+        lines.append(f"  sample     {_clip(data.query_prompt + pair.query)}")
+        lines.append(f"             + {_clip(data.passage_prompt + pair.positives[0])}")
+        lines.extend(f"             - {_clip(data.passage_prompt + text)}" for text in pair.negatives[:1])
+    if found.problems:
+        lines.append(f"  problems   {len(found.problems):,} rows cannot be used:")
+        lines.extend(f"    {problem}" for problem in found.problems[:_SHOWN])
+        if len(found.problems) > _SHOWN:
+            lines.append(f"    … and {len(found.problems) - _SHOWN:,} more")
+    else:
+        lines.append("  problems   none")
+    return "\n".join(lines)
+
+
+def _clip(text: str, length: int = 100) -> str:
+    return repr(text if len(text) <= length else text[: length - 1] + "…")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Exit status 0: every row can be used; 1: some cannot, or a file cannot be read; 2: bad arguments."""
+    parser = argparse.ArgumentParser(prog="megatron_embed.recipes.data", description="Look through training data.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
+    parser.add_argument("--strict", action="store_true", help="end with status 1 where anything is to be remarked")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+
+    from megatron_embed.recipes.cli import run_program
+
+    run_program(lambda: _run(args), debug=args.debug)
+
+
+def _run(args: Any) -> None:
+    unusable = remarkable = 0
+    for path in args.files:
+        found = look_through(path)
+        print(describe(found, DataSection()))
+        unusable += len(found.problems)
+        remarkable += found.duplicate_pairs
+    if unusable:
+        raise UserError(f"{unusable} rows cannot be used")
+    if args.strict and remarkable:
+        raise UserError(f"{remarkable} repeated pairs")
