@@ -175,7 +175,11 @@ def _text_config(raw: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: model_type {found!r} is not supported; wanted 'mistral3' with a 'ministral3' text_config "
             f"(the VLM) or 'ministral3' (text only)"
         )
-    return dict(text)
+    text = dict(text)
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(text.get(key), Mapping):  # a key for vLLM that exports carry; it is no part of the function
+            text[key] = {name: value for name, value in text[key].items() if name != "apply_yarn_scaling"}
+    return text
 
 
 def _refuse_unsupported(text: dict[str, Any], where: str) -> None:

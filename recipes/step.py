@@ -29,21 +29,15 @@ from megatron_embed.recipes.loss import BatchShape, contrastive_loss
 LossFunction = Callable[..., Any]
 
 
-def encode_micro_batches(stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> Tensor | None:
-    """Forward only, no graph: the embeddings ``[texts, hidden]`` of all micro-batches, on the last stage; else None."""
+def encode_micro_batches(stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor] | None:
+    """Forward only, no graph: each micro-batch's ``[n, hidden]`` on the last stage; None on the others."""
 
-    def collect(micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor]:
-        return micro_batch.texts, output.detach()
+    def collect(_micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> Tensor:
+        return output.detach()
 
     with torch.no_grad():  # the schedule itself does not forbid a graph
         outputs = _run_schedule(stages, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
-    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        return None
-    width = outputs[0][1].shape[1]
-    embeddings = outputs[0][1].new_empty(sum(len(texts) for texts, _ in outputs), width)
-    for texts, output in outputs:
-        embeddings[texts.to(output.device)] = output
-    return embeddings
+    return outputs if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
 
 
 def contrastive_step(
@@ -91,10 +85,11 @@ def _cached(
     stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], shape: BatchShape, config: LossSection
 ) -> Tensor | None:
     group = parallel_state.get_data_parallel_group()
-    embeddings = encode_micro_batches(stages, micro_batches)
+    outputs = encode_micro_batches(stages, micro_batches)
     loss, grads = None, None
-    if embeddings is not None:
-        embeddings.requires_grad_()
+    if outputs is not None:
+        texts = torch.cat([micro_batch.texts for micro_batch in micro_batches]).to(outputs[0].device)
+        embeddings = torch.cat(outputs)[torch.argsort(texts)].requires_grad_()
         loss = contrastive_loss(embeddings, shape, config, group)
         (grads,) = torch.autograd.grad(loss, embeddings)
         loss = loss.detach()

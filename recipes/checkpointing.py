@@ -1,0 +1,96 @@
+"""Saving a run and going on from it: weights, optimizer, position in the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.model_state import load_model_state, save_model_state
+from megatron_embed.recipes.config import RecipeConfig, differences, load_run_config
+from megatron_embed.recipes.optimizer import TrainState
+
+#: what a run that goes on must not have changed
+RESUME_KEYS = ("model.hf_model", "data.", "loss.", "optimizer.", "train.seed", "train.global_batch_size")
+#: of these, the ones that change nothing that was trained
+_HARMLESS = ("data.eval", "data.packing", "loss.mode", "optimizer.distributed")
+
+
+def checkpoints_folder(save_dir: Path) -> Path:
+    """``save_dir/checkpoints``."""
+    return save_dir / "checkpoints"
+
+
+def find_resume(cfg: RecipeConfig, save_dir: Path) -> Path | None:
+    """The iteration folder to go on from, if there is one and the run is the same.
+
+    Raises:
+        UserError: ``save_dir`` holds a run with other data, loss, optimizer, seed or source.
+    """
+    if cfg.checkpoint.load is not None and not (cfg.checkpoint.resume and _has_any(save_dir)):
+        return checkpoint_folder.resolve(cfg.checkpoint.load)
+    if not cfg.checkpoint.resume or not _has_any(save_dir):
+        return None
+    before = load_run_config(save_dir / "run_config.yaml").resolved()
+    changed = [d for d in differences(before, cfg, RESUME_KEYS) if not d[0].startswith(_HARMLESS)]
+    if changed:
+        listed = "; ".join(f"{key}: {was!r} before, {now!r} now" for key, was, now in changed)
+        raise UserError(
+            f"{save_dir} holds a checkpoint of a different run ({listed}); "
+            f"set these back, choose another train.save_dir, or start afresh with checkpoint.resume=false"
+        )
+    return checkpoint_folder.resolve(checkpoints_folder(save_dir))
+
+
+def latest(save_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if there is one."""
+    return checkpoint_folder.resolve(checkpoints_folder(save_dir)) if _has_any(save_dir) else None
+
+
+def _has_any(save_dir: Path) -> bool:
+    return (checkpoints_folder(save_dir) / checkpoint_folder.TRACKER).is_file()
+
+
+def save(
+    cfg: RecipeConfig, config: EncoderConfig, state: TrainState, *, step: int, save_dir: Path, files: Path, first: bool
+) -> None:
+    """Write the checkpoint of a step from all ranks; complete or absent, and named by the tracker when complete."""
+    root = checkpoints_folder(save_dir)
+
+    def finish(folder: Path) -> None:
+        checkpoint_folder.write_sidecars(folder, files)
+        checkpoint_folder.write_run_config(folder, {**cfg.to_dict(), "encoder": config.to_dict()})
+
+    common = {"consumed_samples": step * cfg.train.global_batch_size}
+    save_model_state(root, step, state.encoders, optimizer=state.optimizer, common=common, finish=finish)
+    if first:
+        checkpoint_folder.write_tracker(root, step)
+
+
+def restore(cfg: RecipeConfig, state: TrainState, iter_dir: Path) -> int:
+    """Load weights and optimizer; set the schedule to the position. Returns the steps done."""
+    try:
+        loaded = load_model_state(iter_dir, state.encoders, optimizer=state.optimizer)
+    except UserError:
+        raise
+    except (KeyError, AssertionError) as error:
+        raise UserError(f"{iter_dir}: holds no optimizer state that fits ({error})") from error
+    samples = loaded.get("consumed_samples")
+    if samples is None:
+        raise UserError(
+            f"{iter_dir}: holds weights only, no training run to continue; "
+            f"start from its weights with checkpoint.pretrained_checkpoint"
+        )
+    batch = cfg.train.global_batch_size
+    if samples % batch:
+        raise UserError(
+            f"{iter_dir}: {samples} samples were trained on, which is no multiple of train.global_batch_size {batch}; "
+            f"continue with the batch size that it was trained with"
+        )
+    step = samples // batch
+    for group in state.optimizer.param_groups:
+        # the schedule reads these from the groups, where loading put the other run's
+        group["max_lr"], group["min_lr"] = cfg.optimizer.lr, cfg.optimizer.min_lr
+    state.scheduler.step(increment=step)
+    return step

@@ -1,0 +1,170 @@
+"""Texts → vectors with any checkpoint, under any layout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_embed.bridge import host, parallel
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.encoder import build_stages, transformer_config
+from megatron_embed.bridge.parallel import Layout
+from megatron_embed.conversion.sentence_files import SentenceSettings
+from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
+from megatron_embed.recipes.source import ModelSource
+from megatron_embed.recipes.step import encode_micro_batches
+from megatron_embed.recipes.tokenization import Kind, TextTokenizer
+
+
+class Encoder:
+    """A model ready to encode. Use as a context manager, or call :meth:`close`, to leave its process groups.
+
+    Example:
+        >>> encoder = Encoder.from_pretrained("runs/demo/checkpoints")
+        >>> vectors = encoder.encode(["where is it?"], kind="query")
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[torch.nn.Module],
+        config: EncoderConfig,
+        tokenizer: TextTokenizer,
+        plan: BatchingPlan,
+        *,
+        resources: ExitStack | None = None,
+    ):
+        self.stages, self.config, self.tokenizer, self.plan = list(stages), config, tokenizer, plan
+        self._resources = resources or ExitStack()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        layout: Layout | None = None,
+        max_tokens: int = 16384,
+    ) -> Encoder:
+        """Load a Hugging Face folder, an exported embedder, or a Megatron checkpoint.
+
+        Args:
+            device: ``auto``, ``cpu`` or ``cuda``.
+            dtype: of the computation; None: that of the weights.
+            layout: None: each process holds the whole model; under torchrun the texts are shared out.
+            max_tokens: token budget of a micro-batch.
+
+        Raises:
+            UserError: no such model, or one that cannot be loaded.
+        """
+        parallel.select_device(device)
+        source = ModelSource.open(path)
+        layout = layout or Layout()
+        resources = ExitStack()
+        if not parallel_state.model_parallel_is_initialized():
+            resources.enter_context(parallel.parallel_world(layout))
+        try:
+            wanted = dtype or getattr(torch, source.config.dtype)
+            stages = build_stages(source.config, transformer_config(source.config, layout, dtype=wanted))
+            source.fill(stages, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
+            settings = source.settings or SentenceSettings(query_prompt="", passage_prompt="")
+            tokenizer = TextTokenizer.from_folder(
+                source.files,
+                query_prompt=settings.query_prompt,
+                passage_prompt=settings.passage_prompt,
+                query_max_length=settings.query_max_length,
+                passage_max_length=settings.passage_max_length,
+            )
+        except BaseException:
+            resources.close()
+            raise
+        plan = BatchingPlan(
+            pad_id=tokenizer.pad_token_id, packed=True, max_tokens=max_tokens, multiple_of=layout.tp * layout.cp
+        )
+        return cls(stages, source.config, tokenizer, plan, resources=resources)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        kind: Kind = "query",
+        *,
+        prompt: str | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """Encode texts; every rank gets all vectors, so under torchrun every rank must call this.
+
+        Args:
+            kind: ``query`` or ``passage``: which prompt and maximal length.
+            prompt: in the place of the kind's own.
+
+        Returns:
+            ``[len(texts), hidden]`` fp32, in the order of the texts.
+        """
+        prompts = None if prompt is None else [prompt] * len(texts)
+        sequences = self.tokenizer.encode(list(texts), kind, prompts)
+        return encode_sequences(self.stages, self.plan, sequences, self.config.hidden_size, progress=show_progress)
+
+    def close(self) -> None:
+        """Leave the process groups that :meth:`from_pretrained` entered."""
+        self._resources.close()
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def encode_sequences(
+    stages: Sequence[torch.nn.Module],
+    plan: BatchingPlan,
+    sequences: Sequence[Sequence[int]],
+    hidden_size: int,
+    *,
+    progress: bool = False,
+) -> np.ndarray:
+    """Token ids → ``[n, hidden]`` fp32 on every rank; data-parallel ranks share the work, longest and shortest alike."""
+    if not sequences:
+        return np.zeros((0, hidden_size), dtype=np.float32)
+    rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    vectors = torch.zeros(len(sequences), hidden_size, device=host.device())
+    mine = by_length[rank::world]
+    modes = [stage.training for stage in stages]
+    for stage in stages:
+        stage.eval()
+    for window in _windows(plan.split([sequences[i] for i in mine]), progress=progress):
+        found = encode_micro_batches(stages, window)
+        if found is not None:
+            for micro_batch, rows in zip(window, found, strict=True):
+                vectors[[mine[i] for i in micro_batch.texts.tolist()]] = rows.float()
+    for stage, mode in zip(stages, modes, strict=True):
+        stage.train(mode)
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and world > 1:
+        dist.all_reduce(vectors, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            vectors,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return vectors.cpu().numpy()
+
+
+def _windows(batches: list[MicroBatch], *, progress: bool) -> list[list[MicroBatch]]:
+    """Some micro-batches at a time, enough to fill a pipeline; with a bar on rank 0."""
+    size = 4 * parallel_state.get_pipeline_model_parallel_world_size()
+    windows = [batches[i : i + size] for i in range(0, len(batches), size)]
+    if progress and dist.get_rank() == 0:
+        from tqdm import tqdm
+
+        return tqdm(windows, desc="encoding", unit="window", file=sys.stderr)  # type: ignore[return-value]
+    return windows

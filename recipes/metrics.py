@@ -1,0 +1,114 @@
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.recipes.config import RecipeConfig
+
+
+def model_flops(config: EncoderConfig, *, tokens: int, squared_lengths: int) -> float:
+    """Floating-point operations of a training step (forward + backward = 3 × forward; recomputation not counted).
+
+    Per token 2 for each weight of the linear layers; per sequence ``4 · length² · heads · head_dim`` for the scores
+    and the weighted sum of bidirectional attention in each layer (Narayanan et al. 2021, without a causal half).
+    """
+    heads = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    linear = config.hidden_size * (2 * heads + 2 * kv + 3 * config.intermediate_size)
+    forward = config.num_hidden_layers * (2 * linear * tokens + 4 * heads * squared_lengths)
+    return 3.0 * forward
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process held: CUDA's allocator, or resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Reporter:
+    """Writes on one rank; on the others every call does nothing."""
+
+    def __init__(self, cfg: RecipeConfig, save_dir: Path, *, active: bool, start: int):
+        self.active = active
+        if not active:
+            return
+        from tqdm import tqdm
+
+        save_dir.mkdir(parents=True, exist_ok=True)
+        # A resumed run goes on where its checkpoint stood; later lines of the stopped run did not happen.
+        self._file = _open_at(save_dir / "metrics.jsonl", start)
+        self._tensorboard = self._wandb = None
+        if cfg.logger.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
+        if cfg.logger.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=cfg.logger.wandb_project, config=cfg.to_dict(), dir=str(save_dir))
+        self._bar = tqdm(total=cfg.train.train_iters, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, flushed; the same numbers wherever else they are wanted."""
+        if not self.active:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        step = record["step"]
+        scalars = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+        for collection, scores in record.get("eval", {}).items():
+            scalars.update({f"eval/{collection}/{name}": value for name, value in scores.items()})
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def progress(self, *, loss: float, tokens_per_second: float) -> None:
+        """One step done."""
+        if self.active:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.active:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Everything on disk; the bar's line ended."""
+        if not self.active:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_at(path: Path, start: int) -> Any:
+    """Open for appending after the lines of steps up to ``start``."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and start else []
+    kept = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut short when the run was killed
+            continue
+        if record["step"] <= start:
+            kept.append(line + "\n")
+    file = path.open("w", encoding="utf-8")
+    file.writelines(kept)
+    file.flush()
+    return file

@@ -1,0 +1,92 @@
+"""A data-parallel rank's part of each global batch: examples → texts → token ids → micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.loss import BatchShape
+from megatron_embed.recipes.tokenization import TextTokenizer
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """What one rank encodes in a step: its queries, then their passages, as token ids."""
+
+    sequences: list[list[int]]
+    shape: BatchShape
+
+    @property
+    def real_tokens(self) -> int:
+        return sum(len(ids) for ids in self.sequences)
+
+    @property
+    def squared_lengths(self) -> int:
+        """Σ length², which the cost of attention grows with."""
+        return sum(len(ids) ** 2 for ids in self.sequences)
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Makes the rank's part of any step from the step's number alone, so that resuming needs nothing else."""
+
+    dataset: PairDataset
+    sampler: GlobalBatchSampler
+    tokenizer: TextTokenizer
+    negatives_per_query: int
+    rank: int
+    world: int
+
+    def build(self, step: int) -> RankBatch:
+        """The rank's contiguous share of the global batch of a step (from 0)."""
+        indices = self.sampler.batch(step)
+        share = len(indices) // self.world
+        examples = [self.dataset[i] for i in indices[self.rank * share : (self.rank + 1) * share]]
+        # The slots are the same on every rank and step: what the data can fill at most.
+        most = max(source.max_negatives for source in self.dataset.sources)
+        slots = 1 + min(self.negatives_per_query, most)
+        passages = [[e.positive, *e.negatives[: slots - 1]] for e in examples]
+        queries = self.tokenizer.encode(
+            [e.query for e in examples], "query", [self._prompt(e, "query") for e in examples]
+        )
+        flat = [text for group in passages for text in group]
+        prompts = [self._prompt(e, "passage") for e, group in zip(examples, passages, strict=True) for _ in group]
+        valid = torch.tensor([[slot < len(group) for slot in range(slots)] for group in passages])
+        return RankBatch(queries + self.tokenizer.encode(flat, "passage", prompts), BatchShape(len(examples), valid))
+
+    def _prompt(self, example: object, kind: str) -> str:
+        return getattr(example, f"{kind}_prompt")
+
+    def lines(self, step: int) -> str:
+        """Where the examples of a step stand, for messages: ``file lines 3, 17; other lines 4``."""
+        found: dict[str, list[int]] = {}
+        for index in self.sampler.batch(step):
+            example = self.dataset[index]
+            found.setdefault(example.source, []).append(example.line)
+        return "; ".join(f"{path} lines {', '.join(map(str, sorted(lines)))}" for path, lines in found.items())
+
+
+def micro_batches(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> list[MicroBatch]:
+    """Cut a rank's batch; ``direct`` wants it whole.
+
+    Raises:
+        UserError: ``direct`` where the batch does not fit into one micro-batch.
+    """
+    if mode == "cached":
+        return plan.split(batch.sequences)
+    if not plan.holds(batch.sequences):
+        limit = (
+            f"train.micro_batch_size {plan.max_texts}"
+            if plan.max_texts is not None
+            else f"train.micro_batch_tokens {plan.max_tokens}"
+        )
+        raise UserError(
+            f"loss.mode: direct needs a rank's whole batch in one micro-batch, but its {len(batch.sequences)} texts "
+            f"({batch.real_tokens} tokens) are more than {limit} holds; use loss.mode=cached (the same gradient), "
+            f"or raise the limit"
+        )
+    return plan.join(batch.sequences)

@@ -1,0 +1,72 @@
+"""Where a model comes from: a Hugging Face folder or a Megatron checkpoint, behind one interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.direct import load_hf_weights
+from megatron_embed.conversion.hf_folder import HFFolder
+from megatron_embed.conversion.model_state import load_model_state
+from megatron_embed.conversion.sentence_files import SentenceSettings, read_sentence_settings
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that encoders can be filled from.
+
+    Attributes:
+        path: as the user named it.
+        config: the encoder.
+        files: folder with the model's ``config.json`` and tokenizer.
+        settings: prompts, lengths, pooling and normalisation that the model states, or None where it states nothing.
+    """
+
+    path: str
+    config: EncoderConfig
+    files: Path
+    settings: SentenceSettings | None
+    hf: HFFolder | None = None
+    iter_dir: Path | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelSource:
+        """Recognise and open; no weight is read yet.
+
+        Raises:
+            UserError: neither form, or damaged.
+        """
+        if checkpoint_folder.has_checkpoint(path) or _looks_like_megatron(Path(path)):
+            iter_dir = checkpoint_folder.resolve(path)
+            config = checkpoint_folder.encoder_config(iter_dir)
+            if config is None:
+                raise UserError(
+                    f"{iter_dir}: says nothing of its model (no run_config.yaml with 'encoder:', no hf/config.json); "
+                    f"wanted a checkpoint written by `convert_checkpoints.py import` or by training"
+                )
+            settings = checkpoint_folder.sentence_settings(iter_dir, config)
+            return cls(str(path), config, iter_dir / checkpoint_folder.SIDECARS, settings, iter_dir=iter_dir)
+        hf = HFFolder(path)
+        settings = read_sentence_settings(hf.path)
+        config = hf.encoder_config()
+        if settings is not None:
+            config = config.replace(pooling=settings.pooling, normalize=settings.normalize)
+        return cls(str(path), config, hf.path, settings, hf=hf)
+
+    def fill(self, encoders: list[Encoder], *, tp_rank: int, tp_size: int) -> None:
+        """Load this rank's weights, reading only its own slices of them."""
+        if self.iter_dir is not None:
+            load_model_state(self.iter_dir, encoders)
+            return
+        assert self.hf is not None
+        stages = [(encoder, encoder.layer_offset) for encoder in encoders]
+        load_hf_weights(stages, self.hf, self.config, tp_rank=tp_rank, tp_size=tp_size)
+
+
+def _looks_like_megatron(path: Path) -> bool:
+    """A folder that was meant as a checkpoint gets the checkpoint's message, not the Hugging Face one."""
+    return path.is_dir() and not (path / "config.json").is_file() and any(path.glob("iter_*"))

@@ -1,0 +1,278 @@
+"""The training loop: sample, encode, score, differentiate, update; log, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_embed.bridge import host, parallel
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.encoder import build_stages, transformer_config
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.parallel import Layout
+from megatron_embed.recipes import checkpointing
+from megatron_embed.recipes.batching import BatchingPlan
+from megatron_embed.recipes.config import RecipeConfig, save_run_config
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.encode import encode_sequences
+from megatron_embed.recipes.layout import validate, validate_layout
+from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
+from megatron_embed.recipes.optimizer import TrainState, set_up_training
+from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, micro_batches
+from megatron_embed.recipes.source import ModelSource
+from megatron_embed.recipes.step import contrastive_step
+from megatron_embed.recipes.tokenization import TextTokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def train(cfg: RecipeConfig) -> Path:
+    """Fine-tune as the recipe says, on as many processes as there are.
+
+    Returns:
+        The folder of the run (``train.save_dir``).
+
+    Raises:
+        UserError: bad input; nothing that was there before is damaged.
+    """
+    cfg = cfg.resolved()
+    world = parallel.world_size()
+    validate(cfg, world)
+    parallel.select_device(cfg.device)
+    # Everything that can be refused is looked at before any weight is read.
+    source = open_source(cfg)
+    validate_layout(cfg, source.config)
+    save_dir = Path(cfg.train.save_dir or "")
+    resume = checkpointing.find_resume(cfg, save_dir)
+    dataset = PairDataset(cfg.data.sources())
+    sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
+    collections = _open_collections(cfg)
+    with parallel.parallel_world(layout_of(cfg)):
+        run = _set_up(cfg, source, dataset, sampler, save_dir, collections)
+        start = checkpointing.restore(cfg, run.state, resume) if resume else 0
+        run.loop(start)
+    return save_dir
+
+
+def layout_of(cfg: RecipeConfig) -> Layout:
+    """The recipe's parallel sizes."""
+    model = cfg.model
+    return Layout(
+        tp=model.tensor_model_parallel_size,
+        pp=model.pipeline_model_parallel_size,
+        cp=model.context_parallel_size,
+        vpp=model.virtual_pipeline_model_parallel_size,
+    )
+
+
+def open_source(cfg: RecipeConfig) -> ModelSource:
+    """The model to start from, with the recipe's pooling, normalisation and temperature."""
+    path = cfg.checkpoint.pretrained_checkpoint or cfg.model.hf_model or cfg.checkpoint.load
+    assert path is not None, "validate() wants one of them"
+    source = ModelSource.open(path)
+    stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
+    return ModelSource(
+        source.path, source.config.replace(**stated), source.files, source.settings, source.hf, source.iter_dir
+    )
+
+
+def _open_collections(cfg: RecipeConfig) -> list[Any]:
+    if not cfg.data.eval:
+        return []
+    from megatron_embed.recipes.evaluate import load_beir
+
+    return [load_beir(folder) for folder in cfg.data.eval]
+
+
+def _set_up(
+    cfg: RecipeConfig,
+    source: ModelSource,
+    dataset: PairDataset,
+    sampler: GlobalBatchSampler,
+    save_dir: Path,
+    collections: list[Any],
+) -> Run:
+    layout, data = layout_of(cfg), cfg.data
+    tokenizer = TextTokenizer.from_folder(
+        source.files,
+        query_prompt=data.query_prompt,
+        passage_prompt=data.passage_prompt,
+        query_max_length=data.query_max_length,
+        passage_max_length=data.passage_max_length,
+    )
+    transformer = transformer_config(
+        source.config,
+        layout,
+        dtype=DTYPES[cfg.model.precision],
+        sequence_parallel=cfg.model.sequence_parallel,
+        recompute=cfg.model.recompute,
+    )
+    encoders = build_stages(source.config, transformer)
+    source.fill(encoders, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
+    state = set_up_training(encoders, cfg.optimizer, train_iters=cfg.train.train_iters)
+    builder = BatchBuilder(
+        dataset,
+        sampler,
+        tokenizer,
+        data.negatives_per_query,
+        rank=parallel_state.get_data_parallel_rank(),
+        world=parallel_state.get_data_parallel_world_size(),
+    )
+    plan = BatchingPlan(
+        pad_id=tokenizer.pad_token_id,
+        packed=data.packing,
+        max_tokens=cfg.train.micro_batch_tokens,
+        max_texts=cfg.train.micro_batch_size,
+        multiple_of=layout.tp * layout.cp,
+    )
+    return Run(cfg, source.config, source.files, state, builder, plan, save_dir, collections)
+
+
+@dataclass
+class Run:
+    """A training run, everything built."""
+
+    cfg: RecipeConfig
+    encoder_config: EncoderConfig
+    files: Path
+    state: TrainState
+    builder: BatchBuilder
+    plan: BatchingPlan
+    save_dir: Path
+    collections: list[Any]
+
+    def loop(self, start: int) -> None:
+        """Steps ``start + 1`` to ``train_iters``."""
+        train = self.cfg.train
+        first = dist.get_rank() == 0
+        if first:
+            save_run_config(self.cfg, self.save_dir / "run_config.yaml")
+        reporter = Reporter(self.cfg, self.save_dir, active=first, start=start)
+        told: set[str] = set()
+        try:
+            for step in range(start + 1, train.train_iters + 1):
+                began = time.perf_counter()
+                batch = self.builder.build(step - 1)
+                mode = self._mode(batch)
+                if mode not in told:
+                    reporter.say(f"step {step}: loss.mode {mode}{self._why(mode)}")
+                    told.add(mode)
+                learning_rate = self.state.optimizer.param_groups[0]["lr"]
+                loss, grad_norm, padding = self._step(batch, mode, step)
+                record = self._record(step, batch, padding, time.perf_counter() - began)
+                record.update(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
+                last = step == train.train_iters
+                if self.collections and (last or step % train.eval_interval == 0):
+                    record["eval"] = self._evaluate()
+                if last or step % train.log_interval == 0 or "eval" in record:
+                    reporter.log(record)
+                reporter.progress(loss=loss, tokens_per_second=record["tokens_per_second"])
+                if last or step % train.save_interval == 0:
+                    self._save(step)
+        finally:
+            reporter.close()
+
+    def _mode(self, batch: RankBatch) -> str:
+        """How this step's gradient is computed, the same on every rank."""
+        wanted = self.cfg.loss.mode
+        if wanted != "auto":
+            return wanted
+        if self.cfg.model.pipeline_model_parallel_size > 1:
+            return "cached"  # one micro-batch would leave all stages but one idle
+        fits = torch.tensor(int(self.plan.holds(batch.sequences)), device=host.device())
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
+        return "direct" if fits.item() else "cached"
+
+    def _why(self, mode: str) -> str:
+        if self.cfg.loss.mode != "auto":
+            return ""
+        if mode == "direct":
+            return " (each rank's batch fits into one micro-batch: 3 instead of 4 forward costs)"
+        if self.cfg.model.pipeline_model_parallel_size > 1:
+            return " (pipeline stages need several micro-batches)"
+        return " (a rank's batch is more than one micro-batch)"
+
+    def _step(self, batch: RankBatch, mode: str, step: int) -> tuple[float, float, float]:
+        """Gradient and update; (loss, gradient norm before clipping, share of padding on this rank)."""
+        state = self.state
+        groups = micro_batches(self.plan, batch, mode=mode)
+        for stage in state.stages:
+            stage.zero_grad_buffer()
+        state.optimizer.zero_grad()
+        loss = contrastive_step(state.stages, groups, batch.shape, self.cfg.loss, mode=mode)  # type: ignore[arg-type]
+        if not math.isfinite(loss):
+            raise UserError(self._not_finite(step, "loss", loss))
+        updated, grad_norm, _ = state.optimizer.step()
+        # With fp16 a skipped update is the loss scale finding its place.
+        if not updated:
+            grad_norm = float("nan")
+        elif not math.isfinite(grad_norm):
+            raise UserError(self._not_finite(step, "gradient norm", grad_norm))
+        state.scheduler.step(increment=1)
+        total = sum(group.tokens.total_tokens for group in groups)
+        return loss, grad_norm, 1 - batch.real_tokens / total
+
+    def _not_finite(self, step: int, what: str, value: float) -> str:
+        kept = checkpointing.latest(self.save_dir)
+        return (
+            f"step {step}: {what} is {value}. Batch: {self.builder.lines(step - 1)}. "
+            f"{f'The checkpoint {kept} is kept' if kept else 'No checkpoint was written yet'}; "
+            f"lower optimizer.lr, or look at these lines"
+        )
+
+    def _record(self, step: int, batch: RankBatch, padding: float, seconds: float) -> dict[str, Any]:
+        """What this step was, over all ranks."""
+        sums = torch.tensor(
+            [batch.real_tokens, batch.squared_lengths, batch.real_tokens / (1 - padding), seconds],
+            dtype=torch.float64,
+            device=host.device(),
+        )
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        tokens, squared, computed, _ = sums.tolist()
+        flops = model_flops(self.encoder_config, tokens=int(tokens), squared_lengths=int(squared))
+        return {
+            "step": step,
+            "loss": 0.0,
+            "grad_norm": 0.0,
+            "learning_rate": 0.0,
+            "consumed_samples": step * self.cfg.train.global_batch_size,
+            "tokens": int(tokens),
+            "padding_fraction": 1 - tokens / computed,
+            "tokens_per_second": tokens / seconds,
+            "model_flops_per_second": flops / seconds,
+            "step_seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    def _evaluate(self) -> dict[str, dict[str, float]]:
+        from megatron_embed.recipes.evaluate import evaluate
+
+        return evaluate(self._encode_texts(), self.collections, bm25=False)
+
+    def _encode_texts(self) -> Callable[..., Any]:
+        tokenizer, hidden = self.builder.tokenizer, self.encoder_config.hidden_size
+
+        def encode(texts: list[str], kind: Any) -> Any:
+            return encode_sequences(self.state.encoders, self.plan, tokenizer.encode(texts, kind), hidden)
+
+        return encode
+
+    def _save(self, step: int) -> None:
+        first = dist.get_rank() == 0
+        checkpointing.save(
+            self.cfg,
+            self.encoder_config,
+            self.state,
+            step=step,
+            save_dir=self.save_dir,
+            files=self.files,
+            first=first,
+        )
