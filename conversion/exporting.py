@@ -141,6 +141,8 @@ def write_embedder_config(out: Path, config: EncoderConfig) -> None:
     """
     config.to_hf().save_pretrained(out)
     raw = read_json(out / "config.json")
+    if config.temperature is not None:  # transformers takes it for a generation setting and leaves it out
+        raw["temperature"] = config.temperature
     rope = raw["rope_parameters"]
     if rope.get("rope_type") == "yarn":
         rope["apply_yarn_scaling"] = False
@@ -149,7 +151,8 @@ def write_embedder_config(out: Path, config: EncoderConfig) -> None:
             "beta": rope["llama_4_scaling_beta"],
             "original_max_position_embeddings": rope["original_max_position_embeddings"],
         }
-    write_json(out / "config.json", raw)
+    raw["rope_parameters"] = dict(sorted(rope.items()))
+    write_json(out / "config.json", dict(sorted(raw.items())))
 
 
 def _tokenizer_folder(iter_dir: Path, source: HFFolder | None, run: dict[str, Any]) -> Path:
