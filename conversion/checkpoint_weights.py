@@ -74,23 +74,6 @@ def read_slices(
     ]
 
 
-def check_layout(config: EncoderConfig, *, tp: int, pp: int) -> None:
-    """Whether a model can be laid out over ``tp`` × ``pp`` ranks.
-
-    Raises:
-        UserError: names the size that does not divide.
-    """
-    if tp < 1 or pp < 1:
-        raise UserError(f"tensor parallel {tp}, pipeline parallel {pp}: both must be at least 1")
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(config, name) % tp:
-            raise UserError(f"tensor parallel size {tp} does not divide {name} {getattr(config, name)}; choose another")
-    if pp > config.num_hidden_layers:
-        raise UserError(
-            f"pipeline parallel size {pp} is more than the model's {config.num_hidden_layers} layers; choose a smaller"
-        )
-
-
 # ---- HF folder → chunks
 
 

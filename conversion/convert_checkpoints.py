@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -21,8 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done; 1: failed, with one message on stderr; 2 (raised by argparse): bad arguments.
     """
     args = _parser().parse_args(argv)
-    _quiet(args.debug)
-    signal.signal(signal.SIGTERM, _stop)
+    with _quiet(args.debug):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from megatron_embed.bridge.errors import UserError
 
     try:
@@ -146,14 +150,21 @@ def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _quiet(debug: bool) -> None:
-    """Only this program speaks on stderr: libraries warn about what users cannot change."""
-    if debug:
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+@contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Only this program speaks on stderr (libraries warn about what users cannot change); SIGTERM acts as Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, _stop)
+    disabled = logging.root.manager.disable
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+                warnings.simplefilter("ignore")
+                logging.disable(logging.WARNING)
+            yield
+    finally:
+        logging.disable(disabled)
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

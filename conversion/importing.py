@@ -10,9 +10,10 @@ import torch
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.parallel import Layout, check_layout
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.atomic import atomic_output
-from megatron_embed.conversion.checkpoint_weights import check_layout, chunks, kept_chunks
+from megatron_embed.conversion.checkpoint_weights import chunks, kept_chunks
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.progress import Converted, byte_bar
 from megatron_embed.conversion.sentence_files import SentenceSettings, read_sentence_settings
@@ -54,7 +55,7 @@ def import_hf(
     config = folder.encoder_config()
     if torch_dtype is not None:
         config = config.replace(dtype=torch_dtype)
-    check_layout(config, tp=tp, pp=pp)
+    check_layout(config, Layout(tp=tp, pp=pp))
     folder.check(config)
     ignored = folder.ignored(config)
     kept = _to_keep(folder, config, ignored) if with_vision else []

@@ -31,9 +31,9 @@ def has_tokenizer(folder: Path) -> bool:
 def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     """Copy a tokenizer with the edits that an embedder needs.
 
-    ``model_max_length`` is set; control tokens inside a text (``[INST]``) stay text, as in training; every text gets ``<s> … </s>`` (a file that does so already stays as it is); the chat
-    template goes, since sentence-transformers 6 would read every text as a chat message; so do the keys that name a
-    processor or remote code.
+    ``model_max_length`` is set; control tokens inside a text (``[INST]``) stay text, as in training; every text gets
+    ``<s> … </s>`` (a file that does so already stays as it is); the chat template goes, since sentence-transformers 6
+    would read every text as a chat message; so do the keys that name a processor or remote code.
 
     Raises:
         UserError: no ``tokenizer.json``.
