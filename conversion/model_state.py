@@ -102,7 +102,7 @@ def _load_plain(*args: Any, **kwargs: Any) -> Any:
 
 
 def _sharded_model(encoders: list[Encoder]) -> dict[str, Any]:
-    """``{"model": …}`` or ``{"model0": …, "model1": …}`` with interleaved stages, as megatron-core's optimizers expect."""
+    """``{"model": …}``, or ``{"model0": …, "model1": …}`` with interleaved stages: megatron-core's own names."""
     sharded = {}
     for index, encoder in enumerate(encoders):
         tensors = encoder.sharded_state_dict(metadata=_metadata())

@@ -131,7 +131,7 @@ def encode_sequences(
     *,
     progress: bool = False,
 ) -> np.ndarray:
-    """Token ids → ``[n, hidden]`` fp32 on every rank; data-parallel ranks share the work, longest and shortest alike."""
+    """Token ids → ``[n, hidden]`` fp32 on every rank; data-parallel ranks share the work, long and short alike."""
     if not sequences:
         return np.zeros((0, hidden_size), dtype=np.float32)
     rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

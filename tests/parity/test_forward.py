@@ -30,7 +30,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 393216,
         "rope_parameters": {"factor": 48.0, "original_max_position_embeddings": 8192, "rope_theta": 1e8},
     },
-    "scale acts from position 8": {"rope_parameters": {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}},
+    "scale acts from position 8": {
+        "rope_parameters": {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5}
+    },
     "one KV head": {"num_key_value_heads": 1},
     "no grouping": {"num_key_value_heads": 8},
     "no rope scaling": {"rope_parameters": {"rope_type": "default", "type": "default"}},
