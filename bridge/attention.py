@@ -10,13 +10,15 @@ Legend: ``S`` tokens of a column, ``B`` rows, ``H`` heads (``G`` KV heads) on th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,6 +27,17 @@ from torch import Tensor
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.rope import query_scale, rope_tables, rotate
 from megatron_embed.bridge.sequences import TokenBatch
+
+
+class Run(NamedTuple):
+    """Neighbouring sequences of a packed row that are equally long.
+
+    ``queries`` is less than ``keys`` only where a sequence reaches over the edge of a context-parallel slice.
+    """
+
+    count: int
+    queries: int
+    keys: int
 
 
 @dataclass
@@ -37,30 +50,38 @@ class SequenceInfo(PackedSeqParams):
         cos, sin: ``[S, B or 1, 1, D]`` in the activations' dtype.
         scale: ``[S, B or 1, 1, 1]``, or None where it is 1 everywhere.
         key_mask: ``[B, 1, 1, S]``, True on real tokens, or None.
-        runs: for a packed row, (how many sequences, of which length) for each run of equal neighbours; else None.
+        runs: for a packed row, runs of equally long neighbours; else None.
+        keys: for a packed row under context parallelism, the part of the row that this rank's queries look at.
     """
 
     cos: Tensor | None = None
     sin: Tensor | None = None
     scale: Tensor | None = None
     key_mask: Tensor | None = None
-    runs: tuple[tuple[int, int], ...] | None = None
+    runs: tuple[Run, ...] | None = None
+    keys: slice = field(default_factory=lambda: slice(None))
 
     @classmethod
     def of(
-        cls, batch: TokenBatch, config: EncoderConfig, frequencies: Tensor, factor: float, dtype: torch.dtype
+        cls,
+        batch: TokenBatch,
+        config: EncoderConfig,
+        frequencies: Tensor,
+        factor: float,
+        dtype: torch.dtype,
+        columns: slice = slice(None),
     ) -> SequenceInfo:
-        """Make the tables of a micro-batch."""
-        positions_SB = _positions(batch).transpose(0, 1)
+        """Make the tables of a micro-batch.
+
+        Args:
+            columns: this context-parallel rank's part of the rows; its tables cover these, its masks the whole.
+        """
+        positions_SB = _positions(batch)[:, columns].transpose(0, 1)
         cos, sin = rope_tables(positions_SB, frequencies, factor, dtype=dtype)
         scale = None
         if batch.max_length > config.rope_parameters.get("original_max_position_embeddings", float("inf")):
             scale = query_scale(positions_SB, config, dtype=dtype)
-        runs = None
-        if batch.packed:
-            # The tail that fills the row up attends to itself: a softmax over nothing would be NaN.
-            lengths = batch.lengths + ((batch.padding,) if batch.padding else ())
-            runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
+        runs, keys = _runs(batch, columns) if batch.packed else (None, slice(None))
         return cls(
             qkv_format="sbhd",
             cos=cos.unsqueeze(2),
@@ -68,18 +89,39 @@ class SequenceInfo(PackedSeqParams):
             scale=None if scale is None else scale[..., None, None],
             key_mask=None if batch.mask is None else batch.mask[:, None, None, :],
             runs=runs,
+            keys=keys,
         )
 
     def as_thd(self) -> PackedSeqParams:
         """The same packed row in Transformer Engine's own terms."""
         assert self.runs is not None
         assert self.cos is not None
-        lengths = [length for count, length in self.runs for _ in range(count)]
-        ends = torch.tensor([0, *lengths], dtype=torch.int32, device=self.cos.device).cumsum(0, dtype=torch.int32)
-        longest = max(lengths)
+
+        def ends(lengths: list[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.cos.device)  # type: ignore[union-attr]
+
+        queries = [run.queries for run in self.runs for _ in range(run.count)]
+        keys = [run.keys for run in self.runs for _ in range(run.count)]
         return PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+            qkv_format="thd",
+            cu_seqlens_q=ends(queries),
+            cu_seqlens_kv=ends(keys),
+            max_seqlen_q=max(queries),
+            max_seqlen_kv=max(keys),
         )
+
+
+def _runs(batch: TokenBatch, columns: slice) -> tuple[tuple[Run, ...], slice]:
+    """The runs whose queries lie in ``columns``, and where in the row their keys lie."""
+    low, high, _ = columns.indices(batch.input_ids.shape[1])
+    # The tail that fills the row up attends to itself: a softmax over nothing would be NaN.
+    lengths = batch.lengths + ((batch.padding,) if batch.padding else ())
+    ends = list(accumulate(lengths))
+    inside = [(max(low, end - n), min(high, end), end - n, end) for n, end in zip(lengths, ends, strict=True)]
+    inside = [item for item in inside if item[0] < item[1]]
+    shapes = [(stop - start, key_stop - key_start) for start, stop, key_start, key_stop in inside]
+    runs = tuple(Run(len(list(group)), queries, keys) for (queries, keys), group in groupby(shapes))
+    return runs, slice(inside[0][2], inside[-1][3])
 
 
 def _positions(batch: TokenBatch) -> Tensor:
@@ -95,6 +137,21 @@ def place_queries_and_keys(query: Tensor, key: Tensor, info: SequenceInfo) -> tu
     assert info.sin is not None
     query, key = rotate(query, info.cos, info.sin), rotate(key, info.cos, info.sin)
     return (query if info.scale is None else query * info.scale), key
+
+
+def gather_keys_and_values(key: Tensor, value: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
+    """Whole rows of keys and values from the context-parallel ranks' slices ``[S / CP, B, G, D]``.
+
+    Without a causal mask every rank has the same work whatever it holds, so contiguous slices and one all-gather (its
+    backward a reduce-scatter) are exact and need no zigzag.
+    """
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return key, value
+    both = torch.cat((key, value), dim=-1)
+    both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=group)
+    key, value = both[info.keys].chunk(2, dim=-1)
+    return key, value
 
 
 class BidirectionalAttention(MegatronModule):
@@ -129,6 +186,7 @@ class BidirectionalAttention(MegatronModule):
         info = packed_seq_params
         assert isinstance(info, SequenceInfo), "the encoder passes a SequenceInfo to every layer"
         query, key = place_queries_and_keys(query, key, info)
+        key, value = gather_keys_and_values(key, value, info)
         dtype = query.dtype
         if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
             # The CPU kernel's backward is 5 × slower in 16 bits than in fp32.
@@ -156,12 +214,13 @@ class BidirectionalAttention(MegatronModule):
         output_BHSD = self._attend(query, key, value, key_mask)
         return output_BHSD.permute(2, 0, 1, 3).flatten(2)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...]) -> Tensor:
         """One kernel call for each run of equally long neighbours; `split` is cheap backward, slicing is not."""
-        sizes = [count * length for count, length in runs]
-        parts = zip(*(x.squeeze(1).split(sizes) for x in (query, key, value)), runs, strict=True)
+        queries = query.squeeze(1).split([run.count * run.queries for run in runs])
+        keys, values = (x.squeeze(1).split([run.count * run.keys for run in runs]) for x in (key, value))
         outputs = []
-        for q, k, v, (count, length) in parts:
-            q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-            outputs.append(self._attend(q, k, v).transpose(1, 2).reshape(count * length, -1))
+        for q, k, v, run in zip(queries, keys, values, runs, strict=True):
+            q = q.view(run.count, run.queries, *q.shape[1:]).transpose(1, 2)
+            k, v = (x.view(run.count, run.keys, *x.shape[1:]).transpose(1, 2) for x in (k, v))
+            outputs.append(self._attend(q, k, v).transpose(1, 2).reshape(run.count * run.queries, -1))
         return torch.cat(outputs).unsqueeze(1)

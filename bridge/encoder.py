@@ -24,7 +24,7 @@ from megatron_embed.bridge.parallel import Layout, check_layout, pipeline_split
 from megatron_embed.bridge.pooling import pool
 from megatron_embed.bridge.rope import inverse_frequencies
 from megatron_embed.bridge.sequences import TokenBatch
-from megatron_embed.bridge.transforms import padded_vocab_size
+from megatron_embed.bridge.transforms import padded_vocab_size, even_range
 
 
 def transformer_config(
@@ -160,15 +160,21 @@ class Encoder(MegatronModule):
         """
         device, dtype = batch.input_ids.device, self.config.params_dtype
         self._frequencies = self._frequencies.to(device)
-        info = SequenceInfo.of(batch, self.encoder_config, self._frequencies, self.rope_factor, dtype)
-        states = self.embedding(batch.input_ids, batch.positions) if self.pre_process else None
+        context = parallel_state.get_context_parallel_group()
+        # this context-parallel rank's part of every row
+        columns = even_range(batch.input_ids.shape[1], rank=context.rank(), world=context.size())
+        info = SequenceInfo.of(batch, self.encoder_config, self._frequencies, self.rope_factor, dtype, columns)
+        states = self.embedding(batch.input_ids[:, columns], None) if self.pre_process else None
         states = self.decoder(hidden_states=states, attention_mask=None, packed_seq_params=info)
         if not self.post_process:
             return states
         if self.config.sequence_parallel:
             # Every TP rank goes on with the whole sequence and the same loss, so backward keeps each rank's slice.
             states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
-        pooled = pool(states, batch, self.encoder_config.pooling)
+        pooled = pool(states, batch, self.encoder_config.pooling, columns)
+        if context.size() > 1:
+            # Summed over the slices; each rank's gradient goes back to its own tokens, so backward is the identity.
+            pooled = tensor_parallel.reduce_from_tensor_model_parallel_region(pooled, group=context)
         return F.normalize(pooled, dim=-1) if self.encoder_config.normalize else pooled
 
 

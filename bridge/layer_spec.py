@@ -5,6 +5,7 @@ The only file that knows of Transformer Engine.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import Any
 
@@ -22,7 +23,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_embed.bridge import host
-from megatron_embed.bridge.attention import BidirectionalAttention, SequenceInfo, place_queries_and_keys
+from megatron_embed.bridge.attention import (
+    BidirectionalAttention,
+    SequenceInfo,
+    gather_keys_and_values,
+    place_queries_and_keys,
+)
 from megatron_embed.bridge.mapping import LOCAL_ALIASES
 
 
@@ -105,6 +111,9 @@ class TransformerEngineAttention(MegatronModule):
         super().__init__(config=config)
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
+        # Keys and values are gathered here, which a bidirectional model can do without Transformer Engine's zigzag.
+        config = copy.copy(config)
+        config.context_parallel_size = 1
         self.attention = TEDotProductAttention(config=config, layer_number=layer_number, **kwargs)
 
     def forward(
@@ -121,6 +130,7 @@ class TransformerEngineAttention(MegatronModule):
         info = packed_seq_params
         assert info is not None
         query, key = place_queries_and_keys(query, key, info)
+        key, value = gather_keys_and_values(key, value, info)
         if info.runs is None:
             # Transformer Engine's masks say what to leave out; without one there is no padding.
             mask = None if info.key_mask is None else ~info.key_mask

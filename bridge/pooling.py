@@ -18,24 +18,28 @@ from megatron_embed.bridge.config import Pooling
 from megatron_embed.bridge.sequences import TokenBatch
 
 
-def pool(states: Tensor, batch: TokenBatch, mode: Pooling) -> Tensor:
-    """Pool ``states [s, b, hidden]`` into ``[n, hidden]``, fp32 or wider."""
+def pool(states: Tensor, batch: TokenBatch, mode: Pooling, columns: slice = slice(None)) -> Tensor:
+    """Pool ``states [s, b, hidden]`` into ``[n, hidden]``, fp32 or wider.
+
+    Args:
+        columns: the part of the rows that ``states`` covers; the parts' results add up to that of the whole.
+    """
     wide = torch.promote_types(states.dtype, torch.float32)
     states = states.to(wide)
     weights_BS = pooling_weights(batch, mode).to(wide)
     if not batch.packed:
-        return torch.einsum("bs,sbh->bh", weights_BS, states)
+        return torch.einsum("bs,sbh->bh", weights_BS[:, columns], states)
     # [n, s] with each token's weight in its sequence's row: a matrix product, unlike index_add, is deterministic
     tokens = weights_BS.shape[1] - batch.padding
     lengths = torch.tensor(batch.lengths, device=states.device)
     owner = torch.repeat_interleave(torch.arange(len(batch.lengths), device=states.device), lengths, output_size=tokens)
     weights_NS = torch.zeros(len(batch.lengths), weights_BS.shape[1], dtype=wide, device=states.device)
     weights_NS[owner, torch.arange(tokens, device=states.device)] = weights_BS[0, :tokens]
-    return weights_NS @ states.squeeze(1)
+    return weights_NS[:, columns] @ states.squeeze(1)
 
 
 def pooling_weights(batch: TokenBatch, mode: Pooling) -> Tensor:
-    """Each token's share in its sequence's vector: ``[b, s]`` fp64-exact in fp32 up to rounding, 0 on padding."""
+    """Each token's share in its sequence's vector: ``[b, s]`` fp64, 0 on padding."""
     device = batch.input_ids.device
     lengths_n = torch.tensor(batch.lengths, device=device)
     if batch.packed:

@@ -51,10 +51,10 @@ def unpack_gate_up(fc1: Tensor) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def tp_range(size: int, *, rank: int, world: int) -> slice:
-    """The rows (or columns) of an evenly split dimension that tensor-parallel ``rank`` of ``world`` holds."""
+def even_range(size: int, *, rank: int, world: int) -> slice:
+    """The part of an evenly split dimension that ``rank`` of ``world`` holds."""
     if size % world:
-        raise ValueError(f"a dimension of {size} cannot be split over {world} tensor-parallel ranks")
+        raise ValueError(f"a dimension of {size} cannot be split evenly over {world} ranks")
     step = size // world
     return slice(rank * step, (rank + 1) * step)
 

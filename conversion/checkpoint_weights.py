@@ -63,12 +63,12 @@ def read_slices(
     size = weight.hf_shapes[0][weight.tp_dim]
     if weight.kind == "vocab":
         padded = transforms.padded_vocab_size(config.vocab_size, world=tp_size)
-        rows = transforms.tp_range(padded, rank=tp_rank, world=tp_size)
+        rows = transforms.even_range(padded, rank=tp_rank, world=tp_size)
         return folder.tensors_for(weight, [slice(min(rows.start, size), min(rows.stop, size))])
     before = [slice(None)] * weight.tp_dim
     return [
         folder.read(
-            folder.prefix + name, [*before, transforms.tp_range(shape[weight.tp_dim], rank=tp_rank, world=tp_size)]
+            folder.prefix + name, [*before, transforms.even_range(shape[weight.tp_dim], rank=tp_rank, world=tp_size)]
         )
         for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
     ]
@@ -129,7 +129,7 @@ def _read_chunk(
     folder: HFFolder, weight: Weight, config: EncoderConfig, tp_rank: int, tp: int, axes: int, part: int | None
 ) -> Tensor:
     if part is not None and weight.tp_dim is not None:
-        rows = transforms.tp_range(weight.hf_shapes[part][0], rank=tp_rank, world=tp)
+        rows = transforms.even_range(weight.hf_shapes[part][0], rank=tp_rank, world=tp)
         tensor = folder.read(folder.prefix + weight.hf[part], [rows])
     else:
         tensor = pack(weight, read_slices(folder, weight, config, tp_rank=tp_rank, tp_size=tp), config, tp_size=tp)

@@ -14,10 +14,14 @@ from megatron_embed.bridge.sequences import TokenBatch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some of a rank's texts: their tokens, and which texts they are."""
+    """Some of a rank's texts: their tokens, and which texts they are (none: the tokens only fill a pipeline slot)."""
 
     tokens: TokenBatch
     texts: Tensor
+
+    def rows(self, output: Tensor) -> Tensor:
+        """The encoder's ``[n, hidden]`` without what belongs to no text."""
+        return output[: len(self.texts)]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class BatchingPlan:
         max_tokens: tokens of a micro-batch, padding included.
         max_texts: texts of a micro-batch; when set, tokens are not counted.
         multiple_of: row lengths are rounded up to it (TP × CP under sequence and context parallelism).
+        count_multiple_of: number of micro-batches is rounded up to it (PP, where stages are interleaved).
     """
 
     pad_id: int
@@ -36,6 +41,7 @@ class BatchingPlan:
     max_tokens: int = 16384
     max_texts: int | None = None
     multiple_of: int = 1
+    count_multiple_of: int = 1
 
     def split(self, sequences: Sequence[Sequence[int]]) -> list[MicroBatch]:
         """Group all sequences; neighbours in length come together, so that little is padded.
@@ -44,7 +50,14 @@ class BatchingPlan:
             UserError: a sequence alone is longer than the token budget.
         """
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        return [self._make([sequences[i] for i in group], group) for group in self._groups(order, sequences)]
+        groups = list(self._groups(order, sequences))
+        while len(groups) % self.count_multiple_of:
+            largest = max(range(len(groups)), key=lambda g: len(groups[g]))
+            half = len(groups[largest]) // 2
+            # a micro-batch without texts computes one token and is ignored
+            halves = [groups[largest][:half], groups[largest][half:]] if half else [groups[largest], []]
+            groups[largest : largest + 1] = halves
+        return [self._make([sequences[i] for i in group] or [[self.pad_id]], group) for group in groups]
 
     def holds(self, sequences: Sequence[Sequence[int]]) -> bool:
         """Whether all sequences fit into one micro-batch."""
@@ -59,7 +72,9 @@ class BatchingPlan:
 
     def _make(self, sequences: list[Sequence[int]], texts: list[int]) -> MicroBatch:
         build = TokenBatch.pack if self.packed else TokenBatch.pad
-        return MicroBatch(build(sequences, pad_id=self.pad_id, multiple_of=self.multiple_of), torch.tensor(texts))
+        return MicroBatch(
+            build(sequences, pad_id=self.pad_id, multiple_of=self.multiple_of), torch.tensor(texts, dtype=torch.long)
+        )
 
     def _cost(self, lengths: Sequence[int]) -> int:
         """Tokens that a micro-batch of these lengths computes."""

@@ -32,8 +32,8 @@ LossFunction = Callable[..., Any]
 def encode_micro_batches(stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor] | None:
     """Forward only, no graph: each micro-batch's ``[n, hidden]`` on the last stage; None on the others."""
 
-    def collect(_micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> Tensor:
-        return output.detach()
+    def collect(micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> Tensor:
+        return micro_batch.rows(output.detach())
 
     with torch.no_grad():  # the schedule itself does not forbid a graph
         outputs = _run_schedule(stages, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
@@ -98,7 +98,7 @@ def _cached(
 
     def surrogate(micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
         assert grads is not None
-        total = (output * grads[micro_batch.texts.to(output.device)]).sum()
+        total = (micro_batch.rows(output) * grads[micro_batch.texts.to(output.device)]).sum()
         return total * factor, total.detach().clone()
 
     _run_schedule(stages, micro_batches, surrogate, forward_only=False)

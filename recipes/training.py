@@ -132,6 +132,7 @@ def _set_up(
         max_tokens=cfg.train.micro_batch_tokens,
         max_texts=cfg.train.micro_batch_size,
         multiple_of=layout.tp * layout.cp,
+        count_multiple_of=layout.pp if layout.vpp else 1,
     )
     return Run(cfg, source.config, source.files, state, builder, plan, save_dir, collections)
 

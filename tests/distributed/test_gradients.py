@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -34,20 +34,34 @@ class Case:
 
 
 def matrix(world: int) -> list[Case]:
-    """All layouts of a world (the rest is data parallel) in the forms that must agree."""
+    """Every combination of TP, PP, CP and DP of 1 or 2 that makes up the world (what is left over is data parallel)."""
     layouts = {
-        2: [Layout(), Layout(tp=2), Layout(pp=2)],
-        4: [Layout(tp=2, pp=2), Layout(tp=2), Layout(pp=2), Layout(tp=4), Layout()],
+        2: [Layout(), Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(pp=2, vpp=2)],
+        4: [
+            Layout(tp=2, pp=2),
+            Layout(tp=2, cp=2),
+            Layout(tp=2),
+            Layout(pp=2, cp=2),
+            Layout(pp=2),
+            Layout(cp=2),
+            Layout(tp=2, pp=2, vpp=2),
+            Layout(pp=2, cp=2, vpp=2),
+            Layout(pp=2, vpp=2),
+            Layout(tp=4),
+            Layout(cp=4),
+            Layout(),
+        ],
     }[world]
     cases = [
-        Case(layout, mode, dtype, packed)
+        Case(layout, mode, torch.float32, packed)
         for layout in layouts
-        for mode in ("direct", "cached")
-        for dtype in (torch.float32, torch.float64)
+        for mode in (("cached",) if layout.vpp else ("direct", "cached"))
         for packed in (False, True)
     ]
-    extra = layouts[1] if world == 2 else layouts[0]
-    return [*cases, Case(extra, "cached", torch.float32, sequence_parallel=False)]
+    in_fp64 = [replace(case, dtype=torch.float64) for case in cases if case.packed == (case.mode == "cached")]
+    extra = Case(layouts[1] if world == 2 else layouts[0], "cached", torch.float32, packed=True)
+    options = [{"sequence_parallel": False}, {"recompute": "selective"}, {"recompute": "full"}]
+    return [*cases, *in_fp64, *(replace(extra, **option) for option in options)]
 
 
 def config() -> Any:
@@ -113,7 +127,8 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
             pad_id=11,
             packed=case.packed,
             max_texts=None if case.mode == "direct" else 5,
-            multiple_of=case.layout.tp,
+            multiple_of=case.layout.tp * case.layout.cp,
+            count_multiple_of=case.layout.pp if case.layout.vpp else 1,
             max_tokens=100_000,
         )
         loss = contrastive_step(

@@ -65,13 +65,13 @@ def test_split_and_merge(tp: int, rows: int, columns: int, dim: int | None) -> N
     assert len(slices) == tp
     assert torch.equal(tf.merge_tp(slices, dim=dim), full)
     if dim is not None:
-        ranges = [tf.tp_range(full.shape[dim], rank=rank, world=tp) for rank in range(tp)]
+        ranges = [tf.even_range(full.shape[dim], rank=rank, world=tp) for rank in range(tp)]
         assert all(torch.equal(full[r] if dim == 0 else full[:, r], s) for r, s in zip(ranges, slices, strict=True))
 
 
 def test_uneven_split_is_refused() -> None:
     with pytest.raises(ValueError, match="7 cannot be split over 2"):
-        tf.tp_range(7, rank=0, world=2)
+        tf.even_range(7, rank=0, world=2)
 
 
 @given(vocab=st.integers(1, 60), tp=sizes)
