@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,8 @@ def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
     A traceback is shown with ``debug``, and for errors that no user can have caused. Of several torchrun ranks on a
     host, the first to fail speaks; what the others then meet is its consequence.
     """
+    if not debug:
+        warnings.filterwarnings("ignore")  # other packages' advice to their developers
     try:
         main()
     except KeyboardInterrupt:

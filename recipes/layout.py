@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig
@@ -155,21 +154,6 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
         middle -= 1
         ends = num_layers - middle * (stages - 2)
     return [ends // 2, *[middle] * (stages - 2), ends - ends // 2]
-
-
-def choose_device(cfg: RecipeConfig) -> str:
-    """``cpu`` or ``cuda``; ``auto`` is cuda where there are at least as many GPUs as processes on this host."""
-    if cfg.device == "cpu":
-        return "cpu"
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if gpus >= processes:
-        return "cuda"
-    if cfg.device == "cuda":
-        raise UserError(f"device: cuda asks for {processes} GPUs, one a local process; found {gpus}")
-    return "cpu"
 
 
 def _yaml(value: Any) -> str:

@@ -1,0 +1,117 @@
+"""Retrieval pairs from text that every machine with this project has: docstrings of installed Python packages.
+
+A pair is a docstring's first sentence (the query) and the rest of it (the passage).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+#: dependencies of this project whose docstrings are prose enough; the standard library comes first
+PACKAGES = (
+    "numpy",
+    "torch",
+    "matplotlib",
+    "datasets",
+    "huggingface_hub",
+    "sentence_transformers",
+    "pandas",
+    "networkx",
+    "sympy",
+    "sklearn",
+    "scipy",
+)
+_SKIPPED = {"tests", "test", "testing", "_vendor", "site-packages", "idlelib", "lib2to3"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One docstring, cut in two."""
+
+    query: str
+    passage: str
+
+
+def installed_pairs() -> list[Pair]:
+    """All usable pairs of this installation, in the order of the files; none repeats a query or a passage."""
+    seen: set[str] = set()
+    pairs = []
+    for path in _source_files():
+        for docstring in _docstrings(path):
+            pair = split_docstring(docstring)
+            if pair and pair.query.lower() not in seen and pair.passage not in seen:
+                seen.update((pair.query.lower(), pair.passage))
+                pairs.append(pair)
+    return pairs
+
+
+def split_docstring(text: str) -> Pair | None:
+    """First sentence and rest; None where either says too little."""
+    paragraphs = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
+    head = re.match(r"(.+?[.!?])(?:\s|$)", " ".join(paragraphs[0].split()))
+    if head is None:
+        return None
+    query = head.group(1)
+    rest = " ".join(text.split())[len(query) :].strip()
+    if not 4 <= len(query.split()) <= 30 or len(rest.split()) < 12:
+        return None
+    letters = sum(character.isalpha() or character.isspace() for character in rest)
+    if letters < 0.7 * len(rest) or not query.isascii():
+        return None
+    return Pair(query.rstrip(".!?"), " ".join(rest.split()[:120]))
+
+
+def write_corpus(folder: Path, pairs: list[Pair], *, held_out: int) -> tuple[Path, Path]:
+    """Write ``train.jsonl`` and a BEIR folder ``held-out`` of ``held_out`` pairs that training never sees.
+
+    Returns:
+        The two paths.
+    """
+    ordered = sorted(pairs, key=lambda pair: hashlib.sha256(pair.query.encode()).digest())
+    train, beir = folder / "train.jsonl", folder / "held-out"
+    (beir / "qrels").mkdir(parents=True, exist_ok=True)
+    _write_lines(train, ({"query": p.query, "positive": p.passage, "negatives": []} for p in ordered[held_out:]))
+    test = ordered[:held_out]
+    _write_lines(beir / "queries.jsonl", ({"_id": f"q{i}", "text": p.query} for i, p in enumerate(test)))
+    _write_lines(beir / "corpus.jsonl", ({"_id": f"d{i}", "title": "", "text": p.passage} for i, p in enumerate(test)))
+    judgements = "".join(f"q{i}\td{i}\t1\n" for i in range(len(test)))
+    (beir / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judgements}", encoding="utf-8")
+    return train, beir
+
+
+def _write_lines(path: Path, rows: Iterator[dict[str, object]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _source_files() -> Iterator[Path]:
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            roots.append(Path(spec.origin).parent)
+    for root in roots:
+        yield from (p for p in sorted(root.rglob("*.py")) if not _SKIPPED.intersection(p.relative_to(root).parts))
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring
