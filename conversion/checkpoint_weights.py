@@ -24,7 +24,8 @@ PREFIXES = ("", "language_model.")
 
 #: checkpoint tensors that are no weights of the encoder
 IGNORED: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"(optimizer|chained_\d+|loss|rng_state|rerun_state).*"), "training state"),
+    (re.compile(r"(optimizer|chained_\d+|loss|rng_state|rerun_state|log_temperature).*"), "training state"),
+    (re.compile("log_temperature"), "read as the config's temperature"),
     (re.compile(r".*_extra_state(/.*)?"), "quantisation state of Transformer Engine"),
     (re.compile(re.escape(KEPT) + ".+"), "kept for an export of the whole VLM"),
     (re.compile(r"(vision_|multi_modal_|mlp1).+"), "takes no part in text embedding"),
@@ -194,6 +195,11 @@ class CheckpointWeights:
         for weight in mapping.weights(self.config):
             for name, tensor in zip(weight.hf, self.hf_parts(weight), strict=True):
                 yield prefix + name, tensor
+
+    def temperature(self) -> float | None:
+        """The temperature that training learned; None where it was fixed."""
+        name = f"{self._prefix}log_temperature"
+        return float(self.reader.read(name).float().exp()) if name in self.reader else None
 
     def kept(self) -> list[str]:
         """HF names of the tensors stored as they are."""

@@ -109,7 +109,9 @@ def _write_embedder(
     config = weights.config
     settings = checkpoint_folder.sentence_settings(iter_dir, config)
     run = checkpoint_folder.read_run_config(iter_dir)
-    if config.temperature is None:
+    if (learned := weights.temperature()) is not None:
+        config = config.replace(temperature=learned)
+    elif config.temperature is None:
         stated = (run.get("loss") or {}).get("temperature")
         config = config.replace(temperature=float(stated if stated is not None else TEMPERATURE))
     write_embedder_config(out, config)

@@ -98,13 +98,15 @@ def verify(
         elif embed is None:
             notes.append(f"embeddings not compared: {reason}")
     compared, differences = _compare(pairs, source, progress)
+    equal = compared - len(differences)
+    if hf_path is not None:
+        differences += _missing(source, other)
     largest = None
     if embed is not None:
         largest = float((embed[0](SENTENCES) - embed[1](SENTENCES)).abs().max())
         if not largest <= EMBEDDING_TOLERANCE:
             differences.append(Difference("embeddings", f"{len(SENTENCES)} texts", largest))
-    tensors = sum(difference.name != "embeddings" for difference in differences)
-    return Verification(compared, compared - tensors, differences, largest, notes)
+    return Verification(compared, equal, differences, largest, notes)
 
 
 #: (name, the source's tensor, the other side's, in any dtype), read when its turn comes
@@ -174,6 +176,18 @@ def _with_folder(source: HFFolder, other: HFFolder, config: EncoderConfig) -> It
                 yield name, lambda n=name: source.read(n), lambda n=name: other.read(n)  # type: ignore[misc]
 
     return pairs()
+
+
+def _missing(source: HFFolder, other: HFFolder) -> list[Difference]:
+    """What a VLM has beside the language tower, another made from it must have too."""
+    if not source.config.get("model_type") == other.config.get("model_type") == "mistral3":
+        return []
+    towers = (source.prefix, other.prefix)
+    return [
+        Difference(name, f"missing in {other.path}", float("inf"))
+        for name in source.names()
+        if name not in other and not name.startswith(towers) and not name.endswith("rotary_emb.inv_freq")
+    ]
 
 
 # ---- embeddings with transformers

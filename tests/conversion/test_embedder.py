@@ -90,6 +90,7 @@ def test_tokens_are_the_training_ones(source: Source, tmp_path: Path) -> None:
     training = recipes.TextTokenizer.from_folder(
         folder, query_prompt=" q:\t", passage_prompt="passage: ", query_max_length=40, passage_max_length=40
     )
+    assert AutoTokenizer.from_pretrained(out).model_max_length == 40
     sentences = SentenceTransformer(str(out), device="cpu", local_files_only=True)
     assert sentences.max_seq_length == sentences.tokenizer.model_max_length == 40
     for text in [*QUERIES, LONG]:
@@ -165,6 +166,13 @@ def test_config_of_the_export(source: Source, tmp_path: Path) -> None:
     assert {key: raw.get(key) for key in wanted} == wanted
     assert raw["rope_parameters"]["apply_yarn_scaling"] is False
     assert "auto_map" not in raw
+    sentences = json.loads((tmp_path / "hf" / "config_sentence_transformers.json").read_text())
+    assert sentences == {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": "query: ", "document": "passage: "},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
 
 
 def test_transformers_passes_over_vllms_keys(source: Source, tmp_path: Path) -> None:
@@ -207,3 +215,13 @@ def test_model_card(source: Source, tmp_path: Path) -> None:
         assert part in card
     assert "/somewhere" not in card
     assert "3.14" not in card
+
+
+def test_a_learned_temperature_is_exported(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_embed.conversion import importing
+    from megatron_embed.conversion.tensor_stream import Chunk
+
+    learned = Chunk("log_temperature", (), (), (), torch.float32, 0, lambda: torch.tensor(math.log(0.05)))
+    monkeypatch.setattr(importing, "kept_chunks", lambda *_: [learned])
+    raw = json.loads((exported(source("model"), tmp_path) / "config.json").read_text())
+    assert raw["temperature"] == pytest.approx(0.05)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.hf_files import Source, assert_same_bits, edit_json, encoder_tensors_of, tensors_of
+from support.hf_files import Source, assert_same_bits, edit_json, edit_tensors, encoder_tensors_of, tensors_of
 from transformers import Mistral3ForConditionalGeneration
 
 from megatron_embed.bridge.errors import UserError
@@ -80,8 +80,6 @@ def test_changed_weights_reach_tower_and_tied_head(source: Source, tmp_path: Pat
     """The checkpoint of one seed put into the VLM of another; a head that is tied, but stored, follows."""
     new, old = source("vlm", seed=1), tmp_path / "old"
     shutil.copytree(source("vlm", seed=2), old)
-    from support.hf_files import edit_tensors
-
     head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
     edit_tensors(old, lambda tensors: tensors.update({head: tensors[embedding].clone()}))
     import_hf(new, tmp_path / "m", progress=False)
@@ -118,6 +116,16 @@ def test_dtype_of_the_whole(vlm: Path, tmp_path: Path) -> None:
     export_hf(tmp_path / "m", tmp_path / "hf", target="vlm", torch_dtype="float32", progress=False)
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "hf").values()} == {torch.float32}
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_verify_misses_a_lost_tensor(vlm: Path, source: Source, tmp_path: Path) -> None:
+    lost = tmp_path / "lost"
+    shutil.copytree(source("vlm", tie_word_embeddings=False, dtype="bfloat16"), lost)
+    edit_tensors(lost, lambda tensors: tensors.pop("vision_tower.ln_pre.weight"))
+    outcome = verify(vlm, hf_path=lost, progress=False)
+    assert [(d.name, d.what.startswith("missing in")) for d in outcome.differences] == [
+        ("vision_tower.ln_pre.weight", True)
+    ]
 
 
 def test_a_text_model_has_no_vision_tower(source: Source, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Ministral3Config, Ministral3Model, Mistral3Config, Mistral3ForConditionalGeneration
+
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
-from transformers import Ministral3Config, Ministral3Model, Mistral3Config, Mistral3ForConditionalGeneration
 
 CONFIGS = Path(__file__).parent.parent / "fixtures" / "hf_configs"
 VLMS = {"ministral-3-3b": 458, "ministral-3-8b": 531, "ministral-3-14b": 585}

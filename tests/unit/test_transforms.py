@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_embed.bridge import transforms as tf
 from torch import Tensor
+
+from megatron_embed.bridge import transforms as tf
 
 sizes = st.integers(1, 5)
 settings.register_profile("ours", deadline=None, max_examples=60)
@@ -70,7 +71,7 @@ def test_split_and_merge(tp: int, rows: int, columns: int, dim: int | None) -> N
 
 
 def test_uneven_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="7 cannot be split over 2"):
+    with pytest.raises(ValueError, match="7 cannot be split evenly over 2"):
         tf.even_range(7, rank=0, world=2)
 
 
