@@ -216,7 +216,7 @@ def test_absent_sources(tmp_path: Path) -> None:
         dataset(tmp_path)
     with pytest.raises(UserError, match=r"wanted hf://org/name"):
         dataset("hf://name")
-    with pytest.raises(UserError, match="data.train: missing"):
+    with pytest.raises(UserError, match=r"data.train: missing"):
         PairDataset([])
 
 
