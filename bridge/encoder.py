@@ -16,15 +16,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_embed.bridge import host
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.layer_spec import block_spec
-from megatron_embed.bridge.mapping import checkpoint_name, weights
-from megatron_embed.bridge.parallel import Layout, check_layout, pipeline_split
+from megatron_embed.bridge.layout import Layout, check_layout, pipeline_split
+from megatron_embed.bridge.mapping import OWN_PARAMETERS, checkpoint_name, weights
 from megatron_embed.bridge.pooling import pool
 from megatron_embed.bridge.rope import inverse_frequencies
 from megatron_embed.bridge.sequences import TokenBatch
-from megatron_embed.bridge.transforms import padded_vocab_size, even_range
+from megatron_embed.bridge.transforms import even_range, padded_vocab_size
 
 
 def transformer_config(
@@ -109,6 +110,7 @@ class Encoder(MegatronModule):
         pre_process, post_process: whether this stage holds the embedding, or the final norm and the pooling.
         vp_stage: which of the interleaved stages this is.
         use_te: see :func:`megatron_embed.bridge.layer_spec.block_spec`.
+        learn_temperature: the last stage also holds ``log_temperature [1]``, which starts at the config's.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Encoder(MegatronModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         use_te: bool | None = None,
+        learn_temperature: bool = False,
     ):
         super().__init__(config=transformer)
         self.encoder_config = config
@@ -142,6 +145,13 @@ class Encoder(MegatronModule):
             vp_stage=vp_stage,
         )
         self.layer_offset: int = get_transformer_layer_offset(transformer, vp_stage)
+        self.log_temperature: torch.nn.Parameter | None = None
+        if learn_temperature and post_process:
+            assert config.temperature is not None
+            # 16 bits would round it to a percent or two
+            wide = torch.promote_types(transformer.params_dtype, torch.float32)
+            start = torch.tensor([config.temperature], dtype=wide, device=host.device()).log()
+            self.log_temperature = torch.nn.Parameter(start)
         frequencies, self.rope_factor = inverse_frequencies(config)
         # not a buffer: checkpoints must not carry it, and it must stay fp32 whatever the model is cast to
         self._frequencies = frequencies
@@ -178,7 +188,13 @@ class Encoder(MegatronModule):
         return F.normalize(pooled, dim=-1) if self.encoder_config.normalize else pooled
 
 
-def build_stages(config: EncoderConfig, transformer: TransformerConfig, *, use_te: bool | None = None) -> list[Encoder]:
+def build_stages(
+    config: EncoderConfig,
+    transformer: TransformerConfig,
+    *,
+    use_te: bool | None = None,
+    learn_temperature: bool = False,
+) -> list[Encoder]:
     """This rank's pipeline stages (one, unless they are interleaved), parameters allocated but not filled."""
     vpp = transformer.virtual_pipeline_model_parallel_size
     chunks = []
@@ -192,6 +208,7 @@ def build_stages(config: EncoderConfig, transformer: TransformerConfig, *, use_t
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vpp is None, vp_stage=vp_stage),
                 vp_stage=vp_stage,
                 use_te=use_te,
+                learn_temperature=learn_temperature,
             )
         )
     for chunk in chunks:
@@ -207,6 +224,8 @@ def _mark_tensor_parallel(encoder: Encoder, config: EncoderConfig) -> None:
     """
     table = {weight.megatron: weight for weight in weights(config)}
     for name, parameter in encoder.named_parameters():
+        if name in OWN_PARAMETERS:
+            continue
         weight = table[checkpoint_name(name, layer_offset=encoder.layer_offset)]
         if weight.tp_dim is None:
             continue

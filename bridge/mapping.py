@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from megatron_embed.bridge.families import MINISTRAL3, Family
+
 if TYPE_CHECKING:
     from megatron_embed.bridge.config import EncoderConfig
 
@@ -35,7 +37,7 @@ class Row:
 _ATTENTION, _MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
 _HF_ATTENTION, _HF_MLP = "layers.{layer}.self_attn", "layers.{layer}.mlp"
 
-#: Ministral 3 and Llama (decoder layers of the same form; what differs between them is in the config).
+#: One table for all families: their decoder layers are of the same form, and bear the same names.
 TABLE: tuple[Row, ...] = (
     Row("embedding.word_embeddings.weight", ("embed_tokens.weight",), "vocab", 0, (("vocab", "hidden"),)),
     Row(
@@ -77,10 +79,12 @@ LOCAL_ALIASES: dict[str, str] = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 
-#: HF tensors that the encoder has no place for, by name and with the reason. Anything else unknown is an error.
+#: parameters of training that no HF model has a tensor for
+OWN_PARAMETERS: tuple[str, ...] = ("log_temperature",)
+
+#: HF tensors that no encoder has a place for, by name and with the reason; a family may name more. Anything else
+#: unknown is an error.
 IGNORED_HF: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"(model\.)?vision_tower\..+"), "the vision tower takes no part in text embedding"),
-    (re.compile(r"(model\.)?multi_modal_projector\..+"), "the projector takes no part in text embedding"),
     (re.compile(r"(language_model\.)?lm_head\.weight"), "an embedder has no language-model head"),
     (re.compile(r"(.+\.)?rotary_emb\.inv_freq"), "rope frequencies are computed from the config"),
 )
@@ -161,6 +165,7 @@ def hf_prefix(names: Iterable[str]) -> str | None:
     return next((prefix for prefix in HF_PREFIXES if f"{prefix}embed_tokens.weight" in present), None)
 
 
-def ignored_reason(hf_name: str) -> str | None:
+def ignored_reason(hf_name: str, family: Family = MINISTRAL3) -> str | None:
     """Why a tensor of the HF folder is left out, or None where nothing says that it may be."""
-    return next((reason for pattern, reason in IGNORED_HF if pattern.fullmatch(hf_name)), None)
+    patterns = (*IGNORED_HF, *family.ignored)
+    return next((reason for pattern, reason in patterns if pattern.fullmatch(hf_name)), None)

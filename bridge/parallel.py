@@ -5,73 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron_embed.bridge import host
-from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the world is divided; what is left over is data parallel."""
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    vpp: int | None = None
-
-    @property
-    def model_parallel_size(self) -> int:
-        return self.tp * self.pp * self.cp
-
-    def data_parallel_size(self, world_size: int) -> int:
-        """Raises UserError where tp × pp × cp does not divide the world."""
-        if world_size % self.model_parallel_size:
-            raise UserError(
-                f"world size {world_size} is not a multiple of tensor {self.tp} × pipeline {self.pp} × "
-                f"context {self.cp} = {self.model_parallel_size} model-parallel processes; start a multiple of "
-                f"{self.model_parallel_size} processes or change model.*_parallel_size"
-            )
-        return world_size // self.model_parallel_size
-
-    def __str__(self) -> str:
-        virtual = f" × VPP {self.vpp}" if self.vpp else ""
-        return f"TP {self.tp} × PP {self.pp}{virtual} × CP {self.cp}"
-
-
-def pipeline_split(num_layers: int, stages: int) -> list[int]:
-    """Layers on each of the (virtual) pipeline stages, as even as can be.
-
-    Where they do not divide, the last stages in the middle take one more: the first also holds the embedding, the last
-    the final norm and the pooling. 26 layers at 4 stages → ``[6, 7, 7, 6]``.
-    """
-    base, extra = divmod(num_layers, stages)
-    # the ends come last in the order in which stages receive an extra layer
-    middle_first = [*range(1, stages - 1), stages - 1, 0]
-    heavier = set(middle_first[:extra])
-    return [base + (stage in heavier) for stage in range(stages)]
-
-
-def check_layout(config: EncoderConfig, layout: Layout) -> None:
-    """Refuse a layout that cannot hold the model, before anything is loaded."""
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        value = getattr(config, name)
-        if value % layout.tp:
-            raise UserError(
-                f"model.tensor_model_parallel_size: {layout.tp} does not divide {name} {value}; "
-                f"choose a divisor of {value}"
-            )
-    stages = layout.pp * (layout.vpp or 1)
-    if stages > config.num_hidden_layers:
-        raise UserError(
-            f"model.pipeline_model_parallel_size: {layout.pp}{f' × {layout.vpp} virtual stages' if layout.vpp else ''} "
-            f"is more than the model's {config.num_hidden_layers} layers"
-        )
+from megatron_embed.bridge.layout import Layout
 
 
 def select_device(wanted: str = "auto") -> torch.device:

@@ -39,6 +39,8 @@ def load_hf_weights(
     with torch.no_grad():
         for module, offset in stages:
             for name, parameter in module.named_parameters():
+                if name in mapping.OWN_PARAMETERS:
+                    continue  # starts from the recipe
                 weight = table.get(mapping.checkpoint_name(name, layer_offset=offset))
                 if weight is None:
                     raise UserError(f"parameter {name}: no weight of the source belongs to it")

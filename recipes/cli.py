@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.config import RecipeConfig, load_run_config, to_yaml
-from megatron_embed.recipes.layout import (
-    data_parallel_size,
-    model_parallel_size,
-    pipeline_split,
-    validate,
-    validate_layout,
-)
+from megatron_embed.recipes.layout import layout_of, validate, validate_layout
 from megatron_embed.recipes.overrides import apply_overrides, nearest
 
 if TYPE_CHECKING:
@@ -60,7 +54,7 @@ def parse_train_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     if "WORLD_SIZE" in os.environ:
         world_size = int(os.environ["WORLD_SIZE"])
     else:  # a dry run shows the smallest world that the layout fits, unless told otherwise
-        world_size = args.world_size or (model_parallel_size(cfg) if args.dry_run else 1)
+        world_size = args.world_size or (layout_of(cfg).model_parallel_size if args.dry_run else 1)
     return TrainArguments(cfg, False, args.dry_run, world_size, args.debug)
 
 
@@ -135,7 +129,7 @@ def describe(cfg: RecipeConfig, world_size: int) -> str:
     validate(cfg, world_size, inputs=False)
     cfg = cfg.resolved()
     model, train = cfg.model, cfg.train
-    replicas = data_parallel_size(cfg, world_size)
+    replicas = layout_of(cfg).data_parallel_size(world_size)
     micro = f"{train.micro_batch_size} texts" if train.micro_batch_size else f"{train.micro_batch_tokens} tokens"
     layout = (
         f"tensor parallel {model.tensor_model_parallel_size} × pipeline parallel {model.pipeline_model_parallel_size}"
@@ -153,12 +147,14 @@ def describe(cfg: RecipeConfig, world_size: int) -> str:
 def _stages(cfg: RecipeConfig) -> str:
     """Layers of each stage, where the model's config can be read without a network."""
     from megatron_embed.bridge.config import EncoderConfig
+    from megatron_embed.bridge.layout import pipeline_split
 
     if not cfg.model.hf_model or not Path(cfg.model.hf_model).is_dir():
         return f"known once model.hf_model is a folder (found {cfg.model.hf_model or 'none'})"
     encoder = EncoderConfig.from_hf(cfg.model.hf_model)
     validate_layout(cfg, encoder)
-    split = pipeline_split(encoder.num_hidden_layers, cfg.model.pipeline_model_parallel_size)
+    layout = layout_of(cfg)
+    split = pipeline_split(encoder.num_hidden_layers, layout.pp * (layout.vpp or 1))
     return f"{', '.join(map(str, split))} of {encoder.num_hidden_layers}"
 
 

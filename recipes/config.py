@@ -85,7 +85,11 @@ class LossSection(Section):
     cross_rank_negatives: Flag = True
     """So are the passages of the other data-parallel ranks."""
     symmetric: Flag = False
-    """Add the passage → query direction."""
+    """Add the passage → query direction: the mean of the two."""
+    query_query_negatives: Flag = False
+    """Other queries are negatives of a query too; then all directions share one softmax."""
+    passage_passage_negatives: Flag = False
+    """Other queries' passages are negatives of a positive too; then all directions share one softmax."""
     false_negative_margin: Number | None = None
     """A negative scoring above positive + margin is masked; null: none is."""
     matryoshka_dims: list[Count] = []
@@ -128,7 +132,7 @@ class DataSection(Section):
     """Tokens, BOS and EOS included."""
     negatives_per_query: CountOrZero = 4
     """Hard negatives used, if the data has them."""
-    packing: Flag = False
+    packing: Flag = True
     """Lay sequences end to end instead of padding them."""
     eval: list[str] | None = None
     """BEIR folder(s), evaluated every train.eval_interval."""

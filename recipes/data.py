@@ -7,6 +7,7 @@ began. The order is a pure function of seed and step: resuming needs the step al
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,6 +41,21 @@ class Example:
     line: int
     query_prompt: str
     passage_prompt: str
+    teacher: Teacher
+
+
+class Teacher(NamedTuple):
+    """A teacher's answers for one query, where the data has them (README, "Distillation").
+
+    Attributes:
+        scores: of the positive and each hard negative.
+        query: the query's vector.
+        passages: vectors of the positive and each hard negative.
+    """
+
+    scores: list[float] | None = None
+    query: list[float] | None = None
+    passages: list[list[float]] | None = None
 
 
 class Pair(NamedTuple):
@@ -48,10 +64,14 @@ class Pair(NamedTuple):
     query: str
     positives: list[str]
     negatives: list[str]
+    teacher: Teacher = Teacher()
 
 
 def parse_pair(row: Any) -> Pair:
-    """Read ``{"query": …, "positive": text or list, "negatives": list}``; other keys are not looked at.
+    """Read ``{"query": …, "positive": text or list, "negatives": list}``, and a teacher's answers if there are any.
+
+    ``scores``: a number for the positive and each negative. ``query_embedding``, ``positive_embedding``,
+    ``negative_embeddings``: vectors. Other keys are not looked at.
 
     Raises:
         RowError: a missing field, a wrong type, an empty text, no positive.
@@ -74,7 +94,35 @@ def parse_pair(row: Any) -> Pair:
         _check_text("positive", text)
     for text in negatives:
         _check_text("negatives", text)
-    return Pair(query, positives, negatives)
+    return Pair(query, positives, negatives, _parse_teacher(row, positives, negatives))
+
+
+def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list[str]) -> Teacher:
+    scores, query, positive = (row.get(key) for key in ("scores", "query_embedding", "positive_embedding"))
+    if scores is None and query is None and positive is None:
+        return Teacher()
+    if len(positives) > 1:
+        raise RowError(f"a teacher's answers go with one positive; found {len(positives)}")
+    wanted = 1 + len(negatives)
+    if scores is not None:
+        _check_numbers("scores", scores)
+        if len(scores) != wanted:
+            raise RowError(f"'scores': found {len(scores)}; wanted {wanted}, one for the positive and each negative")
+    passages = None
+    if (query is None) != (positive is None):
+        raise RowError("'query_embedding' and 'positive_embedding' come together")
+    if positive is not None:
+        passages = [positive, *(row.get("negative_embeddings") or [])]
+        for vector in (query, *passages):
+            _check_numbers("…_embedding", vector)
+        if len(passages) != wanted:
+            raise RowError(f"'negative_embeddings': found {len(passages) - 1}; wanted {len(negatives)}, one a negative")
+    return Teacher(scores, query, passages)
+
+
+def _check_numbers(field: str, values: Any) -> None:
+    if not isinstance(values, list) or not all(type(x) in (int, float) and math.isfinite(x) for x in values):
+        raise RowError(f"{field!r}: wanted a list of finite numbers")
 
 
 def _check_text(field: str, text: Any) -> None:
@@ -149,7 +197,6 @@ class PairSource:
             else:
                 counts[index] = len(pair.positives)
                 self.max_negatives = max(self.max_negatives, len(pair.negatives))
-                self.max_negatives = max(self.max_negatives, len(pair.negatives))
         if unusable:
             more = f" ({unusable - 1} more cannot be used)" if unusable > 1 else ""
             raise UserError(f"{self.rows.path}, {first_problem}{more}")
@@ -174,6 +221,7 @@ class PairSource:
             line=self.rows.line(row),
             query_prompt=self.source.query_prompt or "",
             passage_prompt=self.source.passage_prompt or "",
+            teacher=pair.teacher,
         )
 
 

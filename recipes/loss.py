@@ -1,94 +1,231 @@
 """The contrastive loss of a global batch that is spread over data-parallel ranks.
 
-Every rank scores its own queries against the passages of all ranks. The gather is differentiable (its backward is a
-reduce-scatter), so passages receive their gradient from every rank's queries: nothing is detached.
+Every rank scores its own queries against the candidates of all ranks. The gather is differentiable (its backward is a
+reduce-scatter), so passages receive their gradient from every rank's queries: nothing is detached. Rows are taken in
+chunks that are recomputed in backward, so memory is that of a chunk and not of the whole score matrix.
 
-Legend: ``Q`` queries of this rank, ``K`` passage slots a query (the positive first), ``W`` ranks, ``D`` hidden.
+Legend: ``Q`` queries of this rank, ``K`` passage slots a query (the positive first), ``W`` ranks, ``G = W Q`` queries
+and ``N = W Q K`` slots in all, ``R`` rows of a chunk, ``D`` dimensions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_embed.recipes.config import LossSection
+from megatron_embed.recipes.targets import Targets
+
+#: scores of one chunk, all directions together
+CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class BatchShape:
-    """How a rank's texts make up its part of the batch: ``Q`` queries, then ``Q × K`` passages of which some are empty.
+class ContrastiveLoss:
+    """InfoNCE (van den Oord et al. 2018) with the recipe's negatives, masks and additional terms.
+
+    ``L = -1/G Σ_i log( exp(s_i,p(i) / T) / Σ_j exp(s_ij / T) )``, s = scalar products, j over every candidate that is
+    not masked. Called on every rank with its own part; the *sum* over ranks is the loss of the global batch.
+
+    * ``symmetric``: the mean with the same over queries for each positive (Günther et al. 2023).
+    * ``query_query_negatives``, ``passage_passage_negatives``: further candidates; then all directions share one
+      softmax (Li et al. 2023, GTE).
+    * ``matryoshka_dims``: the sum over truncated (and renormalised) vectors (Kusupati et al. 2022).
+    * ``score_distillation_weight``: plus KL(teacher ‖ student) over each query's own slots, student temperature T.
+    * ``embedding_distillation_weight``: plus the mean of 1 - cos(vector, teacher's vector) over texts that have one.
 
     Attributes:
-        queries: Q, the same on every rank.
-        valid: ``[Q, K]`` bool: False where a query has fewer hard negatives than slots; those have no text.
+        normalize: whether the vectors have length 1 (truncated ones are then brought to it again).
+        group: the data-parallel group; None for a single rank.
     """
 
-    queries: int
-    valid: Tensor
+    config: LossSection
+    normalize: bool = True
+    group: dist.ProcessGroup | None = None
 
     @property
-    def slots(self) -> int:
-        return self.valid.shape[1]
+    def world(self) -> int:
+        return 1 if self.group is None else self.group.size()
 
     @property
-    def texts(self) -> int:
-        """Texts of this rank: its queries and its filled slots."""
-        return self.queries + int(self.valid.sum())
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    def __call__(self, embeddings: Tensor, targets: Targets, temperature: Tensor | float | None = None) -> Tensor:
+        """This rank's share of the loss.
+
+        Args:
+            embeddings: ``[texts, D]`` fp32 or wider: the queries, then the filled passage slots, query by query.
+            targets: what belongs to what among them.
+            temperature: in the place of the config's.
+        """
+        temperature = self.config.temperature if temperature is None else temperature
+        queries_QD = embeddings[: targets.queries]
+        # Empty slots become zero vectors and are masked; with fixed slots every rank gathers the same shape.
+        passages = embeddings.new_zeros(targets.valid.numel(), embeddings.shape[1])
+        passages = passages.masked_scatter(targets.valid.reshape(-1, 1), embeddings[targets.queries :])
+        passages_QKD = passages.view(*targets.valid.shape, -1)
+        total = embeddings.new_zeros(())
+        for dim in self.config.matryoshka_dims or [embeddings.shape[1]]:
+            queries, slots = self._truncate(queries_QD, dim), self._truncate(passages_QKD, dim)
+            total = total + self._info_nce(queries, slots, targets, temperature)
+            if self.config.score_distillation_weight:
+                kl = _score_distillation(queries, slots, targets, temperature)
+                total = total + self.config.score_distillation_weight * kl / self._global_queries(targets)
+        if self.config.embedding_distillation_weight:
+            total = total + self.config.embedding_distillation_weight * self._embedding_distillation(
+                embeddings, targets
+            )
+        return total
+
+    def _global_queries(self, targets: Targets) -> int:
+        return targets.queries * self.world
+
+    def _truncate(self, x: Tensor, dim: int) -> Tensor:
+        if dim == x.shape[-1]:
+            return x
+        x = x[..., :dim]
+        return F.normalize(x, dim=-1) if self.normalize else x
+
+    # ---- InfoNCE
+
+    def _info_nce(self, queries: Tensor, slots: Tensor, targets: Targets, temperature: Tensor | float) -> Tensor:
+        if not self.config.in_batch_negatives:
+            scores_QK = torch.einsum("qd,qkd->qk", queries, slots)
+            masked = ~targets.valid | self._above_margin(scores_QK, scores_QK[:, :1])
+            masked[:, 0] = False
+            log_p = (scores_QK / temperature).masked_fill(masked, float("-inf")).log_softmax(dim=1)
+            return -log_p[:, 0].sum() / self._global_queries(targets)
+        pool = self._pool(queries, slots, targets)
+        rows = max(1, CHUNK_BYTES // (pool.width * queries.element_size()))
+        total = queries.new_zeros(())
+        for start in range(0, targets.queries, rows):
+            chunk = slice(start, min(start + rows, targets.queries))
+            arguments = (queries[chunk], slots[chunk, 0], pool, targets, chunk, temperature)
+            if rows >= targets.queries:
+                total = total + self._rows(*arguments)
+            else:
+                total = total + checkpoint(self._rows, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return total / self._global_queries(targets)
+
+    def _pool(self, queries: Tensor, slots: Tensor, targets: Targets) -> _Pool:
+        """All that rows are scored against: of all ranks, or of this one."""
+        group = self.group if self.config.cross_rank_negatives and self.world > 1 else None
+        config = self.config
+        needs_queries = config.symmetric or config.query_query_negatives
+        first = self.rank * targets.queries if group is not None else 0
+        return _Pool(
+            passages=_gather(slots.flatten(0, 1), group),
+            queries=_gather(queries, group) if needs_queries else None,
+            targets=targets.gathered(group),
+            first=first,
+            directions=1 + config.symmetric + config.query_query_negatives + config.passage_passage_negatives,
+        )
+
+    def _rows(
+        self,
+        queries_RD: Tensor,
+        positives_RD: Tensor,
+        pool: _Pool,
+        targets: Targets,
+        chunk: slice,
+        temperature: Tensor | float,
+    ) -> Tensor:
+        """Σ over the chunk's queries of -log softmax of the positive."""
+        config = self.config
+        own = (
+            torch.arange(chunk.start, chunk.stop, device=queries_RD.device) + pool.first
+        )  # as the pool numbers queries
+        same_RN, same_RG = pool.targets.false_negatives(targets, chunk, own)
+        invalid = ~pool.targets.valid.flatten()
+        scores_RN = queries_RD @ pool.passages.T
+        labels = own * targets.slots
+        positive_R1 = scores_RN.gather(1, labels[:, None])
+        doubtful = same_RN | invalid | self._above_margin(scores_RN, positive_R1)
+        directions = [_mask(scores_RN / temperature, doubtful, labels[:, None], False)]
+        if config.symmetric:
+            scores_RG = positives_RD @ pool.queries.T  # type: ignore[union-attr]
+            doubtful = same_RG | self._above_margin(scores_RG, positive_R1)
+            directions.append(_mask(scores_RG / temperature, doubtful, own[:, None], False))
+        if config.query_query_negatives:
+            scores_RG = queries_RD @ pool.queries.T  # type: ignore[union-attr]
+            doubtful = same_RG | self._above_margin(scores_RG, positive_R1)
+            directions.append(_mask(scores_RG / temperature, doubtful, own[:, None], True))
+        if config.passage_passage_negatives:
+            scores_RN = positives_RD @ pool.passages.T
+            mine = labels[:, None] + torch.arange(targets.slots, device=labels.device)
+            doubtful = same_RN | invalid | self._above_margin(scores_RN, positive_R1)
+            directions.append(_mask(scores_RN / temperature, doubtful, mine, True))
+        if config.query_query_negatives or config.passage_passage_negatives:
+            log_z = torch.cat(directions, dim=1).logsumexp(dim=1)
+        else:
+            log_z = torch.stack([logits.logsumexp(dim=1) for logits in directions]).mean(dim=0)
+        return (log_z - positive_R1[:, 0] / temperature).sum()
+
+    def _above_margin(self, scores: Tensor, positive: Tensor) -> Tensor:
+        """A negative that scores above its query's positive by more than the margin is likely no negative."""
+        margin = self.config.false_negative_margin
+        if margin is None:
+            return torch.zeros((), dtype=torch.bool, device=scores.device)
+        return scores.detach() > positive.detach() + margin
+
+    # ---- embedding distillation
+
+    def _embedding_distillation(self, embeddings: Tensor, targets: Targets) -> Tensor:
+        vectors, has = targets.teacher_embeddings, targets.has_teacher_embedding
+        count = embeddings.new_zeros(()) if has is None else has.sum().to(embeddings.dtype)
+        if self.world > 1:
+            dist.all_reduce(count, group=self.group)
+        if vectors is None or has is None or not bool(count):
+            return embeddings.sum() * 0
+        cosine = F.cosine_similarity(embeddings[has], vectors[has].to(embeddings.dtype), dim=1)
+        return (1 - cosine).sum() / count
 
 
-def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' rows in rank order ``[W * n, …]``; backward sums the ranks' gradients and keeps the own rows."""
-    if group is None or group.size() == 1:
+@dataclass(frozen=True)
+class _Pool:
+    """Candidates of a batch, gathered."""
+
+    passages: Tensor
+    queries: Tensor | None
+    targets: Targets
+    #: number of this rank's first query among the pool's
+    first: int
+    directions: int
+
+    @property
+    def width(self) -> int:
+        """Scores of a row, all directions; three matrices of that size are alive at a time."""
+        return 3 * self.directions * self.passages.shape[0]
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' rows in rank order; backward sums the ranks' gradients and keeps the own rows."""
+    if group is None:
         return x
     return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
 
 
-def contrastive_loss(
-    embeddings: Tensor, shape: BatchShape, config: LossSection, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018) of this rank's queries, divided by the *global* number of queries.
+def _mask(logits: Tensor, doubtful: Tensor, own: Tensor, blocked: bool) -> Tensor:
+    """-inf where a candidate is doubtful; at the row's ``own`` columns as ``blocked`` says."""
+    return logits.masked_fill(doubtful.expand_as(logits).scatter(1, own, blocked), float("-inf"))
 
-    ``L = -1/(W Q) Σ_i log( exp(q_i·p_i / T) / Σ_j exp(q_i·p_j / T) )``, j over every passage of the global batch.
-    The sum over ranks is the loss of the global batch.
 
-    Args:
-        embeddings: ``[texts, D]`` fp32 or wider: the queries, then the filled passage slots, query by query.
-        shape: of this rank's part.
-        group: the data-parallel group; None for a single rank.
-
-    Returns:
-        Scalar.
-    """
-    queries_QD = embeddings[: shape.queries]
-    # empty slots become zero vectors and are masked; with fixed slots every rank gathers the same shape
-    passages = embeddings.new_zeros(shape.valid.numel(), embeddings.shape[1])
-    valid = shape.valid.flatten()
-    passages = passages.masked_scatter(valid[:, None], embeddings[shape.queries :])
-    world = 1 if group is None else group.size()
-    rank = 0 if group is None else group.rank()
-    positives = torch.arange(shape.queries, device=embeddings.device) * shape.slots
-
-    if not config.in_batch_negatives:
-        own_QKD = passages.view(shape.queries, shape.slots, -1)
-        scores = torch.einsum("qd,qkd->qk", queries_QD, own_QKD)
-        masked = ~shape.valid
-        positives = torch.zeros_like(positives)
-    else:
-        if config.cross_rank_negatives:
-            passages = gather(passages, group)
-            if world > 1:
-                flags = [torch.empty_like(valid) for _ in range(world)]
-                dist.all_gather(flags, valid, group=group)
-                valid = torch.cat(flags)
-            positives = positives + rank * shape.valid.numel()
-        scores = queries_QD @ passages.T
-        masked = ~valid[None]
-    logits = scores / config.temperature
-    if bool(masked.any()):
-        logits = logits.masked_fill(masked, float("-inf"))
-    return F.cross_entropy(logits, positives, reduction="sum") / (shape.queries * world)
+def _score_distillation(queries: Tensor, slots: Tensor, targets: Targets, temperature: Any) -> Tensor:
+    """Σ over this rank's queries of KL(softmax(teacher's scores) ‖ softmax(scores / T)) over their own slots."""
+    scores = targets.teacher_scores
+    if scores is None:
+        return queries.sum() * 0
+    empty = ~targets.valid
+    # -inf on both sides would give 0 · (-inf + inf): empty slots leave the sum instead
+    log_p = (torch.einsum("qd,qkd->qk", queries, slots) / temperature).masked_fill(empty, float("-inf"))
+    log_p = log_p.log_softmax(dim=1).masked_fill(empty, 0.0)
+    teacher = scores.to(queries.dtype).masked_fill(empty, float("-inf")).softmax(dim=1)
+    return F.kl_div(log_p, teacher, reduction="sum")

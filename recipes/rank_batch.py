@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
-from megatron_embed.recipes.loss import BatchShape
+from megatron_embed.recipes.config import LossSection
+from megatron_embed.recipes.data import Example, GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.targets import Targets, identify
 from megatron_embed.recipes.tokenization import TextTokenizer
 
 
@@ -18,7 +20,7 @@ class RankBatch:
     """What one rank encodes in a step: its queries, then their passages, as token ids."""
 
     sequences: list[list[int]]
-    shape: BatchShape
+    targets: Targets
 
     @property
     def real_tokens(self) -> int:
@@ -38,6 +40,8 @@ class BatchBuilder:
     sampler: GlobalBatchSampler
     tokenizer: TextTokenizer
     negatives_per_query: int
+    loss: LossSection
+    hidden_size: int
     rank: int
     world: int
 
@@ -50,13 +54,38 @@ class BatchBuilder:
         most = max(source.max_negatives for source in self.dataset.sources)
         slots = 1 + min(self.negatives_per_query, most)
         passages = [[e.positive, *e.negatives[: slots - 1]] for e in examples]
-        queries = self.tokenizer.encode(
-            [e.query for e in examples], "query", [self._prompt(e, "query") for e in examples]
-        )
+        queries = [e.query for e in examples]
         flat = [text for group in passages for text in group]
         prompts = [self._prompt(e, "passage") for e, group in zip(examples, passages, strict=True) for _ in group]
         valid = torch.tensor([[slot < len(group) for slot in range(slots)] for group in passages])
-        return RankBatch(queries + self.tokenizer.encode(flat, "passage", prompts), BatchShape(len(examples), valid))
+        known = [e.positives for e in examples]
+        targets = Targets(
+            len(examples),
+            valid,
+            **identify(queries, passages, known, slots),
+            **self._teachers(examples, slots),
+        )
+        sequences = self.tokenizer.encode(queries, "query", [self._prompt(e, "query") for e in examples])
+        return RankBatch(sequences + self.tokenizer.encode(flat, "passage", prompts), targets)
+
+    def _teachers(self, examples: list[Example], slots: int) -> dict[str, torch.Tensor]:
+        """The fields of :class:`Targets` that hold a teacher's answers, as far as the loss wants them."""
+        found = {}
+        if self.loss.score_distillation_weight:
+            rows = [[*(_answer(e, "scores") or [])[:slots]] for e in examples]
+            found["teacher_scores"] = torch.tensor([row + [0.0] * (slots - len(row)) for row in rows])
+        if self.loss.embedding_distillation_weight:
+            vectors = [_answer(e, "query") for e in examples]
+            vectors += [vector for e in examples for vector in _answer(e, "passages")[:slots]]
+            for vector in vectors:
+                if len(vector) != self.hidden_size:
+                    raise UserError(
+                        f"{examples[0].source}: teacher vectors of {len(vector)} numbers; "
+                        f"wanted {self.hidden_size}, the model's hidden_size"
+                    )
+            found["teacher_embeddings"] = torch.tensor(vectors)
+            found["has_teacher_embedding"] = torch.ones(len(vectors), dtype=torch.bool)
+        return found
 
     def _prompt(self, example: object, kind: str) -> str:
         return getattr(example, f"{kind}_prompt")
@@ -68,6 +97,15 @@ class BatchBuilder:
             example = self.dataset[index]
             found.setdefault(example.source, []).append(example.line)
         return "; ".join(f"{path} lines {', '.join(map(str, sorted(lines)))}" for path, lines in found.items())
+
+
+def _answer(example: Example, field: str) -> Any:
+    answer = getattr(example.teacher, field)
+    if answer is None:
+        key = "scores" if field == "scores" else "query_embedding and positive_embedding"
+        weight = "loss.score_distillation_weight" if field == "scores" else "loss.embedding_distillation_weight"
+        raise UserError(f"{example.source}, line {example.line}: no {key}, which {weight} above 0 wants")
+    return answer
 
 
 def micro_batches(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> list[MicroBatch]:

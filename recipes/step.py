@@ -22,8 +22,8 @@ from torch import Tensor
 from megatron_embed.bridge import host
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.recipes.batching import MicroBatch
-from megatron_embed.recipes.config import LossSection
-from megatron_embed.recipes.loss import BatchShape, contrastive_loss
+from megatron_embed.recipes.loss import ContrastiveLoss
+from megatron_embed.recipes.targets import Targets
 
 #: (output of the last stage, micro-batch) → what the schedule wants of a loss function
 LossFunction = Callable[..., Any]
@@ -43,8 +43,8 @@ def encode_micro_batches(stages: Sequence[torch.nn.Module], micro_batches: Seque
 def contrastive_step(
     stages: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
-    shape: BatchShape,
-    config: LossSection,
+    targets: Targets,
+    loss: ContrastiveLoss,
     *,
     mode: Literal["direct", "cached"],
 ) -> float:
@@ -53,7 +53,7 @@ def contrastive_step(
     Args:
         stages: this rank's pipeline stages, wrapped in megatron-core's DDP, gradients zeroed.
         micro_batches: of this rank's texts, the same on all its tensor- and pipeline-parallel ranks.
-        shape: how the texts make up this rank's part of the batch.
+        targets: how the texts make up this rank's part of the batch.
         mode: ``direct`` takes a single micro-batch. Either gives the same gradient.
 
     Returns:
@@ -63,46 +63,57 @@ def contrastive_step(
     for stage in stages:
         stage.train()
     compute = _direct if mode == "direct" else _cached
-    return _share_loss(compute(stages, micro_batches, shape, config))
+    return _share_loss(compute(stages, micro_batches, targets.to(host.device()), loss))
 
 
 def _direct(
-    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], shape: BatchShape, config: LossSection
+    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], targets: Targets, loss: ContrastiveLoss
 ) -> Tensor | None:
-    group = parallel_state.get_data_parallel_group()
+    log_temperature = unwrap(stages)[-1].log_temperature
 
     def loss_function(micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
         order = torch.argsort(micro_batch.texts).to(output.device)
-        loss = contrastive_loss(output[order], shape, config, group)
+        temperature = None
+        if log_temperature is not None:
+            # Every context-parallel rank computes the whole gradient of it, and these are added up.
+            share = log_temperature / parallel_state.get_context_parallel_world_size()
+            temperature = (share + (log_temperature - share).detach()).exp()
+        value = loss(output[order], targets, temperature)
         # DDP averages over data-parallel ranks what is to be summed. Cloned: the schedule divides in place.
-        return loss * group.size(), loss.detach().clone()
+        return value * loss.world, value.detach().clone()
 
     losses = _run_schedule(stages, micro_batches, loss_function, forward_only=False)
     return losses[0] if losses else None
 
 
 def _cached(
-    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], shape: BatchShape, config: LossSection
+    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], targets: Targets, loss: ContrastiveLoss
 ) -> Tensor | None:
-    group = parallel_state.get_data_parallel_group()
     outputs = encode_micro_batches(stages, micro_batches)
-    loss, grads = None, None
+    log_temperature = unwrap(stages)[-1].log_temperature
+    value = gradient = temperature_gradient = None
     if outputs is not None:
         texts = torch.cat([micro_batch.texts for micro_batch in micro_batches]).to(outputs[0].device)
-        embeddings = torch.cat(outputs)[torch.argsort(texts)].requires_grad_()
-        loss = contrastive_loss(embeddings, shape, config, group)
-        (grads,) = torch.autograd.grad(loss, embeddings)
-        loss = loss.detach()
+        leaves = [torch.cat(outputs)[torch.argsort(texts)].requires_grad_()]
+        if log_temperature is not None:
+            leaves.append(log_temperature.detach().requires_grad_())
+        value = loss(leaves[0], targets, *(leaf.exp() for leaf in leaves[1:]))
+        gradient, *rest = torch.autograd.grad(value, leaves)
+        # see _direct: context-parallel ranks add up
+        temperature_gradient = rest[0] / parallel_state.get_context_parallel_world_size() if rest else None
+        value = value.detach()
     # cancels the schedule's division by the number of micro-batches and DDP's average over ranks
-    factor = len(micro_batches) * group.size()
+    factor = len(micro_batches) * loss.world
 
     def surrogate(micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
-        assert grads is not None
-        total = (micro_batch.rows(output) * grads[micro_batch.texts.to(output.device)]).sum()
+        assert gradient is not None
+        total = (micro_batch.rows(output) * gradient[micro_batch.texts.to(output.device)]).sum()
+        if temperature_gradient is not None and micro_batch is micro_batches[0]:
+            total = total + (log_temperature * temperature_gradient).sum()
         return total * factor, total.detach().clone()
 
     _run_schedule(stages, micro_batches, surrogate, forward_only=False)
-    return loss
+    return value
 
 
 def _run_schedule(

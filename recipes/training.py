@@ -17,13 +17,13 @@ from megatron_embed.bridge import host, parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.bridge.parallel import Layout
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig, save_run_config
 from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.encode import encode_sequences
-from megatron_embed.recipes.layout import validate, validate_layout
+from megatron_embed.recipes.layout import layout_of, validate, validate_layout
+from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
 from megatron_embed.recipes.optimizer import TrainState, set_up_training
 from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, micro_batches
@@ -60,17 +60,6 @@ def train(cfg: RecipeConfig) -> Path:
         start = checkpointing.restore(cfg, run.state, resume) if resume else 0
         run.loop(start)
     return save_dir
-
-
-def layout_of(cfg: RecipeConfig) -> Layout:
-    """The recipe's parallel sizes."""
-    model = cfg.model
-    return Layout(
-        tp=model.tensor_model_parallel_size,
-        pp=model.pipeline_model_parallel_size,
-        cp=model.context_parallel_size,
-        vpp=model.virtual_pipeline_model_parallel_size,
-    )
 
 
 def open_source(cfg: RecipeConfig) -> ModelSource:
@@ -115,7 +104,7 @@ def _set_up(
         sequence_parallel=cfg.model.sequence_parallel,
         recompute=cfg.model.recompute,
     )
-    encoders = build_stages(source.config, transformer)
+    encoders = build_stages(source.config, transformer, learn_temperature=cfg.loss.learn_temperature)
     source.fill(encoders, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
     state = set_up_training(encoders, cfg.optimizer, train_iters=cfg.train.train_iters)
     builder = BatchBuilder(
@@ -123,6 +112,8 @@ def _set_up(
         sampler,
         tokenizer,
         data.negatives_per_query,
+        cfg.loss,
+        source.config.hidden_size,
         rank=parallel_state.get_data_parallel_rank(),
         world=parallel_state.get_data_parallel_world_size(),
     )
@@ -134,7 +125,9 @@ def _set_up(
         multiple_of=layout.tp * layout.cp,
         count_multiple_of=layout.pp if layout.vpp else 1,
     )
-    return Run(cfg, source.config, source.files, state, builder, plan, save_dir, collections)
+    group = parallel_state.get_data_parallel_group()
+    loss = ContrastiveLoss(cfg.loss, normalize=source.config.normalize, group=group)
+    return Run(cfg, source.config, source.files, state, builder, plan, loss, save_dir, collections)
 
 
 @dataclass
@@ -147,6 +140,7 @@ class Run:
     state: TrainState
     builder: BatchBuilder
     plan: BatchingPlan
+    loss: ContrastiveLoss
     save_dir: Path
     collections: list[Any]
 
@@ -208,7 +202,7 @@ class Run:
         for stage in state.stages:
             stage.zero_grad_buffer()
         state.optimizer.zero_grad()
-        loss = contrastive_step(state.stages, groups, batch.shape, self.cfg.loss, mode=mode)  # type: ignore[arg-type]
+        loss = contrastive_step(state.stages, groups, batch.targets, self.loss, mode=mode)  # type: ignore[arg-type]
         if not math.isfinite(loss):
             raise UserError(self._not_finite(step, "loss", loss))
         updated, grad_norm, _ = state.optimizer.step()

@@ -13,7 +13,8 @@ from support.tiny_models import tiny_config
 from support.worlds import run_world
 
 from megatron_embed.bridge import EncoderConfig
-from megatron_embed.bridge.parallel import Layout, parallel_world
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.parallel import parallel_world
 
 QUERIES, SLOTS, TEMPERATURE = 8, 3, 0.05
 
@@ -85,9 +86,11 @@ def wanted(dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor], dict[str
     queries, passages = texts()
     flat = [text for group in passages for text in group]
     positives = [sum(len(group) for group in passages[:i]) for i in range(QUERIES)]
-    loss = oracle.info_nce(oracle.embed(model, queries), oracle.embed(model, flat), positives, TEMPERATURE)
+    log_temperature = torch.tensor([TEMPERATURE], dtype=dtype).log().requires_grad_()
+    loss = oracle.info_nce(oracle.embed(model, queries), oracle.embed(model, flat), positives, log_temperature.exp())
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients["log_temperature"] = log_temperature.grad
     return loss.item(), gradients, model.state_dict()
 
 
@@ -100,17 +103,19 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
 
     from megatron_embed.recipes.batching import BatchingPlan
     from megatron_embed.recipes.config import LossSection
-    from megatron_embed.recipes.loss import BatchShape
+    from megatron_embed.recipes.loss import ContrastiveLoss
     from megatron_embed.recipes.optimizer import gradients, wrap_ddp
     from megatron_embed.recipes.step import contrastive_step
+    from megatron_embed.recipes.targets import Targets
 
-    encoder_config = EncoderConfig.from_hf(config())
+    encoder_config = EncoderConfig.from_hf(config(), temperature=TEMPERATURE)
     with parallel_world(case.layout):
         encoders = filled_stages(
             encoder_config,
             case.layout,
             state,
             case.dtype,
+            learn_temperature=True,
             sequence_parallel=case.sequence_parallel,
             recompute=case.recompute,
         )
@@ -134,8 +139,8 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
         loss = contrastive_step(
             stages,
             plan.split(sequences),
-            BatchShape(len(queries), valid),
-            LossSection(temperature=TEMPERATURE),
+            Targets(len(queries), valid),
+            ContrastiveLoss(LossSection(temperature=TEMPERATURE), group=parallel_state.get_data_parallel_group()),
             mode=case.mode,
         )
         return loss, collect(gradients(stages))
@@ -153,7 +158,11 @@ def test_gradients_equal_one_process(world: int) -> None:
         of_ranks = [result[number] for result in results]
         if any(abs(found / loss - 1) > limit for found, _ in of_ranks):
             failures.append(f"{case}: losses {[found for found, _ in of_ranks]}, wanted {loss}")
-        merged = merge_world(EncoderConfig.from_hf(config()), [collected for _, collected in of_ranks])
+        collected = [item for _, item in of_ranks]
+        merged = merge_world(EncoderConfig.from_hf(config()), collected)
+        last = [tensors["log_temperature"] for *_, tensors in collected if "log_temperature" in tensors]
+        assert all(torch.equal(tensor, last[0]) for tensor in last)
+        merged["log_temperature"] = last[0]
         assert merged.keys() == gradients.keys()
         worst = max(gradients, key=lambda name: oracle.relative_error(merged[name], gradients[name]))
         error = oracle.relative_error(merged[worst], gradients[worst])

@@ -14,7 +14,8 @@ from torch import Tensor
 from megatron_embed.bridge import EncoderConfig, host
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.encoder import Encoder
-from megatron_embed.bridge.parallel import Layout, parallel_world
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
 
 LENGTH = 70  # beyond the tiny config's original 64 positions: the Llama-4 scale acts
@@ -110,7 +111,7 @@ def test_packed_states_equal_hugging_face_text_by_text(name: str) -> None:
 
 @pytest.mark.parametrize("side", ["none", "right", "left"])
 def test_bf16_error_is_no_larger_than_hugging_faces_own(side: str) -> None:
-    model, encoder = build({"num_hidden_layers": 4, "hidden_size": 128}, torch.bfloat16)
+    _, encoder = build({"num_hidden_layers": 4, "hidden_size": 128}, torch.bfloat16)
     half = oracle.hf_model(tiny_config(num_hidden_layers=4, hidden_size=128), dtype=torch.bfloat16)
     exact = oracle.hf_model(tiny_config(num_hidden_layers=4, hidden_size=128), dtype=torch.bfloat16).float()
     ids, mask = ids_and_mask(side)

@@ -41,6 +41,8 @@ DEFAULTS = {
     "loss.in_batch_negatives": True,
     "loss.cross_rank_negatives": True,
     "loss.symmetric": False,
+    "loss.query_query_negatives": False,
+    "loss.passage_passage_negatives": False,
     "loss.false_negative_margin": None,
     "loss.matryoshka_dims": [],
     "loss.score_distillation_weight": 0.0,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
-from megatron_embed.bridge.mapping import Weight, checkpoint_name, weights
-from megatron_embed.bridge.parallel import Layout
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.mapping import OWN_PARAMETERS, Weight, checkpoint_name, weights
 from megatron_embed.bridge.transforms import (
     merge_tp,
     pack_gate_up,
@@ -28,16 +28,24 @@ State = dict[str, Tensor]
 
 
 def filled_stages(
-    config: EncoderConfig, layout: Layout, state: State, dtype: torch.dtype = torch.float32, **options: Any
+    config: EncoderConfig,
+    layout: Layout,
+    state: State,
+    dtype: torch.dtype = torch.float32,
+    *,
+    learn_temperature: bool = False,
+    **options: Any,
 ) -> list[Encoder]:
     """This rank's stages with the weights of an HF ``Ministral3Model``'s state dict."""
     transformer = transformer_config(config, layout, dtype=dtype, **options)
-    encoders = build_stages(config, transformer)
+    encoders = build_stages(config, transformer, learn_temperature=learn_temperature)
     table = {weight.megatron: weight for weight in weights(config)}
     rank, world = parallel_state.get_tensor_model_parallel_rank(), layout.tp
     with torch.no_grad():
         for encoder in encoders:
             for name, parameter in encoder.named_parameters():
+                if name in OWN_PARAMETERS:
+                    continue
                 weight = table[checkpoint_name(name, layer_offset=encoder.layer_offset)]
                 parameter.copy_(_slice(weight, config, state, rank, world))
     return encoders

@@ -7,11 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from support.tiny_models import save_vlm
-
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.ministral3 import ministral3_tiny_embed_config
 from megatron_embed.recipes.overrides import apply_overrides
+from support.tiny_models import save_vlm
 
 
 def write_pairs(path: Path, count: int, *, negatives: int | None = 2, seed: int = 0) -> Path:

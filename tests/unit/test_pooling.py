@@ -42,7 +42,9 @@ def test_pooling_equals_sentence_transformers(mode: str, form: str) -> None:
     reference = ReferencePooling(HIDDEN, pooling_mode=REFERENCE[mode])
     wanted = torch.cat(
         [
-            reference({"token_embeddings": text[None], "attention_mask": torch.ones(1, len(text))})["sentence_embedding"]
+            reference({"token_embeddings": text[None], "attention_mask": torch.ones(1, len(text))})[
+                "sentence_embedding"
+            ]
             for text in texts
         ]
     )

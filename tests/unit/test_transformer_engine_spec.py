@@ -5,7 +5,8 @@ It shows the wiring (names, shapes, masks, packed lengths), not Transformer Engi
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig, host
 from megatron_embed.bridge.encoder import Encoder, transformer_config
+from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import checkpoint_name, weights
-from megatron_embed.bridge.parallel import Layout, parallel_world
+from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
 from megatron_embed.bridge.transforms import pack_gate_up, pack_qkv
 
@@ -54,7 +56,7 @@ class StandInNormLinear(StandInLinear):
 class StandInAttention(torch.nn.Module):
     """Speaks Transformer Engine's terms: a mask is True on what is left out; thd comes with cu_seqlens."""
 
-    seen: list[tuple[AttnMaskType, str]] = []
+    seen: ClassVar[list[tuple[AttnMaskType, str]]] = []
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: AttnMaskType, **_given: Any):
         super().__init__()
@@ -69,8 +71,8 @@ class StandInAttention(torch.nn.Module):
             return self._attend(q, k, v, None if mask is None else ~mask)
         assert packed_seq_params.cu_seqlens_q.dtype == torch.int32
         ends = packed_seq_params.cu_seqlens_q.tolist()
-        assert packed_seq_params.max_seqlen_q == max(b - a for a, b in zip(ends, ends[1:], strict=False))
-        parts = [self._attend(*(x[a:b, None] for x in (q, k, v)), None) for a, b in zip(ends, ends[1:], strict=False)]
+        assert packed_seq_params.max_seqlen_q == max(b - a for a, b in pairwise(ends))
+        parts = [self._attend(*(x[a:b, None] for x in (q, k, v)), None) for a, b in pairwise(ends)]
         return torch.cat(parts).squeeze(1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
