@@ -1,6 +1,36 @@
-"""The model, and how its weights correspond to Hugging Face's. Knows nothing of training."""
+"""The model, and how its weights correspond to Hugging Face's. Knows nothing of training.
+
+The ``…Bidirectional…`` classes import transformers, and register themselves with ``AutoConfig`` and ``AutoModel``, when
+they are first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 
-__all__ = ["EncoderConfig", "UserError"]
+if TYPE_CHECKING:
+    from megatron_embed.bridge.bidirectional import (
+        LlamaBidirectionalConfig,
+        LlamaBidirectionalModel,
+        Ministral3BidirectionalConfig,
+        Ministral3BidirectionalModel,
+    )
+
+__all__ = [
+    "EncoderConfig",
+    "LlamaBidirectionalConfig",
+    "LlamaBidirectionalModel",
+    "Ministral3BidirectionalConfig",
+    "Ministral3BidirectionalModel",
+    "UserError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("megatron_embed.bridge.bidirectional"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.families import BIDIRECTIONAL, BIDIRECTIONAL_POOLINGS, FAMILIES, VLMS, Family, accepted
 
 Pooling = Literal["avg", "cls", "last", "weighted_avg"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
@@ -78,44 +79,47 @@ class EncoderConfig:
 
         Args:
             config: a ``PretrainedConfig``, the contents of a ``config.json``, or the path of one or of its folder.
-                The VLM (``mistral3``), the text model (``ministral3``) and ready embedders are accepted.
+                Text models of :data:`~megatron_embed.bridge.families.FAMILIES`, the VLM around one (``mistral3``),
+                ready embedders, and AutoModel's own form of them (``ministral3_bidirec``, ``llama_bidirec``).
             overrides: fields to set, such as ``pooling``.
 
         Raises:
             UserError: another architecture, an unknown ``rope_type``, or a feature that the encoder does not compute.
         """
         where, raw = _as_mapping(config)
-        text = _text_config(raw, where)
-        _refuse_unsupported(text, where)
-        hf = _hf_config_class(text["model_type"])(**{k: v for k, v in text.items() if k not in ("model_type", "dtype")})
+        family, text = _text_config(raw, where)
+        _refuse_unsupported(family, text, where)
+        hf = _hf_config(family, {k: v for k, v in text.items() if k not in ("model_type", "dtype")}, where)
         values: dict[str, Any] = {name: getattr(hf, name) for name in _SAME_NAME}
         values["rope_parameters"] = dict(hf.rope_parameters)
         if isinstance(values["eos_token_id"], list):
             values["eos_token_id"] = values["eos_token_id"][0]
         # transformers lets a top-level value (default: true for the VLM) override the text config's.
-        default_tie = raw["model_type"] == "mistral3" or hf.tie_word_embeddings
+        default_tie = raw["model_type"] in VLMS or hf.tie_word_embeddings
         values["tie_word_embeddings"] = bool(
             raw.get("tie_word_embeddings", text.get("tie_word_embeddings", default_tie))
         )
-        values["family"] = text["model_type"]
+        values["family"] = family.name
         values["dtype"] = _dtype_name(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "bfloat16")
         for name in ("pooling", "temperature", "normalize"):
             if raw.get(name) is not None:
                 values[name] = raw[name]
+        if raw["model_type"] in BIDIRECTIONAL and "pooling" in values and values.get("normalize", True):
+            values["pooling"] = BIDIRECTIONAL_POOLINGS.get(values["pooling"], values["pooling"])
         return cls(**{**values, **overrides})
 
     def to_hf(self) -> Any:
         """The config of the stock Hugging Face model that computes the same: bidirectional, no head.
 
         Returns:
-            A transformers config (``Ministral3Config`` with ``is_causal=False``) that also states the pooling, the
-            normalisation and, where known, the temperature.
+            A transformers config (such as ``Ministral3Config`` with ``is_causal=False``) that also states the pooling,
+            the normalisation and, where known, the temperature.
         """
         extra: dict[str, Any] = {"is_causal": False, "pooling": self.pooling, "normalize": self.normalize}
         if self.temperature is not None:
             extra["temperature"] = self.temperature
-        config_class = _hf_config_class(self.family)
-        hf = config_class(
+        family = FAMILIES[self.family]
+        hf = _config_class(family)(
             **{name: getattr(self, name) for name in _SAME_NAME if name != "rope_parameters"},
             rope_parameters=dict(self.rope_parameters),
             # The bare model has no head to tie; the key is explicit so that no reader's default decides.
@@ -125,7 +129,7 @@ class EncoderConfig:
             dtype=self.dtype,
             **extra,
         )
-        hf.architectures = [_HF_MODEL[self.family]]
+        hf.architectures = [family.model_class]
         return hf
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,13 +145,18 @@ class EncoderConfig:
         return cls(**values)
 
 
-_HF_MODEL = {"ministral3": "Ministral3Model"}
+def _config_class(family: Family) -> Any:
+    import transformers
+
+    return getattr(transformers, family.config_class)
 
 
-def _hf_config_class(model_type: str) -> Any:
-    from transformers import Ministral3Config
-
-    return {"ministral3": Ministral3Config}[model_type]
+def _hf_config(family: Family, values: dict[str, Any], where: str) -> Any:
+    try:
+        return _config_class(family)(**values)
+    except Exception as error:  # its validators raise a dozen kinds
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: not a valid {family.config_class} ({reason})") from None
 
 
 def _as_mapping(config: Any) -> tuple[str, dict[str, Any]]:
@@ -166,36 +175,35 @@ def _as_mapping(config: Any) -> tuple[str, dict[str, Any]]:
     return type(config).__name__, config.to_dict()
 
 
-def _text_config(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def _text_config(raw: dict[str, Any], where: str) -> tuple[Family, dict[str, Any]]:
     model_type = raw.get("model_type")
-    text = raw.get("text_config") if model_type == "mistral3" else raw
-    if not isinstance(text, Mapping) or text.get("model_type") not in _HF_MODEL:
+    text = raw.get("text_config") if model_type in VLMS else raw
+    family = FAMILIES.get(str(text.get("model_type"))) if isinstance(text, Mapping) else None
+    if text is raw:
+        family = family or BIDIRECTIONAL.get(str(model_type))
+    elif family is not VLMS[str(model_type)]:
+        family = None
+    if family is None or not isinstance(text, Mapping):
         found = model_type if text is raw or not isinstance(text, Mapping) else f"{model_type}/{text.get('model_type')}"
-        raise UserError(
-            f"{where}: model_type {found!r} is not supported; wanted 'mistral3' with a 'ministral3' text_config "
-            f"(the VLM) or 'ministral3' (text only)"
-        )
+        raise UserError(f"{where}: model_type {found!r} is not supported; wanted {accepted()}")
     text = dict(text)
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(text.get(key), Mapping):  # a key for vLLM that exports carry; it is no part of the function
             text[key] = {name: value for name, value in text[key].items() if name != "apply_yarn_scaling"}
-    return text
+    return family, text
 
 
-def _refuse_unsupported(text: dict[str, Any], where: str) -> None:
+def _refuse_unsupported(family: Family, text: dict[str, Any], where: str) -> None:
     """Features that would silently change the function are refused by name."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    wanted = {"hidden_act": "silu", "sliding_window": None, "attention_dropout": 0.0}
-    for key, value in wanted.items():
-        if text.get(key, value) != value:
-            raise UserError(f"{where}: {key} is {text[key]!r}; the encoder computes {value!r} only")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    for key, value in family.fixed.items():
+        for holder in (text, rope):
+            if holder.get(key, value) != value:
+                raise UserError(f"{where}: {key} is {holder[key]!r}; the encoder computes {value!r} only")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name not in ("dynamic", "longrope", "default")))
     # dynamic and longrope change the frequencies with the length of the batch: no fixed table computes them
-    if rope_type not in known:
-        raise UserError(f"{where}: rope_type {rope_type!r} is not supported; known: {', '.join(known)}")
+    if rope_type not in family.rope_types:
+        raise UserError(f"{where}: rope_type {rope_type!r} is not supported; known: {', '.join(family.rope_types)}")
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.families import FAMILIES
 
 
 def inverse_frequencies(config: EncoderConfig) -> tuple[Tensor, float]:
-    """``[head_dim / 2]`` in fp32, and the factor that cosines and sines are multiplied by (1.0 for Ministral 3)."""
+    """``[head_dim / 2]`` in fp32, and the factor that cosines and sines are multiplied by (1.0 for both families)."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope_type = config.rope_parameters.get("rope_type", "default")
@@ -40,10 +41,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def query_scale(positions: Tensor, config: EncoderConfig, *, dtype: torch.dtype) -> Tensor | None:
     """Llama-4's attention temperature ``1 + beta · log(1 + floor(position / original_max))``, shaped like positions.
 
-    None where the family has no such scale. It is exactly 1 below ``original_max_position_embeddings``.
+    None where the family or the config has no such scale. It is exactly 1 below ``original_max_position_embeddings``.
     """
     beta = config.rope_parameters.get("llama_4_scaling_beta")
-    if beta is None:
+    if beta is None or not FAMILIES[config.family].query_scale:
         return None
     original = config.rope_parameters["original_max_position_embeddings"]
     return (1 + beta * torch.log(1 + torch.floor(positions / original))).to(dtype)

@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert-checkpoints", description="Ministral 3 weights between Hugging Face and Megatron."
+        prog="convert-checkpoints", description="Ministral 3 and Llama weights between Hugging Face and Megatron."
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
 from megatron_embed.conversion.sentence_files import read_sentence_settings
 
@@ -83,7 +84,8 @@ class HFFolder:
         if prefix is None:
             raise UserError(
                 f"{self.path}: no tensor named '…embed_tokens.weight' (found {_some(self._file_of)}); "
-                f"wanted a Ministral 3 model with one of the prefixes {', '.join(map(repr, mapping.HF_PREFIXES))}"
+                f"wanted a model of {' or '.join(family.title for family in FAMILIES.values())} "
+                f"with one of the prefixes {', '.join(map(repr, mapping.HF_PREFIXES))}"
             )
         self.prefix: str = prefix
 
@@ -177,8 +179,8 @@ class HFFolder:
 
     def ignored(self, config: EncoderConfig) -> dict[str, str]:
         """Tensors that the encoder leaves out, with the reason; unknown ones are not among them."""
-        wanted = set(self._wanted(config))
-        reasons = {name: self._reason(name, wanted) for name in self.names() if name not in wanted}
+        wanted, family = set(self._wanted(config)), FAMILIES[config.family]
+        reasons = {name: self._reason(name, wanted, family) for name in self.names() if name not in wanted}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def check(self, config: EncoderConfig) -> None:
@@ -199,7 +201,7 @@ class HFFolder:
             elif self.stored_dtype(name) not in FLOATS:
                 problems.append(f"{name}: found dtype {self.stored_dtype(name)}, wanted a floating-point one")
         for name in self.names():
-            if name not in wanted and self._reason(name, set(wanted)) is None:
+            if name not in wanted and self._reason(name, set(wanted), FAMILIES[config.family]) is None:
                 problems.append(f"{name}: not a tensor of this model (shape {list(self.shape(name))})")
         if problems:
             shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
@@ -216,12 +218,12 @@ class HFFolder:
             for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
         }
 
-    def _reason(self, name: str, wanted: set[str]) -> str | None:
+    def _reason(self, name: str, wanted: set[str], family: Family) -> str | None:
         if name.endswith(".weight_scale_inv") and name.removesuffix("_scale_inv") in wanted:
             return "folded into its weight"
         if name.endswith(".activation_scale") and name.removesuffix("activation_scale") + "weight" in wanted:
             return "activations are not quantised here"
-        return mapping.ignored_reason(name)
+        return mapping.ignored_reason(name, family)
 
     def _fp8_problems(self, name: str) -> list[str]:
         scale = f"{name}_scale_inv"

@@ -10,7 +10,8 @@ import torch
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.bridge.parallel import Layout, check_layout
+from megatron_embed.bridge.families import is_vlm
+from megatron_embed.bridge.layout import Layout, check_layout
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.atomic import atomic_output
 from megatron_embed.conversion.checkpoint_weights import chunks, kept_chunks
@@ -102,7 +103,7 @@ def summarize(ignored: dict[str, str]) -> list[str]:
 
 def _to_keep(folder: HFFolder, config: EncoderConfig, ignored: dict[str, str]) -> list[str]:
     """Tensors of a VLM beside the language tower. A tied lm_head is the embedding, and comes back as that."""
-    if folder.config.get("model_type") != "mistral3":
+    if not is_vlm(folder.config):
         raise UserError(f"{folder.path}: --with-vision: the source is {folder.architecture}, which has no vision tower")
     scales = (".weight_scale_inv", ".activation_scale")
     tied_head = [name for name in ignored if name.endswith("lm_head.weight")] if config.tie_word_embeddings else []

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.conversion.sentence_files import SentenceSettings
 
 
@@ -49,7 +50,7 @@ def _title(base: object) -> str:
 
 def _about(config: EncoderConfig) -> str:
     return (
-        "A bidirectional text embedder: a stock `Ministral3Model` with `is_causal: false`, "
+        f"A bidirectional text embedder: a stock `{FAMILIES[config.family].model_class}` with `is_causal: false`, "
         f"{config.num_hidden_layers} layers, {config.hidden_size}-dimensional vectors, {_pooling(config)}.\n"
     )
 

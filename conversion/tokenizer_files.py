@@ -32,8 +32,10 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     """Copy a tokenizer with the edits that an embedder needs.
 
     ``model_max_length`` is set; control tokens inside a text (``[INST]``) stay text, as in training; every text gets
-    ``<s> … </s>`` (a file that does so already stays as it is); the chat template goes, since sentence-transformers 6
-    would read every text as a chat message; so do the keys that name a processor or remote code.
+    ``<s> … </s>`` (a file that does so already stays as it is, and so does a ready embedder's: it was trained so); the
+    chat template goes, since sentence-transformers 6 would read every text as a chat message; so do the keys that name
+    a processor or remote code; one without a padding token, as Llama's, gets one, else no batch can be made; the class
+    is the one that reads ``tokenizer.json`` and nothing else, which training uses too.
 
     Raises:
         UserError: no ``tokenizer.json``.
@@ -52,12 +54,16 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
         settings.pop(key, None)
     settings["model_max_length"] = max_length
     settings["split_special_tokens"] = True
-    for key in ("add_bos_token", "add_eos_token"):
-        if key in settings:  # where these are stated, transformers builds the post-processor from them anew
-            settings[key] = True
-    write_json(out / "tokenizer_config.json", settings)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer = read_json(source / "tokenizer.json")
-    if add_bos_eos(tokenizer, settings):
+    ready = (source / "modules.json").is_file()
+    for key in ("add_bos_token", "add_eos_token"):
+        if key in settings and not ready:  # stated, they make transformers build the post-processor anew
+            settings[key] = True
+    if (pad := _missing_pad_token(source, settings, tokenizer)) is not None:
+        settings["pad_token"] = pad
+    write_json(out / "tokenizer_config.json", settings)
+    if not ready and add_bos_eos(tokenizer, settings):
         (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
@@ -100,6 +106,16 @@ def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
     others = [step for step in steps if step["type"] == "ByteLevel"]  # trims offsets only
     tokenizer["post_processor"] = {"type": "Sequence", "processors": [*others, template]} if others else template
     return True
+
+
+def _missing_pad_token(source: Path, settings: dict[str, Any], tokenizer: dict[str, Any]) -> str | None:
+    """A padding token for a tokenizer that names none; padding is masked, so that any serves, EOS too."""
+    path = source / "special_tokens_map.json"
+    if settings.get("pad_token") or (path.is_file() and read_json(path).get("pad_token")):
+        return None
+    known = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]")
+    ids = _ids(tokenizer)
+    return next((token for token in known if token in ids), _token(settings.get("eos_token"), "</s>"))
 
 
 def _adds(step: dict[str, Any], bos: str, eos: str) -> bool:

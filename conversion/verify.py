@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.checkpoint_weights import KEPT, CheckpointWeights
 from megatron_embed.conversion.hf_folder import HFFolder
@@ -180,7 +181,7 @@ def _with_folder(source: HFFolder, other: HFFolder, config: EncoderConfig) -> It
 
 def _missing(source: HFFolder, other: HFFolder) -> list[Difference]:
     """What a VLM has beside the language tower, another made from it must have too."""
-    if not source.config.get("model_type") == other.config.get("model_type") == "mistral3":
+    if not (is_vlm(source.config) and is_vlm(other.config)):
         return []
     towers = (source.prefix, other.prefix)
     return [

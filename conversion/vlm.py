@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.checkpoint_weights import KEPT, CheckpointWeights
 from megatron_embed.conversion.hf_folder import FLOATS, HFFolder, read_json
@@ -69,7 +70,7 @@ def find_vlm_source(iter_dir: Path, weights: CheckpointWeights, given: HFFolder 
 
 
 def _from_folder(folder: HFFolder, weights: CheckpointWeights) -> VLMSource:
-    if folder.config.get("model_type") != "mistral3":
+    if not is_vlm(folder.config):
         raise UserError(
             f"{folder.path}: is {folder.architecture} ({folder.config.get('model_type')}), which has no vision tower; "
             f"wanted the VLM (mistral3) as --hf-model, or --target embedder"

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from megatron_embed.recipes.config import RecipeConfig
     from megatron_embed.recipes.encode import Encoder
+    from megatron_embed.recipes.llama import llama31_8b_embed_config, llama32_1b_embed_config
     from megatron_embed.recipes.ministral3 import (
         ministral3_3b_embed_config,
         ministral3_8b_embed_config,
@@ -26,6 +27,8 @@ _RECIPE_MODULES = {
     "ministral3_8b_embed_config": "ministral3",
     "ministral3_14b_embed_config": "ministral3",
     "ministral3_tiny_embed_config": "ministral3",
+    "llama32_1b_embed_config": "llama",
+    "llama31_8b_embed_config": "llama",
 }
 #: other exported name → its module
 _MODULES = {"Encoder": "encode", "RecipeConfig": "config"}
@@ -34,6 +37,8 @@ __all__ = [
     "RECIPES",
     "Encoder",
     "RecipeConfig",
+    "llama31_8b_embed_config",
+    "llama32_1b_embed_config",
     "ministral3_3b_embed_config",
     "ministral3_8b_embed_config",
     "ministral3_14b_embed_config",

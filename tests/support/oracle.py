@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Ministral3Model
+from transformers import AutoModel
 
 Ids = list[list[int]]
 
 
 def hf_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32, exact_norms: bool = False) -> Any:
-    """A random ``Ministral3Model``, bidirectional.
+    """A random stock model of the config's family, bidirectional.
 
     Args:
         exact_norms: replace HF's RMSNorm, which computes in fp32 whatever its input, by torch's.
     """
     torch.manual_seed(seed)
     config.is_causal = False
-    model = Ministral3Model(config)
+    model = AutoModel.from_config(config)
     with torch.no_grad():  # norms of 1 would hide a norm that is not applied
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

@@ -1,0 +1,63 @@
+"""AutoModel's own form of the embedders: configs ``ministral3_bidirec`` and ``llama_bidirec``, and models for them.
+
+NeMo AutoModel wrote these before the stock classes honoured ``is_causal: false``. Here they are thin classes over the
+stock ones, so that such a folder loads with ``AutoModel`` and no remote code. Importing this module registers them.
+New exports are stock models and need none of this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, Ministral3Config, Ministral3Model
+
+from megatron_embed.bridge.families import LLAMA, MINISTRAL3
+
+
+class Ministral3BidirectionalConfig(Ministral3Config):
+    """``Ministral3Config`` with ``pooling`` and ``temperature``, bidirectional whatever the file says."""
+
+    model_type = MINISTRAL3.bidirectional_model_type
+
+    pooling: str = "avg"
+    temperature: float = 1.0
+    is_causal: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.is_causal = False
+
+
+class LlamaBidirectionalConfig(LlamaConfig):
+    """``LlamaConfig`` with ``pooling`` and ``temperature``, bidirectional whatever the file says."""
+
+    model_type = LLAMA.bidirectional_model_type
+
+    pooling: str = "avg"
+    temperature: float = 1.0
+    is_causal: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.is_causal = False
+
+
+class Ministral3BidirectionalModel(Ministral3Model):
+    """A stock ``Ministral3Model``; its config makes it bidirectional."""
+
+    config_class = Ministral3BidirectionalConfig
+
+
+class LlamaBidirectionalModel(LlamaModel):
+    """A stock ``LlamaModel``; its config makes it bidirectional."""
+
+    config_class = LlamaBidirectionalConfig
+
+
+for _config, _model in (
+    (Ministral3BidirectionalConfig, Ministral3BidirectionalModel),
+    (LlamaBidirectionalConfig, LlamaBidirectionalModel),
+):
+    # exist_ok: AutoModel itself registers its own classes under these names where both are imported
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
