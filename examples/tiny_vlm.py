@@ -1,7 +1,11 @@
-"""A small Ministral 3 VLM with random weights: the real Hugging Face classes, a tokenizer trained on the spot."""
+"""A small Ministral 3 VLM with random weights: the real Hugging Face classes, a tokenizer trained on the spot.
+
+``python examples/tiny_vlm.py OUT --text train.jsonl`` writes a Hugging Face model folder.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+from transformers.utils import logging
 
 #: the first ids of Ministral 3's own vocabulary
 SPECIAL_TOKENS = (
@@ -74,6 +79,9 @@ def build_tiny_vlm(folder: Path, texts: Iterable[str], *, hidden: int, layers: i
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Mistral3ForConditionalGeneration(config)
+        # Embeddings that outweigh what random layers add to them, as a trained model's do: else every text looks alike.
+        with torch.no_grad():
+            model.get_input_embeddings().weight.normal_(std=0.2)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.model.language_model.parameters())
 
@@ -108,3 +116,24 @@ def train_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> int:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return tokenizer.get_vocab_size()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="A small random Ministral 3 VLM in Hugging Face form.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE.jsonl", help="what to train the tokenizer on")
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    with args.text.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    texts = (row[field] for row in rows for field in ("query", "positive"))
+    size = build_tiny_vlm(args.out, texts, hidden=args.hidden, layers=args.layers, vocabulary=args.vocabulary)
+    print(f"{args.out}: Mistral3ForConditionalGeneration, {size:,} parameters in the language tower")
+
+
+if __name__ == "__main__":
+    main()
