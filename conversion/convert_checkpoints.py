@@ -130,8 +130,10 @@ def _verify(args: argparse.Namespace) -> int:
     print_table(outcome)
     if not outcome:
         worst = max(outcome.differences, key=lambda difference: difference.largest)
+        tensors = [difference for difference in outcome.differences if difference.name != "embeddings"]
+        too = "" if len(tensors) == len(outcome.differences) else " and the embeddings"
         print(
-            f"error: {len(outcome.differences)} of {outcome.compared} differ, most {worst.name} ({worst.largest:g})",
+            f"error: {len(tensors)} of {outcome.compared} tensors{too} differ, most {worst.name} ({worst.largest:g})",
             file=sys.stderr,
         )
         return 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,22 +16,17 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.checkpoint_weights import KEPT, CheckpointWeights
+from megatron_embed.conversion.embedding import SENTENCES, checkpoint_embedder, hf_embedder
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.progress import byte_bar
+from megatron_embed.conversion.sentence_files import read_sentence_settings
 from megatron_embed.conversion.tensor_stream import CheckpointReader
+from megatron_embed.conversion.tokenizer_files import has_tokenizer
 
-SENTENCES = (
-    "query: how do plants turn light into sugar?",
-    "passage: Photosynthesis stores the energy of light in the bonds of carbohydrates.",
-    "passage: The railway between the two towns was opened in 1869.",
-)
 #: embeddings are compared where the model fits easily into any machine's memory
-EMBEDDING_LIMIT = 2 << 30
-#: fp32 on a CPU; the two sides run the same operations
+EMBEDDING_LIMIT = 4 << 30
+#: of the largest value; both sides compute in fp32
 EMBEDDING_TOLERANCE = 1e-5
-
-#: texts → ``[texts, hidden]``, for comparing a checkpoint with its source
-Embed = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,18 +61,16 @@ def verify(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
-    embed: tuple[Embed, Embed] | None = None,
 ) -> Verification:
     """Compare a source with what was made of it.
 
     Tensors are compared in the dtype of the other side: what a conversion with ``--torch-dtype`` rounds is rounded here
-    too, and must then be the same bit for bit.
+    too, and must then be the same bit for bit. Where the model is small both sides also embed a few texts: folders with
+    transformers, checkpoints with the Megatron encoder in this process.
 
     Args:
         hf_model: the source, a folder or hub id.
         megatron_path, hf_path: the other side; exactly one of them.
-        embed: how the two sides embed texts, for those who can run a checkpoint; two HF folders are run with
-            transformers by themselves.
 
     Raises:
         UserError: one side cannot be read, or they are of different shapes.
@@ -88,24 +81,27 @@ def verify(
     config = source.encoder_config()
     source.check(config)
     notes: list[str] = list(source.notes)
+    other: HFFolder | CheckpointWeights
     if megatron_path is not None:
-        pairs = _with_checkpoint(source, config, Path(megatron_path))
+        iter_dir = checkpoint_folder.resolve(megatron_path)
+        other = CheckpointWeights(
+            CheckpointReader(iter_dir), _of_checkpoint(checkpoint_folder.encoder_config(iter_dir), config)
+        )
+        pairs = _with_checkpoint(source, other, config)
     else:
         assert hf_path is not None
         other = HFFolder(hf_path, trust_remote_code=trust_remote_code)
         pairs = _with_folder(source, other, config)
-        if embed is None and (reason := _cannot_embed(source, other)) is None:
-            embed = _embedder(source, config), _embedder(other, config)
-        elif embed is None:
-            notes.append(f"embeddings not compared: {reason}")
     compared, differences = _compare(pairs, source, progress)
     equal = compared - len(differences)
-    if hf_path is not None:
+    if isinstance(other, HFFolder):
         differences += _missing(source, other)
     largest = None
-    if embed is not None:
-        largest = float((embed[0](SENTENCES) - embed[1](SENTENCES)).abs().max())
-        if not largest <= EMBEDDING_TOLERANCE:
+    if (reason := _cannot_embed(source, other)) is not None:
+        notes.append(f"embeddings not compared: {reason}")
+    else:
+        largest, scale = _compare_embeddings(source, other)
+        if not largest <= EMBEDDING_TOLERANCE * scale:
             differences.append(Difference("embeddings", f"{len(SENTENCES)} texts", largest))
     return Verification(compared, equal, differences, largest, notes)
 
@@ -141,10 +137,14 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _with_checkpoint(source: HFFolder, config: EncoderConfig, path: Path) -> Iterator[Pair]:
-    iter_dir = checkpoint_folder.resolve(path)
-    weights = CheckpointWeights(CheckpointReader(iter_dir), config)
+def _of_checkpoint(stated: EncoderConfig | None, source: EncoderConfig) -> EncoderConfig:
+    """The checkpoint's own config where its weights have the source's shapes; else the source's, which says why not."""
+    if stated is None or list(mapping.weights(stated)) != list(mapping.weights(source)):
+        return source
+    return stated
 
+
+def _with_checkpoint(source: HFFolder, weights: CheckpointWeights, config: EncoderConfig) -> Iterator[Pair]:
     def pairs() -> Iterator[Pair]:
         for weight in mapping.weights(config):
             parts = weights.hf_parts(weight)
@@ -191,48 +191,29 @@ def _missing(source: HFFolder, other: HFFolder) -> list[Difference]:
     ]
 
 
-# ---- embeddings with transformers
+# ---- embeddings
 
 
-def _cannot_embed(*folders: HFFolder) -> str | None:
+def _cannot_embed(source: HFFolder, other: HFFolder | CheckpointWeights) -> str | None:
+    folders = [source, other] if isinstance(other, HFFolder) else [source]
     for folder in folders:
-        if not (folder.path / "tokenizer.json").is_file():
+        if not has_tokenizer(folder.path):
             return f"{folder.path} has no tokenizer.json"
-        if sum(folder.nbytes(name) for name in folder.names()) > EMBEDDING_LIMIT:
-            return "larger than 2 GiB"
-        if folder.quantized:
-            return f"{folder.path} is quantised"
+    config = source.encoder_config()
+    held = sum(math.prod(weight.megatron_shape) for weight in mapping.weights(config))
+    if held * torch.float32.itemsize > EMBEDDING_LIMIT:
+        return f"more than {EMBEDDING_LIMIT >> 30} GiB in fp32"
+    if not isinstance(other, HFFolder) and torch.distributed.is_initialized():
+        return "this process is part of a parallel run"
     return None
 
 
-def _embedder(folder: HFFolder, config: EncoderConfig) -> Embed:
-    """The folder's language tower made bidirectional, in fp32, pooled as the source's config says."""
-
-    def embed(texts: Sequence[str]) -> Tensor:
-        from transformers import AutoModel, PreTrainedTokenizerFast
-
-        hf_config = config.to_hf()
-        weights = {name: folder.read(folder.prefix + name) for w in mapping.weights(config) for name in w.hf}
-        model = AutoModel.from_config(hf_config, dtype=torch.float32)
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=True)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder.path / "tokenizer.json"))
-        rows = []
-        with torch.no_grad():
-            for text in texts:
-                ids = torch.tensor([tokenizer(text)["input_ids"]])
-                rows.append(_pool(model.eval()(input_ids=ids).last_hidden_state[0], config))
-        return torch.stack(rows)
-
-    return embed
-
-
-def _pool(states: Tensor, config: EncoderConfig) -> Tensor:
-    """``[tokens, hidden]`` of one text without padding → ``[hidden]``."""
-    positions = torch.arange(1, len(states) + 1, dtype=states.dtype)[:, None]
-    pooled = {
-        "avg": lambda: states.mean(0),
-        "cls": lambda: states[0],
-        "last": lambda: states[-1],
-        "weighted_avg": lambda: (states * positions).sum(0) / positions.sum(),
-    }[config.pooling]()
-    return torch.nn.functional.normalize(pooled, dim=0) if config.normalize else pooled
+def _compare_embeddings(source: HFFolder, other: HFFolder | CheckpointWeights) -> tuple[float, float]:
+    """(largest difference, largest value). A source that is no embedder yet is pooled as the other side says."""
+    ours = source.encoder_config()
+    theirs = other.encoder_config() if isinstance(other, HFFolder) else other.config
+    if source.config.get("pooling") is None and read_sentence_settings(source.path) is None:
+        ours = ours.replace(pooling=theirs.pooling, normalize=theirs.normalize)
+    found = hf_embedder(source, ours.replace(dtype=theirs.dtype))(SENTENCES)
+    run = hf_embedder(other, theirs) if isinstance(other, HFFolder) else checkpoint_embedder(other, source.path)
+    return float((found - run(SENTENCES)).abs().max()), float(found.abs().max())

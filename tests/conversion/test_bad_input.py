@@ -309,17 +309,18 @@ def test_verify_exits_1_on_a_difference(source: Source, checkpoint: Path, capsys
     assert run("verify", "--hf-model", other, "--megatron-path", checkpoint) == 1
     out, err = capsys.readouterr()
     assert "language_model.model." in out
-    assert err.startswith("error: 20 of 20 differ, most language_model.model.")
+    assert err.startswith("error: 20 of 20 tensors and the embeddings differ, most language_model.model.")
 
 
 def test_as_a_script_it_is_quiet(source: Source, tmp_path: Path) -> None:
-    """``python conversion/convert_checkpoints.py``: the three commands in fresh processes, nothing on stderr."""
+    """``python conversion/convert_checkpoints.py``: the commands in fresh processes, nothing on stderr."""
     script = Path(__file__).parents[2] / "conversion" / "convert_checkpoints.py"
     folder, megatron, out = source("vlm", dtype="bfloat16"), tmp_path / "m", tmp_path / "hf"
     for args in (
         ["import", "--hf-model", folder, "--megatron-path", megatron],
         ["export", "--megatron-path", megatron, "--hf-path", out],
         ["verify", "--hf-model", folder, "--hf-path", out],
+        ["verify", "--hf-model", folder, "--megatron-path", megatron],
     ):
         done = subprocess.run(
             [sys.executable, script, *map(str, args), "--no-progress"], capture_output=True, text=True, check=False
