@@ -63,7 +63,7 @@ def rank(
 def metrics(qrels: Mapping[str, Mapping[str, int]], run: Run) -> Metrics:
     """nDCG@10, Recall@100 and MRR@10 by pytrec_eval, the mean over the queries of ``qrels``.
 
-    A query without any ranked document counts 0; pytrec_eval itself would leave it out of the mean.
+    A query without any ranked document counts 0.
     """
     import pytrec_eval
 
