@@ -30,10 +30,11 @@ SMALL: dict[str, Any] = {
 
 def make_embedder(folder: Path, tokenizer: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """A random bidirectional embedder as a sentence-transformers folder, with a real tokenizer beside it."""
+    from transformers import Ministral3Config, Ministral3Model
+
     from megatron_embed.bridge import EncoderConfig
     from megatron_embed.conversion.sentence_files import SentenceSettings, write_sentence_files
     from megatron_embed.conversion.tokenizer_files import write_tokenizer
-    from transformers import Ministral3Config, Ministral3Model
 
     torch.manual_seed(seed)
     config = Ministral3Config(**{**SMALL, **overrides})
@@ -79,7 +80,12 @@ def write_result(name: str, title: str, body: str, settings: dict[str, Any]) -> 
     """``benchmarks/results/YYYY-MM-DD-<name>.md`` with versions, machine and the full configuration."""
     path = Path(__file__).parent / "results" / f"{date.today():%Y-%m-%d}-{name}.md"
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    lines = [f"# {title}", "", f"{date.today():%Y-%m-%d}. {machine()}. Python {platform.python_version()}, {versions}.", ""]
+    lines = [
+        f"# {title}",
+        "",
+        f"{date.today():%Y-%m-%d}. {machine()}. Python {platform.python_version()}, {versions}.",
+        "",
+    ]
     lines += [body.rstrip(), "", "## Configuration", ""]
     lines += [f"* `{key}`: {value}" for key, value in settings.items()]
     path.parent.mkdir(exist_ok=True)

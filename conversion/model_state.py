@@ -5,6 +5,7 @@ Layout-free: what was saved under one TP × PP × DP loads under any other.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_embed.bridge.encoder import Encoder
@@ -55,6 +57,7 @@ def save_model_state(
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
     dist_checkpointing.save(state, str(partial))
+    _end_writers()
     dist.barrier()
     if first:
         if finish is not None:
@@ -91,6 +94,12 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
     if optimizer is not None:
         optimizer.load_state_dict(loaded.pop("optimizer"))
     return loaded
+
+
+def _end_writers() -> None:
+    """End the process that megatron-core keeps for the next save: it would outlive a run that is killed."""
+    filesystem_async._results_queue = None
+    gc.collect()
 
 
 _torch_load = torch.load

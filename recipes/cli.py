@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import traceback
@@ -181,7 +182,10 @@ def _exit_with(status: int, message: str) -> NoReturn:
     if _speaks_for_all():
         print(f"error: {message.strip()}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # A thread of a collective or a writer that waits for another rank must not keep this one alive.
+        # A thread of a collective or a writer that waits for another rank must not keep this one alive, nor may a
+        # process that this one started outlive it.
+        for child in multiprocessing.active_children():
+            child.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -190,6 +190,9 @@ class PairSource:
         first_problem, unusable, counts = "", 0, np.ones(len(self.rows), dtype=np.int32)
         #: the most hard negatives that any row has
         self.max_negatives = 0
+        #: first row without a teacher's scores, and without its vectors; the widths of the vectors
+        self.no_scores = self.no_vectors = -1
+        self.vector_widths: set[int] = set()
         for index, (pair, problem) in enumerate(checked(self.rows)):
             if pair is None:
                 first_problem = first_problem or f"line {self.rows.line(index)}: {problem}"
@@ -197,6 +200,13 @@ class PairSource:
             else:
                 counts[index] = len(pair.positives)
                 self.max_negatives = max(self.max_negatives, len(pair.negatives))
+                if pair.teacher.scores is None and self.no_scores < 0:
+                    self.no_scores = index
+                if pair.teacher.passages is None and self.no_vectors < 0:
+                    self.no_vectors = index
+                for vector in (pair.teacher.query, *(pair.teacher.passages or ())):
+                    if vector is not None:
+                        self.vector_widths.add(len(vector))
         if unusable:
             more = f" ({unusable - 1} more cannot be used)" if unusable > 1 else ""
             raise UserError(f"{self.rows.path}, {first_problem}{more}")

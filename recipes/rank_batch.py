@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -41,7 +40,6 @@ class BatchBuilder:
     tokenizer: TextTokenizer
     negatives_per_query: int
     loss: LossSection
-    hidden_size: int
     rank: int
     world: int
 
@@ -72,17 +70,11 @@ class BatchBuilder:
         """The fields of :class:`Targets` that hold a teacher's answers, as far as the loss wants them."""
         found = {}
         if self.loss.score_distillation_weight:
-            rows = [[*(_answer(e, "scores") or [])[:slots]] for e in examples]
+            rows = [list(e.teacher.scores or ())[:slots] for e in examples]
             found["teacher_scores"] = torch.tensor([row + [0.0] * (slots - len(row)) for row in rows])
         if self.loss.embedding_distillation_weight:
-            vectors = [_answer(e, "query") for e in examples]
-            vectors += [vector for e in examples for vector in _answer(e, "passages")[:slots]]
-            for vector in vectors:
-                if len(vector) != self.hidden_size:
-                    raise UserError(
-                        f"{examples[0].source}: teacher vectors of {len(vector)} numbers; "
-                        f"wanted {self.hidden_size}, the model's hidden_size"
-                    )
+            vectors = [e.teacher.query for e in examples]
+            vectors += [vector for e in examples for vector in (e.teacher.passages or ())[:slots]]
             found["teacher_embeddings"] = torch.tensor(vectors)
             found["has_teacher_embedding"] = torch.ones(len(vectors), dtype=torch.bool)
         return found
@@ -99,13 +91,22 @@ class BatchBuilder:
         return "; ".join(f"{path} lines {', '.join(map(str, sorted(lines)))}" for path, lines in found.items())
 
 
-def _answer(example: Example, field: str) -> Any:
-    answer = getattr(example.teacher, field)
-    if answer is None:
-        key = "scores" if field == "scores" else "query_embedding and positive_embedding"
-        weight = "loss.score_distillation_weight" if field == "scores" else "loss.embedding_distillation_weight"
-        raise UserError(f"{example.source}, line {example.line}: no {key}, which {weight} above 0 wants")
-    return answer
+def check_teachers(dataset: PairDataset, loss: LossSection, hidden_size: int) -> None:
+    """Refuse data without the teacher's answers that the loss wants, before any weight is read."""
+    for source in dataset.sources:
+        wanted = {
+            "loss.score_distillation_weight": (source.no_scores, "scores"),
+            "loss.embedding_distillation_weight": (source.no_vectors, "query_embedding and positive_embedding"),
+        }
+        for key, (row, fields) in wanted.items():
+            if getattr(loss, key.removeprefix("loss.")) and row >= 0:
+                line = source.rows.line(row)
+                raise UserError(f"{source.rows.path}, line {line}: no {fields}, which {key} above 0 wants")
+        if loss.embedding_distillation_weight and source.vector_widths != {hidden_size}:
+            widths = ", ".join(map(str, sorted(source.vector_widths)))
+            raise UserError(
+                f"{source.rows.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}"
+            )
 
 
 def micro_batches(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> list[MicroBatch]:

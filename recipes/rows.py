@@ -102,7 +102,7 @@ class JsonLineRows:
                 yield error
 
 
-def _line_offsets(file: int, chunk: int = 1 << 24) -> tuple[np.ndarray, np.ndarray]:
+def _line_offsets(file: int, chunk: int = 1 << 22) -> tuple[np.ndarray, np.ndarray]:
     """(first byte, end) of every line, as int64; blank lines come out empty, a BOM belongs to no line."""
     breaks, position = [], 0
     while data := os.pread(file, chunk, position):

@@ -34,13 +34,16 @@ class ModelSource:
     iter_dir: Path | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> ModelSource:
+    def open(cls, path: str | Path, *, megatron: bool = False) -> ModelSource:
         """Recognise and open; no weight is read yet.
+
+        Args:
+            megatron: take nothing but a Megatron checkpoint.
 
         Raises:
             UserError: neither form, or damaged.
         """
-        if checkpoint_folder.has_checkpoint(path) or _looks_like_megatron(Path(path)):
+        if megatron or checkpoint_folder.has_checkpoint(path) or _looks_like_megatron(Path(path)):
             iter_dir = checkpoint_folder.resolve(path)
             config = checkpoint_folder.encoder_config(iter_dir)
             if config is None:

@@ -26,7 +26,7 @@ from megatron_embed.recipes.layout import layout_of, validate, validate_layout
 from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
 from megatron_embed.recipes.optimizer import TrainState, set_up_training
-from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, micro_batches
+from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, check_teachers, micro_batches
 from megatron_embed.recipes.source import ModelSource
 from megatron_embed.recipes.step import contrastive_step
 from megatron_embed.recipes.tokenization import TextTokenizer
@@ -53,6 +53,7 @@ def train(cfg: RecipeConfig) -> Path:
     save_dir = Path(cfg.train.save_dir or "")
     resume = checkpointing.find_resume(cfg, save_dir)
     dataset = PairDataset(cfg.data.sources())
+    check_teachers(dataset, cfg.loss, source.config.hidden_size)
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
     collections = _open_collections(cfg)
     with parallel.parallel_world(layout_of(cfg)):
@@ -64,9 +65,8 @@ def train(cfg: RecipeConfig) -> Path:
 
 def open_source(cfg: RecipeConfig) -> ModelSource:
     """The model to start from, with the recipe's pooling, normalisation and temperature."""
-    path = cfg.checkpoint.pretrained_checkpoint or cfg.model.hf_model or cfg.checkpoint.load
-    assert path is not None, "validate() wants one of them"
-    source = ModelSource.open(path)
+    checkpoint = cfg.checkpoint.pretrained_checkpoint or (None if cfg.model.hf_model else cfg.checkpoint.load)
+    source = ModelSource.open(checkpoint or cfg.model.hf_model or "", megatron=checkpoint is not None)
     stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
     return ModelSource(
         source.path, source.config.replace(**stated), source.files, source.settings, source.hf, source.iter_dir
@@ -113,7 +113,6 @@ def _set_up(
         tokenizer,
         data.negatives_per_query,
         cfg.loss,
-        source.config.hidden_size,
         rank=parallel_state.get_data_parallel_rank(),
         world=parallel_state.get_data_parallel_world_size(),
     )
