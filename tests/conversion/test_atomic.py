@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.hf_files import Source, assert_same_bits, encoder_tensors_of, tensors_of
+from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import tensor_stream
@@ -94,53 +96,122 @@ def test_a_reader_that_fails_half_way(source: Source, tmp_path: Path, monkeypatc
     assert names(tmp_path) == ["m"]
 
 
-KILL = """
+#: Runs the command line in forked children, each of which ends itself at one of its own steps: a file opened, a folder
+#: made, a tensor written, a rename, anything removed below the given folder. Step 0 lets it finish, and counts.
+STEPS = """
 import os, signal, sys
-from megatron_embed.conversion import safetensors_writer, tensor_stream
-from megatron_embed.conversion.convert_checkpoints import main
+from pathlib import Path
+from transformers import Ministral3Config  # once for all children
+from megatron_embed.conversion import convert_checkpoints, exporting, importing, safetensors_writer, tensor_stream
 
-kind, at = sys.argv[1], int(sys.argv[2])
-module, name = {"import": (tensor_stream, "_save"), "export": (safetensors_writer, "_write_tensor")}[kind]
-real, calls = getattr(module, name), iter(range(10_000))
+number, below, steps, taken, args = getattr(signal, sys.argv[1]), sys.argv[2], sys.argv[3].split(","), 0, sys.argv[4:]
 
-def write(stream, *args):
-    if next(calls) == at:
+def step(event, values):
+    global taken
+    seen = event == "tensor" or (
+        event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(values[0]).startswith(below)
+    )
+    if seen:
+        taken += 1
+        if taken == at:
+            os.kill(os.getpid(), number)
+
+def counted(function):
+    def write(stream, *args):
         stream.flush()
-        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
-    return real(stream, *args)
+        sys.audit("tensor")
+        return function(stream, *args)
+    return write
 
-setattr(module, name, write)
-sys.exit(main([*sys.argv[4:], "--no-progress"]))
+tensor_stream._save = counted(tensor_stream._save)
+safetensors_writer._write_tensor = counted(safetensors_writer._write_tensor)
+sys.addaudithook(step)
+for at in map(int, steps):
+    taken = 0
+    if not (child := os.fork()):
+        code = convert_checkpoints.main([a.replace("STEP", str(at)) for a in args] + ["--no-progress"])
+        sys.stdout.flush()
+        print("finished", code, taken, flush=True)
+        os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("step", at, "ended", status, flush=True)
 """
 
 
-@pytest.mark.parametrize(("kind", "at"), [("import", 5), ("export", 13)])
-def test_kill_9_leaves_nothing_and_a_rerun_succeeds(kind: str, at: int, source: Source, tmp_path: Path) -> None:
-    folder = source("vlm")
-    work = tmp_path / "work"
-    work.mkdir()
-    import_hf(folder, tmp_path / "m", progress=False)
-    args = {
-        "import": ["import", "--hf-model", folder, "--megatron-path", work / "out"],
-        "export": ["export", "--megatron-path", tmp_path / "m", "--hf-path", work / "out"],
-    }[kind]
-    command = [sys.executable, "-c", KILL, kind, str(at), "SIGKILL", *map(str, args)]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
-    (stale,) = names(work)
-    assert stale.startswith(".out.partial-")
+def run_to_steps(
+    below: Path, steps: list[int], args: list[object], *, number: str = "SIGKILL", messages: str = ""
+) -> list[str]:
+    """Lines ``finished CODE STEPS`` and ``step N ended STATUS``; ``messages`` are what stderr must hold."""
+    command = [sys.executable, "-c", STEPS, number, str(below), ",".join(map(str, steps)), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == messages
+    return [line for line in done.stdout.splitlines() if line.startswith(("finished", "step"))]
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("kind", ["import", "export"])
+def test_kill_9_at_any_moment(kind: str, overwrite: bool, source: Source, tmp_path: Path) -> None:
+    """At five moments picked at random among all steps, and at the last ones, the renames: afterwards the output is
+    complete or absent (or, with --overwrite, the old one), and a rerun succeeds and leaves nothing else behind."""
+    folder, old = source("vlm"), source("vlm", seed=4)
+    work, megatron = tmp_path / "work", tmp_path / "m"
+    import_hf(folder, megatron, progress=False)
+    out = work / "STEP" / "out"
     if kind == "import":
-        import_hf(folder, work / "out", progress=False)
-        export_hf(work / "out", tmp_path / "hf", progress=False)
+        args: list[object] = ["import", "--hf-model", folder, "--megatron-path", out]
     else:
-        export_hf(tmp_path / "m", work / "out", progress=False)
-        os.rename(work / "out", tmp_path / "hf")
-    assert not [name for name in names(work) if name != "out"]
-    assert_same_bits(tensors_of(tmp_path / "hf"), encoder_tensors_of(folder))
+        args = ["export", "--megatron-path", megatron, "--hf-path", out]
+    args += ["--overwrite"] if overwrite else []
+
+    def prepare(step: int) -> Path:
+        (work / str(step)).mkdir(parents=True)
+        if overwrite:
+            import_hf(old, tmp_path / f"old{step}", progress=False)
+            if kind == "import":
+                os.rename(tmp_path / f"old{step}", work / str(step) / "out")
+            else:
+                export_hf(tmp_path / f"old{step}", work / str(step) / "out", progress=False)
+        return work / str(step) / "out"
+
+    def weights(path: Path) -> dict[str, Tensor]:
+        if kind == "export":
+            return tensors_of(path)
+        export_hf(path, tmp_path / "check", overwrite=True, progress=False)
+        return tensors_of(tmp_path / "check")
+
+    prepare(0)
+    finished, _ = run_to_steps(work, [0], args)
+    assert finished.startswith("finished 0 ")
+    total = int(finished.split()[2])
+    assert total > 30
+    new, before = encoder_tensors_of(folder), encoder_tensors_of(old)
+    renames = 2 if overwrite else 1
+    moments = sorted({*random.Random(f"{kind}{overwrite}").sample(range(1, total), 5), *range(total - renames, total)})
+    paths = {step: prepare(step) for step in moments}
+    assert run_to_steps(work, moments, args) == [f"step {step} ended -9" for step in moments]
+    seen = set()
+    for step, path in paths.items():
+        seen.add(path.exists())
+        if path.exists():
+            found = weights(path)
+            assert_same_bits(found, before if overwrite and torch.equal(found[NORM], before[NORM]) else new)
+        if kind == "import":
+            import_hf(folder, path, overwrite=path.exists() or overwrite, progress=False)
+        else:
+            export_hf(megatron, path, overwrite=path.exists() or overwrite, progress=False)
+        assert names(path.parent) == ["out"], step
+        assert_same_bits(weights(path), new)
+    assert seen == ({True, False} if overwrite else {False})
+
+
+NORM = "norm.weight"
 
 
 def test_sigterm_cleans_up(source: Source, tmp_path: Path) -> None:
-    args = ["import", "--hf-model", str(source("model")), "--megatron-path", str(tmp_path / "out")]
-    command = [sys.executable, "-c", KILL, "import", "5", "SIGTERM", *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, "error: interrupted; nothing was written\n")
-    assert names(tmp_path) == []
+    work = tmp_path / "work"
+    args = ["import", "--hf-model", source("model"), "--megatron-path", work / "out"]
+    lines = run_to_steps(
+        work, [9, 30], args, number="SIGTERM", messages="error: interrupted; nothing was written\n" * 2
+    )
+    assert [line for line in lines if line.startswith("step")] == ["step 9 ended 1", "step 30 ended 1"]
+    assert not work.exists() or names(work) == []
