@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="replaced if it exists")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--train-iters", type=int, default=150)
+    parser.add_argument("--train-iters", type=int, default=240)
     parser.add_argument("--held-out", type=int, default=500, help="pairs kept for evaluation")
     parser.add_argument("--packages", nargs="*", help="whose docstrings are read, beside the standard library's")
     parser.add_argument("--wanted-rise", type=float, default=WANTED_RISE, help="of nDCG@10, else status 1")
