@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.bridge.errors import UserError
@@ -86,7 +87,7 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
     try:
         with mock.patch("torch.load", _load_plain):
             loaded = dist_checkpointing.load(state, str(iter_dir), strict=StrictHandling.RAISE_UNEXPECTED)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # which is no Exception
         raise UserError(f"{iter_dir}: cannot be loaded into this model ({_first_lines(error)})") from error
     for index, encoder in enumerate(encoders):
         name = f"model{index}" if len(encoders) > 1 else "model"
@@ -131,7 +132,9 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _first_lines(error: Exception) -> str:
+def _first_lines(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:  # rank → (its exception, its traceback)
+        error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:600] or type(error).__name__
 
 
