@@ -10,10 +10,12 @@ import torch
 from support.hf_files import Source, assert_same_bits, encoder_tensors_of, tensors_of
 from support.megatron import filled_stages
 from support.worlds import run_world
+from test_automodel import consolidated
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
-from megatron_embed.bridge.parallel import Layout, parallel_world
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
@@ -44,8 +46,30 @@ def assert_equal_stages(found: list[Encoder], wanted: list[Encoder], what: str) 
             assert torch.equal(parameter, theirs[name]), f"{what}: {name}"
 
 
-def in_each_layout(folder: str, checkpoints: list[str], out: str) -> list[tuple[str, int, int]]:
+def in_each_layout(folder: str, others: list[str], checkpoints: list[str], out: str) -> list[tuple[str, int, int]]:
     """Returns, for each layout, the bytes that this rank requested and those of its own parameters."""
+    with parallel_world(LAYOUTS[0]):
+        for other in others:
+            _direct(other, LAYOUTS[0])
+    return _all_of_one(folder, checkpoints, out)
+
+
+def _direct(folder: str, layout: Layout) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_embed.conversion.direct import load_hf_weights
+
+    source = HFFolder(folder)
+    config = source.encoder_config()
+    wanted = filled_stages(config, layout, encoder_tensors_of(Path(folder)))
+    encoders = empty_stages(config, layout)
+    stages = [(encoder, encoder.layer_offset) for encoder in encoders]
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    load_hf_weights(stages, source, config, tp_rank=rank, tp_size=layout.tp)
+    assert_equal_stages(encoders, wanted, f"{folder} at {layout}")
+
+
+def _all_of_one(folder: str, checkpoints: list[str], out: str) -> list[tuple[str, int, int]]:
     from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_embed.conversion import checkpoint_folder
@@ -108,7 +132,9 @@ def world(source: Source, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     for tp, pp in ((1, 1), (2, 2), (4, 1)):
         checkpoints.append(str(tmp / f"imported-{tp}-{pp}"))
         import_hf(folder, checkpoints[-1], tp=tp, pp=pp, with_vision=tp == 2, progress=False)
-    return folder, tmp, run_world(in_each_layout, 4, str(folder), checkpoints, str(tmp))
+    others = [str(source("llama_causal_lm", tie_word_embeddings=False, dtype="float32"))]
+    others.append(str(consolidated(source("llama_model"), tmp / "consolidated", prefix="model.")))
+    return folder, tmp, run_world(in_each_layout, 4, str(folder), others, checkpoints, str(tmp))
 
 
 def test_imports_and_folders_load_under_every_layout(world: tuple[Path, Path, list[Any]]) -> None:
