@@ -24,7 +24,7 @@ PREFIXES = ("", "language_model.")
 
 #: checkpoint tensors that are no weights of the encoder
 IGNORED: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"(optimizer|chained_\d+|loss|rng_state|rerun_state|log_temperature).*"), "training state"),
+    (re.compile(r"(optimizer|chained_\d+|loss|rng_state|rerun_state).*"), "training state"),
     (re.compile("log_temperature"), "read as the config's temperature"),
     (re.compile(r".*_extra_state(/.*)?"), "quantisation state of Transformer Engine"),
     (re.compile(re.escape(KEPT) + ".+"), "kept for an export of the whole VLM"),
