@@ -1,0 +1,162 @@
+"""A real run from random weights, beside sentence-transformers with the same weights, data and hyper-parameters.
+
+    python benchmarks/medquad_quality.py --tokenizer DIR --data medquad.jsonl --eval liveqa_medquad --steps 500
+
+Each seed draws weights, data order and nothing else anew. The export of our run is evaluated (not the Megatron model),
+by the same code as the model that sentence-transformers trained. The two runs of a seed follow one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import SMALL, make_embedder, timed, write_result
+
+from megatron_embed.bridge import host
+from megatron_embed.conversion.exporting import export_hf
+from megatron_embed.recipes import train
+from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.evaluate import evaluate, load_beir
+from megatron_embed.recipes.ministral3 import ministral3_tiny_embed_config
+from megatron_embed.recipes.overrides import apply_overrides
+
+
+def recipe(folder: Path, model: Path, options: argparse.Namespace, seed: int) -> RecipeConfig:
+    return apply_overrides(
+        ministral3_tiny_embed_config(),
+        [
+            f"model.hf_model={model}",
+            f"data.train={options.data}",
+            f"data.query_max_length={options.length}",
+            f"data.passage_max_length={options.length}",
+            f"train.global_batch_size={options.batch}",
+            "train.micro_batch_tokens=16384",
+            f"train.train_iters={options.steps}",
+            "train.save_interval=100000",
+            f"train.save_dir={folder / 'run'}",
+            f"train.seed={seed}",
+            f"optimizer.lr={options.lr}",
+            f"loss.temperature={options.temperature}",
+            "optimizer.weight_decay=0",
+            "logger.tensorboard=false",
+            "device=cpu",
+        ],
+    )
+
+
+def train_theirs(cfg: RecipeConfig, model_folder: Path) -> Any:
+    """The textbook loop around MultipleNegativesRankingLoss: same order, schedule, clipping, optimizer."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    model = SentenceTransformer(str(model_folder), device="cpu")
+    model.max_seq_length = cfg.data.passage_max_length
+    loss_function = MultipleNegativesRankingLoss(model, scale=1 / cfg.loss.temperature)
+    dataset = PairDataset(cfg.data.sources())
+    sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optimizer.lr, weight_decay=0.0, fused=True)
+    steps, warmup = cfg.train.train_iters, cfg.train.train_iters // 10
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: k / warmup if k < warmup else (steps - k) / (steps - warmup)
+    )
+    model.train()
+    for step in range(steps):
+        examples = [dataset[i] for i in sampler.batch(step)]
+        columns = [["query: " + e.query for e in examples], ["passage: " + e.positive for e in examples]]
+        loss = loss_function([model.preprocess(column) for column in columns], None)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optimizer.clip_grad)
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def score(model: Any, collection: Any) -> float:
+    """nDCG@10 of a sentence-transformers model."""
+
+    def encode(texts: list[str], kind: str) -> Any:
+        return (model.encode_query if kind == "query" else model.encode_document)(texts, batch_size=64)
+
+    scores = evaluate(encode, [collection], bm25=False)
+    return scores[collection.name]["ndcg@10"]
+
+
+def one_seed(options: argparse.Namespace, seed: int, collection: Any) -> dict[str, float]:
+    from sentence_transformers import SentenceTransformer
+
+    def loaded(folder: Path) -> Any:
+        model = SentenceTransformer(str(folder), device="cpu")
+        model.max_seq_length = options.length
+        return model
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = make_embedder(folder / "model", options.tokenizer, seed=seed)
+        cfg = recipe(folder, model, options, seed)
+        found = {"before": score(loaded(model), collection)}
+        found["our seconds"] = timed(lambda: train(cfg))
+        export_hf(folder / "run", folder / "export", progress=False)
+        found["ours"] = score(loaded(folder / "export"), collection)
+        if not options.only_ours:
+            theirs: list[Any] = []
+            found["their seconds"] = timed(lambda: theirs.append(train_theirs(cfg.resolved(), model)))
+            found["theirs"] = score(theirs[0], collection)
+    print(seed, found, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--temperature", type=float, default=0.02)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only-ours", action="store_true", help="for trying settings; writes no result")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    host.run_on_cpu()
+    collection = load_beir(options.eval)
+    runs = [one_seed(options, seed, collection) for seed in range(options.seeds)]
+    if options.only_ours:
+        return
+    columns = ("before", "ours", "theirs", "our seconds", "their seconds")
+    table = [
+        "| seed | nDCG@10 before | ours after | theirs after | our seconds | their seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = {str(seed): run for seed, run in enumerate(runs)}
+    rows["**mean**"] = {key: statistics.mean(run[key] for run in runs) for key in columns}
+    for name, run in rows.items():
+        table.append(
+            f"| {name} | {' | '.join(f'{run[key]:.4f}' for key in columns[:3])} | {run[columns[3]]:.0f} | {run[columns[4]]:.0f} |"
+        )
+    settings = {
+        "model": SMALL,
+        **{
+            key: value
+            for key, value in vars(options).items()
+            if key in ("steps", "batch", "length", "lr", "temperature", "threads")
+        },
+    }
+    settings |= {"data": options.data.name, "evaluated on": options.eval.name, "precision": "fp32"}
+    settings["optimizer"] = "AdamW 0.9/0.999, no weight decay, clipping at 1.0, 10 % warm-up, linear decay to 0"
+    write_result(
+        "medquad-quality", "Training from random weights beside sentence-transformers", "\n".join(table), settings
+    )
+
+
+if __name__ == "__main__":
+    main()
