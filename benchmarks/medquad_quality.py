@@ -140,9 +140,8 @@ def main() -> None:
     rows = {str(seed): run for seed, run in enumerate(runs)}
     rows["**mean**"] = {key: statistics.mean(run[key] for run in runs) for key in columns}
     for name, run in rows.items():
-        table.append(
-            f"| {name} | {' | '.join(f'{run[key]:.4f}' for key in columns[:3])} | {run[columns[3]]:.0f} | {run[columns[4]]:.0f} |"
-        )
+        scores, seconds = (f"{run[key]:.4f}" for key in columns[:3]), (f"{run[key]:.0f}" for key in columns[3:])
+        table.append(f"| {' | '.join((name, *scores, *seconds))} |")
     settings = {
         "model": SMALL,
         **{
