@@ -64,10 +64,10 @@ EOF
 
 for version in "${VERSIONS[@]}"; do
     "$PYTHON" -m venv "$WORK/venv-$version"
-    pip="$WORK/venv-$version/bin/pip install --quiet --disable-pip-version-check"
-    "$WORK/venv-$version/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt torch
-    "$WORK/venv-$version/bin/pip" install --quiet --disable-pip-version-check torch=="$(sed -n 's/^torch==//p' constraints.txt)" \
-        "sentence-transformers==$version"
+    pip=("$WORK/venv-$version/bin/pip" install --quiet --disable-pip-version-check)
+    # torch first and pinned: left to itself, pip takes gigabytes of CUDA wheels
+    "${pip[@]}" "$(grep ^torch== constraints.txt)"
+    "${pip[@]}" "$(grep ^torch== constraints.txt)" "sentence-transformers==$version"
     "$WORK/venv-$version/bin/python" -W ignore "$WORK/load.py" "$WORK"
     rm -rf "$WORK/venv-$version"
 done
