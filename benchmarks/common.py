@@ -39,7 +39,11 @@ def make_embedder(folder: Path, tokenizer: Path, *, seed: int = 0, **overrides: 
     torch.manual_seed(seed)
     config = Ministral3Config(**{**SMALL, **overrides})
     config.is_causal = False
-    Ministral3Model(config).save_pretrained(folder)
+    model = Ministral3Model(config)
+    with torch.no_grad():
+        # A standard deviation of 0.2, not 0.02: with nearly equal embeddings a random model learns very slowly.
+        model.embed_tokens.weight.mul_(10)
+    model.save_pretrained(folder)
     write_tokenizer(tokenizer, folder, max_length=512)
     write_sentence_files(folder, EncoderConfig.from_hf(folder), SentenceSettings())
     return folder

@@ -164,8 +164,7 @@ def main() -> None:
         {"name": "cached, batch 1024", "data": sentences, "batch": 1024, "length": 128, "mode": "cached", "steps": 3},
     ]
     table = [
-        "| data | dtype | batch | length | tokens a step | padding × | ours, tokens/s | theirs, tokens/s | ratio "
-        "| ours, of matmul | theirs, of matmul |",
+        "| data | dtype | batch | length | tokens | padding × | our tokens/s | their tokens/s | ratio | of matmul | theirs |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as temporary, parallel_world(Layout()):

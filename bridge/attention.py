@@ -35,7 +35,7 @@ class Run(NamedTuple):
     ``queries`` is less than ``keys`` only where a sequence reaches over the edge of a context-parallel slice.
     """
 
-    count: int
+    sequences: int
     queries: int
     keys: int
 
@@ -100,8 +100,8 @@ class SequenceInfo(PackedSeqParams):
         def ends(lengths: list[int]) -> Tensor:
             return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.cos.device)  # type: ignore[union-attr]
 
-        queries = [run.queries for run in self.runs for _ in range(run.count)]
-        keys = [run.keys for run in self.runs for _ in range(run.count)]
+        queries = [run.queries for run in self.runs for _ in range(run.sequences)]
+        keys = [run.keys for run in self.runs for _ in range(run.sequences)]
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=ends(queries),
@@ -216,11 +216,11 @@ class BidirectionalAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...]) -> Tensor:
         """One kernel call for each run of equally long neighbours; `split` is cheap backward, slicing is not."""
-        queries = query.squeeze(1).split([run.count * run.queries for run in runs])
-        keys, values = (x.squeeze(1).split([run.count * run.keys for run in runs]) for x in (key, value))
+        queries = query.squeeze(1).split([run.sequences * run.queries for run in runs])
+        keys, values = (x.squeeze(1).split([run.sequences * run.keys for run in runs]) for x in (key, value))
         outputs = []
         for q, k, v, run in zip(queries, keys, values, runs, strict=True):
-            q = q.view(run.count, run.queries, *q.shape[1:]).transpose(1, 2)
-            k, v = (x.view(run.count, run.keys, *x.shape[1:]).transpose(1, 2) for x in (k, v))
-            outputs.append(self._attend(q, k, v).transpose(1, 2).reshape(run.count * run.queries, -1))
+            q = q.view(run.sequences, run.queries, *q.shape[1:]).transpose(1, 2)
+            k, v = (x.view(run.sequences, run.keys, *x.shape[1:]).transpose(1, 2) for x in (k, v))
+            outputs.append(self._attend(q, k, v).transpose(1, 2).reshape(run.sequences * run.queries, -1))
         return torch.cat(outputs).unsqueeze(1)

@@ -54,11 +54,11 @@ class ModelSource:
             settings = checkpoint_folder.sentence_settings(iter_dir, config)
             return cls(str(path), config, iter_dir / checkpoint_folder.SIDECARS, settings, iter_dir=iter_dir)
         hf = HFFolder(path)
-        settings = read_sentence_settings(hf.path)
+        stated = read_sentence_settings(hf.path)
         config = hf.encoder_config()
-        if settings is not None:
-            config = config.replace(pooling=settings.pooling, normalize=settings.normalize)
-        return cls(str(path), config, hf.path, settings, hf=hf)
+        if stated is not None:
+            config = config.replace(pooling=stated.pooling, normalize=stated.normalize)
+        return cls(str(path), config, hf.path, stated, hf=hf)
 
     def fill(self, encoders: list[Encoder], *, tp_rank: int, tp_size: int) -> None:
         """Load this rank's weights, reading only its own slices of them."""
