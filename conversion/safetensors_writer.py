@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.hf_folder import DTYPES, INDEX, SINGLE
+from megatron_embed.conversion.prefetch import one_ahead
 from megatron_embed.conversion.sentence_files import write_json
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -55,7 +57,7 @@ def write_sharded(
     max_shard_size: int | str = "5GB",
     on_tensor: Callable[[TensorSpec], object] | None = None,
 ) -> int:
-    """Write tensors into folder ``out``; one of them is held at a time.
+    """Write tensors into folder ``out``; each is read while the one before it is written.
 
     Args:
         specs: names, shapes and dtypes, in the order in which ``tensors`` yields them.
@@ -73,17 +75,8 @@ def write_sharded(
         if len(shards) == 1
         else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     )
-    source = iter(tensors)
-    for file, shard in zip(files, shards, strict=True):
-        with (out / file).open("wb") as stream:
-            stream.write(_header(shard))
-            for spec in shard:
-                name, tensor = next(source)
-                assert name == spec.name, (name, spec.name)
-                _write_tensor(stream, spec, tensor)
-                if on_tensor is not None:
-                    on_tensor(spec)
-    assert next(source, None) is None, "more tensors than were announced"
+    with closing(one_ahead(tensors)) as source:
+        _write_files(out, files, shards, source, on_tensor)
     total = sum(spec.nbytes for spec in specs)
     if len(shards) > 1:
         weight_map = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
@@ -91,6 +84,26 @@ def write_sharded(
         metadata = {"total_parameters": parameters, "total_size": total}
         write_json(out / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     return total
+
+
+def _write_files(
+    out: Path,
+    files: Sequence[str],
+    shards: Sequence[Sequence[TensorSpec]],
+    source: Iterator[tuple[str, Tensor]],
+    on_tensor: Callable[[TensorSpec], object] | None,
+) -> None:
+    for file, shard in zip(files, shards, strict=True):
+        with (out / file).open("wb") as stream:
+            stream.write(_header(shard))
+            for spec in shard:
+                name, tensor = next(source)
+                assert name == spec.name, (name, spec.name)
+                _write_tensor(stream, spec, tensor)
+                del tensor
+                if on_tensor is not None:
+                    on_tensor(spec)
+    assert next(source, None) is None, "more tensors than were announced"
 
 
 def _plan(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:

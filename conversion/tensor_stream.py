@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.checkpoint_folder import safe_metadata
+from megatron_embed.conversion.prefetch import fault_in, one_ahead
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Chunk:
 
 
 def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[Chunk], object] | None = None) -> None:
-    """Write ``*.distcp`` and ``.metadata`` into ``folder``; one chunk is held at a time.
+    """Write ``*.distcp`` and ``.metadata`` into ``folder``; a chunk is read while the one before it is written.
 
     torch's own writer does the same from a plan, but keeps the last tensor of every name it wrote until the end of the
     file: with a name for each layer that is the whole model.
@@ -59,8 +61,9 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
     state: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     streams: dict[int, Any] = {}
+    read = one_ahead((chunk, fault_in(chunk.read())) for chunk in chunks)  # the thread ends with the iterator
     try:
-        for chunk in chunks:
+        for chunk, tensor in read:
             if chunk.rank not in streams:
                 streams[chunk.rank] = (folder / f"__{chunk.rank}_0.distcp").open("wb")
             entry = state.setdefault(
@@ -69,10 +72,12 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
             assert entry.size == torch.Size(chunk.global_shape), chunk.key
             index = MetadataIndex(chunk.key, chunk.offsets, len(entry.chunks))
             entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)))
-            storage[index] = _save(streams[chunk.rank], chunk)
+            storage[index] = _save(streams[chunk.rank], chunk, tensor)
+            del tensor
             if on_chunk is not None:
                 on_chunk(chunk)
     finally:
+        read.close()
         for stream in streams.values():
             stream.close()
     for key, entry in state.items():
@@ -82,15 +87,26 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _save(stream: Any, chunk: Chunk) -> _StorageInfo:
-    tensor = chunk.read()
+def _save(stream: Any, chunk: Chunk, tensor: Tensor) -> _StorageInfo:
     assert tuple(tensor.shape) == chunk.shape, (chunk.key, tuple(tensor.shape), chunk.shape)
     tensor = tensor.to(chunk.dtype).contiguous()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()  # a view would be saved with all that it is a view of
     start = stream.tell()
-    torch.save(tensor, stream)
+    with _without_checksums():
+        torch.save(tensor, stream)
     return _StorageInfo(Path(stream.name).name, start, stream.tell() - start)
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch.save spends half of its time on CRC-32 sums, which torch.load never looks at."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class CheckpointReader:

@@ -1,0 +1,105 @@
+"""Reading one ahead: the same items, never more than one too many, errors where they belong, no thread left."""
+
+from __future__ import annotations
+
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.hf_files import Source
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion import safetensors_writer, tensor_stream
+from megatron_embed.conversion.exporting import export_hf
+from megatron_embed.conversion.importing import import_hf
+from megatron_embed.conversion.prefetch import fault_in, one_ahead
+from megatron_embed.conversion.tensor_stream import Chunk, write_chunks
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "one-ahead"]
+
+
+def test_same_items_in_order() -> None:
+    assert list(one_ahead(range(100))) == list(range(100))
+    assert list(one_ahead([None, 0, False])) == [None, 0, False]
+    assert list(one_ahead([])) == []
+    assert not readers()
+
+
+def test_no_more_than_three_exist() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    for number in one_ahead(items()):
+        assert len(made) <= number + 3
+
+
+@pytest.mark.parametrize("error", [UserError("bad sector"), KeyboardInterrupt()])
+def test_what_is_raised_there_is_raised_here(error: BaseException) -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise error
+
+    seen = []
+
+    def consume() -> None:
+        for item in one_ahead(items()):
+            seen.append(item)  # noqa: PERF402
+
+    with pytest.raises(type(error)):
+        consume()
+    assert seen == [1]
+    assert not readers()
+
+
+def test_stopping_early_ends_the_thread() -> None:
+    stream = one_ahead(iter(int, 1))  # endless
+    assert [next(stream) for _ in range(3)] == [0, 0, 0]
+    stream.close()
+    assert not readers()
+
+
+@pytest.mark.parametrize("kind", ["import", "export"])
+def test_a_write_that_fails_ends_the_thread(
+    kind: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_hf(source("model"), tmp_path / "m", progress=False)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_stream, "_save", full)
+    monkeypatch.setattr(safetensors_writer, "_write_tensor", full)
+
+    def run() -> None:
+        if kind == "import":
+            import_hf(source("model"), tmp_path / "out", progress=False)
+        else:
+            export_hf(tmp_path / "m", tmp_path / "out", progress=False)
+
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    assert not readers()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_faulting_in_changes_nothing() -> None:
+    for tensor in (torch.arange(10_000), torch.zeros(0), torch.tensor(3.0), torch.ones(9, 9).T[1:]):
+        assert fault_in(tensor) is tensor
+
+
+def test_checksums_are_off_only_while_chunks_are_written(tmp_path: Path) -> None:
+    (tmp_path / "with").mkdir()
+    chunk = Chunk("a", (3,), (0,), (3,), torch.float32, 0, lambda: torch.ones(3))
+    write_chunks(tmp_path / "with", [chunk])
+    assert torch.serialization.get_crc32_options()
+    torch.save(torch.ones(3), tmp_path / "x.pt")
+    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
