@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.hf_folder import DTYPES, INDEX, SINGLE
-from megatron_embed.conversion.prefetch import one_ahead
+from megatron_embed.conversion.prefetch import fault_in, one_ahead
 from megatron_embed.conversion.sentence_files import write_json
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -75,7 +75,7 @@ def write_sharded(
         if len(shards) == 1
         else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     )
-    with closing(one_ahead(tensors)) as source:
+    with closing(one_ahead((name, fault_in(tensor)) for name, tensor in tensors)) as source:
         _write_files(out, files, shards, source, on_tensor)
     total = sum(spec.nbytes for spec in specs)
     if len(shards) > 1:

@@ -9,6 +9,8 @@ Layers of one kind are one tensor with a leading layer axis: ``decoder.layers.ml
 from __future__ import annotations
 
 import math
+import mmap
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.checkpoint_folder import safe_metadata
 from megatron_embed.conversion.prefetch import fault_in, one_ahead
+
+_ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ def _save(stream: Any, chunk: Chunk, tensor: Tensor) -> _StorageInfo:
     tensor = tensor.to(chunk.dtype).contiguous()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()  # a view would be saved with all that it is a view of
+    # torch.save aligns the values to its own start; aligned as a whole, they can be mapped
+    stream.write(b"\0" * (-stream.tell() % _ALIGNED))
     start = stream.tell()
     with _without_checksums():
         torch.save(tensor, stream)
@@ -181,12 +187,33 @@ class CheckpointReader:
         try:
             with (self.path / file).open("rb") as stream:
                 view: Any = _create_file_view(stream, info.offset, info.length)
-                return torch.load(view, map_location="cpu", weights_only=True)
+                return _mapped(stream, view, info)
         except FileNotFoundError:
             raise UserError(f"{self.path / file}: no such file, though {key} lies in it") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{self.path / file}: {key}: damaged, or more than a tensor ({reason}); refused") from None
+
+
+def _mapped(stream: Any, view: Any, info: _StorageInfo) -> Any:
+    """What ``torch.load`` gives of a chunk, but as a view of the file: nothing is copied before it is needed.
+
+    The chunk's own description (``weights_only``) says what the tensor is; where its one storage lies as it is in
+    memory, the bytes are mapped. Any other object, and a storage at an odd place, is read by ``torch.load``.
+    """
+    with torch.serialization.skip_data():
+        tensor = torch.load(view, map_location="cpu", weights_only=True)
+    view.seek(0)
+    if type(tensor) is Tensor and tensor.numel() and tensor.is_contiguous() and tensor.storage_offset() == 0:
+        zipped = torch._C.PyTorchFileReader(view)
+        at = info.offset + zipped.get_record_offset("data/0") if zipped.has_record("data/0") else 1
+        size = tensor.untyped_storage().nbytes()
+        inside = at + size <= min(info.offset + info.length, os.fstat(stream.fileno()).st_size)
+        if zipped.get_all_records().count("data/1") == 0 and at % _ALIGNED == 0 and size == tensor.nbytes and inside:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            return torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel(), offset=at).view(tensor.shape)
+        view.seek(0)
+    return torch.load(view, map_location="cpu", weights_only=True)
 
 
 def _box(size: Sequence[int], index: Sequence[slice]) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from megatron_embed.conversion import safetensors_writer, tensor_stream
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.prefetch import fault_in, one_ahead
-from megatron_embed.conversion.tensor_stream import Chunk, write_chunks
+from megatron_embed.conversion.tensor_stream import CheckpointReader, Chunk, write_chunks
 
 
 def readers() -> list[threading.Thread]:
@@ -103,3 +104,32 @@ def test_checksums_are_off_only_while_chunks_are_written(tmp_path: Path) -> None
     assert torch.serialization.get_crc32_options()
     torch.save(torch.ones(3), tmp_path / "x.pt")
     assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
+
+
+@pytest.mark.parametrize("chunks", ["ours", "torch's"])
+def test_chunks_are_views_of_the_file_where_they_can_be(chunks: str, tmp_path: Path) -> None:
+    """Ours are aligned, and mapped; what torch wrote elsewhere is read. Changing a tensor never changes the file."""
+    folder, values = tmp_path / "with", torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
+    folder.mkdir()
+    pieces = [
+        Chunk("pad", (3,), (0,), (3,), torch.float32, 0, lambda: torch.ones(3)),
+        Chunk("a", (3, 4), (0, 0), (3, 4), torch.bfloat16, 0, lambda: values),
+        Chunk("scalar", (), (), (), torch.float32, 0, lambda: torch.tensor(2.0)),
+    ]
+    write_chunks(folder, pieces)
+    path = folder / "__0_0.distcp"
+    if chunks == "torch's":
+        metadata = pickle.loads((folder / ".metadata").read_bytes())
+        path.write_bytes(b"\0" * 13 + path.read_bytes())
+        for info in metadata.storage_data.values():
+            info.offset += 13
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    before = path.read_bytes()
+    reader = CheckpointReader(folder)
+    found = reader.read("a")
+    assert torch.equal(found, values)
+    assert float(reader.read("scalar")) == 2.0
+    with Path("/proc/self/maps").open() as maps:
+        assert any(str(path) in line for line in maps) == (chunks == "ours")
+    found.zero_()
+    assert path.read_bytes() == before
