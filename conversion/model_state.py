@@ -5,7 +5,7 @@ Layout-free: what was saved under one TP × PP × DP loads under any other.
 
 from __future__ import annotations
 
-import gc
+import queue
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,10 @@ def save_model_state(
     state: dict[str, Any] = {**model, **(common or {}), "iteration": iteration, "checkpoint_version": 3.0}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
+    # Results of a synchronous save stay in this process. The default is a manager process that imports the main module
+    # again (so scripts without a `__main__` guard fail) and that outlives a run which is killed.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(partial))
-    _end_writers()
     dist.barrier()
     if first:
         if finish is not None:
@@ -95,12 +97,6 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
     if optimizer is not None:
         optimizer.load_state_dict(loaded.pop("optimizer"))
     return loaded
-
-
-def _end_writers() -> None:
-    """End the process that megatron-core keeps for the next save: it would outlive a run that is killed."""
-    filesystem_async._results_queue = None
-    gc.collect()
 
 
 _torch_load = torch.load
