@@ -40,7 +40,9 @@ class Encoder:
         plan: BatchingPlan,
         *,
         resources: ExitStack | None = None,
+        source: ModelSource | None = None,
     ):
+        self.source = source
         self.stages, self.config, self.tokenizer, self.plan = list(stages), config, tokenizer, plan
         self._resources = resources or ExitStack()
 
@@ -89,7 +91,7 @@ class Encoder:
         plan = BatchingPlan(
             pad_id=tokenizer.pad_token_id, packed=True, max_tokens=max_tokens, multiple_of=layout.tp * layout.cp
         )
-        return cls(stages, source.config, tokenizer, plan, resources=resources)
+        return cls(stages, source.config, tokenizer, plan, resources=resources, source=source)
 
     def encode(
         self,
@@ -138,16 +140,9 @@ def encode_sequences(
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     vectors = torch.zeros(len(sequences), hidden_size, device=host.device())
     mine = by_length[rank::world]
-    modes = [stage.training for stage in stages]
-    for stage in stages:
-        stage.eval()
-    for window in _windows(plan.split([sequences[i] for i in mine]), progress=progress):
-        found = encode_micro_batches(stages, window)
-        if found is not None:
-            for micro_batch, rows in zip(window, found, strict=True):
-                vectors[[mine[i] for i in micro_batch.texts.tolist()]] = rows.float()
-    for stage, mode in zip(stages, modes, strict=True):
-        stage.train(mode)
+    found = encode_here(stages, plan, [sequences[i] for i in mine], hidden_size, progress=progress)
+    if found is not None:
+        vectors[mine] = found
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and world > 1:
         dist.all_reduce(vectors, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -159,6 +154,33 @@ def encode_sequences(
     return vectors.cpu().numpy()
 
 
+def encode_here(
+    stages: Sequence[torch.nn.Module],
+    plan: BatchingPlan,
+    sequences: Sequence[Sequence[int]],
+    hidden_size: int,
+    *,
+    progress: bool = False,
+) -> torch.Tensor | None:
+    """Token ids → ``[n, hidden]`` fp32 on the last stage of this model replica, None on the others.
+
+    The ranks of a replica must call this together; other replicas take no part.
+    """
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    vectors = torch.zeros(len(sequences), hidden_size, device=host.device()) if last else None
+    modes = [stage.training for stage in stages]
+    for stage in stages:
+        stage.eval()
+    for window in _windows(plan.split(sequences), progress=progress):
+        found = encode_micro_batches(stages, window)
+        if found is not None and vectors is not None:
+            for micro_batch, rows in zip(window, found, strict=True):
+                vectors[micro_batch.texts.to(vectors.device)] = rows.float()
+    for stage, mode in zip(stages, modes, strict=True):
+        stage.train(mode)
+    return vectors
+
+
 def _windows(batches: list[MicroBatch], *, progress: bool) -> list[list[MicroBatch]]:
     """Some micro-batches at a time, enough to fill a pipeline; with a bar on rank 0."""
     size = 4 * parallel_state.get_pipeline_model_parallel_world_size()
@@ -168,3 +190,9 @@ def _windows(batches: list[MicroBatch], *, progress: bool) -> list[list[MicroBat
 
         return tqdm(windows, desc="encoding", unit="window", file=sys.stderr)  # type: ignore[return-value]
     return windows
+
+
+if __name__ == "__main__":
+    from megatron_embed.recipes.encode_corpus import main
+
+    main()

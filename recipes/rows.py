@@ -88,8 +88,12 @@ class JsonLineRows:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Any:
+        return parse_json(self.raw(index))
+
+    def raw(self, index: int) -> bytes:
+        """The row's bytes, without the line break."""
         start, end = int(self._starts[index]), int(self._ends[index])
-        return parse_json(os.pread(self._file, end - start, start))  # pread: no shared position among threads
+        return os.pread(self._file, end - start, start)  # pread: no shared position among threads
 
     def line(self, index: int) -> int:
         return int(index if self._lines is None else self._lines[index]) + 1

@@ -1,0 +1,147 @@
+"""Texts to encode, with ids: a BEIR folder, JSON lines or Parquet with ``_id``, ``title``, ``text``, or plain lines."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.beir import document_text, is_beir
+from megatron_embed.recipes.rows import JsonLineRows, RowError, Rows, open_rows
+from megatron_embed.recipes.targets import text_id
+
+_ID_KEYS = ("_id", "id", "docid")
+
+
+class Texts(Protocol):
+    """What :func:`megatron_embed.recipes.encode_corpus.encode_texts` encodes. Rows are read when they are needed."""
+
+    path: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, first: int, last: int) -> tuple[list[str], list[str]]:
+        """Ids and texts of the rows ``first`` to ``last - 1``."""
+
+    def digest(self) -> str:
+        """Changes with any text or id."""
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What :meth:`Corpus.check` saw.
+
+    Attributes:
+        empty: rows without any text.
+        text_ids: ``[rows, 2]`` uint64: of title with text, and of the text alone.
+    """
+
+    empty: int
+    text_ids: np.ndarray
+
+
+class Corpus:
+    """A file of texts, by offsets: 16 bytes of memory a row.
+
+    Args:
+        path: a BEIR folder, a file of objects with ``_id``, ``text`` and perhaps ``title``, or a file of plain lines,
+            whose ids are the line numbers from 1.
+        kind: of a BEIR folder, ``passage`` means its corpus and ``query`` its queries.
+
+    Raises:
+        UserError: nothing there, or none of these forms.
+    """
+
+    def __init__(self, path: str | Path, kind: str = "passage") -> None:
+        if is_beir(path):
+            path = Path(path) / ("queries.jsonl" if kind == "query" else "corpus.jsonl")
+        elif Path(path).is_dir():
+            raise UserError(f"{path}: a folder, but no BEIR folder; wanted corpus.jsonl and queries.jsonl, or a file")
+        self.path = str(path)
+        self.rows: Rows = open_rows(self.path)
+        self.form = self.rows.form
+        if isinstance(self.rows, JsonLineRows) and not self.rows.raw(0).lstrip().startswith(b"{"):
+            self.form = "plain lines"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, first: int, last: int) -> tuple[list[str], list[str]]:
+        """Ids and texts, title first.
+
+        Raises:
+            UserError: a row that holds no id or no text; file and line are named.
+        """
+        pairs = [self._parse(index)[:2] for index in range(first, last)]
+        return [id_ for id_, _ in pairs], [text for _, text in pairs]
+
+    def digest(self) -> str:
+        return file_digest(Path(self.path))
+
+    def check(self) -> CorpusFacts:
+        """Read every row once, so that what is wrong shows before anything is computed.
+
+        Raises:
+            UserError: a row that cannot be used, an id that stands there twice, or no text at all.
+        """
+        ids = np.empty(len(self), dtype=np.uint64)
+        text_ids = np.empty((len(self), 2), dtype=np.uint64)
+        empty = 0
+        for index in range(len(self)):
+            id_, full, alone = self._parse(index)
+            ids[index] = text_id(id_)
+            text_ids[index] = text_id(full), text_id(alone)
+            empty += not full.strip()
+        if empty == len(self):
+            raise UserError(f"{self.path}: no row has any text")
+        self._refuse_duplicates(ids)
+        return CorpusFacts(empty, text_ids)
+
+    def _refuse_duplicates(self, ids: np.ndarray) -> None:
+        order = np.argsort(ids, kind="stable")
+        again = order[1:][ids[order][1:] == ids[order][:-1]]
+        if len(again):
+            index = int(again.min())
+            where = f"{self.path}, line {self.rows.line(index)}"
+            raise UserError(f"{where}: _id {self._parse(index)[0]!r} stands in the file twice ({len(again)} such rows)")
+
+    def _parse(self, index: int) -> tuple[str, str, str]:
+        """(id, title with text, text)"""
+        try:
+            if self.form == "plain lines":
+                assert isinstance(self.rows, JsonLineRows)
+                text = _decode(self.rows.raw(index))
+                return str(self.rows.line(index)), text, text
+            return _parse_row(self.rows[index])
+        except RowError as error:
+            raise UserError(f"{self.path}, line {self.rows.line(index)}: {error}") from None
+
+
+def _parse_row(row: Any) -> tuple[str, str, str]:
+    key = next((key for key in _ID_KEYS if key in row), None) if isinstance(row, Mapping) else None
+    if key is None or not isinstance(row.get("text"), str) or not isinstance(row.get("title") or "", str):
+        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise RowError(f"found {found}; wanted an object with _id, text and, for documents, title")
+    return str(row[key]), document_text(row), row["text"]
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line") from None
+
+
+def file_digest(*paths: Path | str | os.PathLike[str]) -> str:
+    """SHA-256 over the bytes of the files and their names."""
+    total = hashlib.sha256()
+    for path in map(Path, paths):
+        with path.open("rb") as file:
+            total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,319 @@
+"""A corpus → a folder of vectors, over all data-parallel ranks, to be stopped at any moment and resumed.
+
+``torchrun … -m megatron_embed.recipes.encode --model M --input corpus.jsonl --output DIR``
+
+The rows are cut into shards, a few thousand each, in the order of the input; what a shard's vectors are depends on
+nothing outside it. In each round every model replica takes one shard, sorts it by length, packs it by
+token budget and writes it. A rank holds one shard's vectors, never the corpus'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_embed.bridge import host, parallel
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.recipes.corpus import Corpus, Texts, file_digest
+from megatron_embed.recipes.encode import Encoder, encode_here, encode_sequences
+from megatron_embed.recipes.source import ModelSource
+from megatron_embed.recipes.tokenization import Kind
+from megatron_embed.recipes.vectors import (
+    CALIBRATION,
+    DTYPES,
+    MANIFEST,
+    Manifest,
+    Shard,
+    VectorFolder,
+    differences,
+    is_whole,
+    plan_shards,
+    quantize,
+    write_array,
+    write_file,
+)
+
+T = TypeVar("T")
+
+_CALIBRATION_ROWS = 1024
+
+
+def encode_texts(
+    encoder: Encoder,
+    texts: Texts,
+    output: str | Path,
+    *,
+    kind: Kind = "passage",
+    dim: int | None = None,
+    precision: str = "float32",
+    progress: bool = False,
+) -> VectorFolder:
+    """Encode into ``output``, or go on where an earlier call stopped. Every rank must call this.
+
+    Args:
+        dim: keep the first ``dim`` numbers (Matryoshka), normalised anew where the model normalises.
+        precision: ``float32``, ``float16``, ``int8`` (each dimension's range, measured on up to 1024 rows from all
+            over the input, is cut into 256 steps), ``binary`` or ``ubinary`` (signs, 8 a byte, as
+            sentence-transformers names them).
+
+    Raises:
+        UserError: ``output`` holds something else, or vectors of another model, input or setting; no room.
+    """
+    output = Path(output)
+    hidden = encoder.config.hidden_size
+    if precision not in DTYPES:
+        raise UserError(f"precision: found {precision!r}; wanted one of {', '.join(DTYPES)}")
+    if dim is not None and not 1 <= dim <= hidden:
+        raise UserError(f"dim: found {dim}; wanted 1 to the model's hidden_size {hidden}")
+    shards = plan_shards(len(texts), min(max(-(-len(texts) // 32), 256), 8192))
+    wanted = on_first_rank(
+        lambda: Manifest(
+            fingerprint(encoder, texts, kind, dim or hidden, precision), len(texts), dim or hidden, precision, shards
+        )
+    )
+    manifest = on_first_rank(lambda: _open_output(output, wanted))
+    job = _Job(encoder, texts, output, manifest, kind)
+    if precision == "int8":
+        job.calibrate()
+    job.run(progress=progress)
+    return VectorFolder(output)
+
+
+def fingerprint(encoder: Encoder, texts: Texts, kind: Kind, dim: int, precision: str) -> dict[str, Any]:
+    """Everything that vectors depend on. Reads the whole model and input: for one rank to call."""
+    assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
+    tokenizer = encoder.tokenizer
+    return {
+        **model_fingerprint(encoder.source),
+        "compute_dtype": str(next(encoder.stages[0].parameters()).dtype).removeprefix("torch."),
+        "kind": kind,
+        "prompt": tokenizer.prompts[kind],
+        "max_length": tokenizer.max_lengths[kind],
+        "dim": dim,
+        "precision": precision,
+        "input_sha256": texts.digest(),
+        "rows": len(texts),
+    }
+
+
+def model_fingerprint(source: ModelSource) -> dict[str, Any]:
+    """Hashes of a model's weights, settings and tokenizer; where its folder lies does not matter."""
+    if source.iter_dir is not None:
+        weights = sorted([*source.iter_dir.glob("*.distcp"), source.iter_dir / ".metadata"])
+    else:
+        weights = sorted(p for p in source.files.glob("*.safetensors") if not p.name.startswith("consolidated"))
+    names = ("tokenizer.json", "tokenizer_config.json", "modules.json")
+    tokenizer = [source.files / name for name in names if (source.files / name).is_file()]
+    config = {name: value for name, value in asdict(source.config).items() if name != "temperature"}
+    return {
+        "weights_sha256": file_digest(*weights),
+        "encoder": json.dumps(config, sort_keys=True, default=str),
+        "tokenizer_sha256": file_digest(*tokenizer),
+    }
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """What ``function`` returns on rank 0, or the :class:`UserError` that it raises there, on every rank."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def _open_output(output: Path, wanted: Manifest) -> Manifest:
+    """The manifest to go on from; what is not whole in the folder is not complete in it."""
+    found = Manifest.read(output)
+    if found is None:
+        strange = [p.name for p in output.iterdir() if p.suffix != ".partial"] if output.is_dir() else []
+        if strange or output.is_file():
+            raise UserError(f"{output}: holds {', '.join(sorted(strange)[:3]) or 'a file'}; wanted an empty folder")
+        output.mkdir(parents=True, exist_ok=True)
+        wanted.write(output)
+        return wanted
+    if found.fingerprint != wanted.fingerprint:
+        raise UserError(
+            f"{output / MANIFEST}: vectors of another model, input or setting: "
+            f"{'; '.join(differences(found.fingerprint, wanted.fingerprint))}; give another folder"
+        )
+    for partial in output.glob("*.partial"):  # of a run that was killed
+        partial.unlink()
+    shards = [replace(shard, complete=shard.complete and is_whole(output, found, shard)) for shard in found.shards]
+    return replace(found, shards=shards)
+
+
+class _Job:
+    """The shards that are missing, encoded in rounds."""
+
+    def __init__(self, encoder: Encoder, texts: Texts, output: Path, manifest: Manifest, kind: Kind) -> None:
+        self.encoder, self.texts, self.output, self.manifest, self.kind = encoder, texts, output, manifest, kind
+        longest = encoder.tokenizer.max_lengths[kind]
+        self.plan = replace(encoder.plan, max_tokens=max(encoder.plan.max_tokens, longest))
+        self.ranges: np.ndarray | None = None
+        # One rank of a model replica writes: of its last stage, where the vectors are, the first.
+        self.writes = (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
+
+    def calibrate(self) -> None:
+        """The range of each dimension, measured once and kept with the vectors."""
+        path = self.output / CALIBRATION
+        if on_first_rank(path.is_file):
+            self.ranges = np.load(path, allow_pickle=False)
+            return
+        rows = np.unique(np.linspace(0, len(self.texts) - 1, _CALIBRATION_ROWS).astype(int)).tolist()
+        sample = [self.texts.read(row, row + 1)[1][0] for row in rows]
+        sequences = self.encoder.tokenizer.encode(sample, self.kind)
+        vectors = encode_sequences(self.encoder.stages, self.plan, sequences, self.encoder.config.hidden_size)
+        vectors = self._truncate(vectors)
+        ranges = np.stack([vectors.min(0), vectors.max(0)]).astype(np.float32)
+        on_first_rank(lambda: write_array(path, ranges))
+        # from the disk: every rank, now or after a stop, takes the very same numbers
+        self.ranges = np.load(path, allow_pickle=False)
+
+    def run(self, *, progress: bool) -> None:
+        """Encode what is missing."""
+        missing = [number for number, shard in enumerate(self.manifest.shards) if not shard.complete]
+        rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        done = len(self.texts) - sum(self.manifest.shards[number].rows for number in missing)
+        with _bar(len(self.texts), done, shown=progress) as advance:
+            for first in range(0, len(missing), replicas):
+                together = missing[first : first + replicas]
+                if rank < len(together):
+                    self._encode(self.manifest.shards[together[rank]])
+                # Every replica has written its shard, the manifest may say so. This also bounds how long any waits.
+                dist.all_reduce(torch.zeros((), device=host.device()))
+                self.manifest = self.manifest.with_complete(set(together))
+                if dist.get_rank() == 0:
+                    self.manifest.write(self.output)
+                advance(sum(self.manifest.shards[number].rows for number in together))
+        on_first_rank(lambda: None)  # nobody goes on before the last manifest is written
+
+    def _encode(self, shard: Shard) -> None:
+        ids, texts = self.texts.read(shard.first, shard.first + shard.rows)
+        sequences = self.encoder.tokenizer.encode(texts, self.kind)
+        vectors = encode_here(self.encoder.stages, self.plan, sequences, self.encoder.config.hidden_size)
+        if not self.writes:
+            return
+        assert vectors is not None
+        stored = quantize(self._truncate(vectors.cpu().numpy()), self.manifest.precision, self.ranges)
+        write_array(self.output / shard.vectors, stored)
+        text = json.dumps(ids, ensure_ascii=False)
+        write_file(self.output / shard.ids, lambda file: file.write(text.encode()))
+
+    def _truncate(self, vectors: np.ndarray) -> np.ndarray:
+        dim = self.manifest.dim
+        if dim == vectors.shape[1]:
+            return vectors
+        vectors = vectors[:, :dim]
+        if not self.encoder.config.normalize:
+            return vectors
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+@contextmanager
+def _bar(total: int, done: int, *, shown: bool) -> Iterator[Callable[[int], Any]]:
+    if not shown or dist.get_rank():
+        yield lambda rows: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=done, desc="encoding", unit="text", file=sys.stderr) as bar:
+        yield bar.update
+
+
+# ---- the command line
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
+    parser = argparse.ArgumentParser(
+        prog="megatron_embed.recipes.encode",
+        description="Encode a corpus. Several processes: torchrun --nproc-per-node N -m …. Run again to resume.",
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("--input", required=True, help="BEIR folder, JSONL or Parquet with _id and text, plain lines")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the vectors")
+    parser.add_argument("--kind", choices=("query", "passage"), default="passage", help="which prompt and length")
+    parser.add_argument("--dim", type=int, help="keep the first DIM numbers of each vector (Matryoshka)")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--strict", action="store_true", help="a row without text is an error")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+
+    from megatron_embed.recipes.cli import run_program
+
+    run_program(lambda: _run(args), debug=args.debug)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is laid out and run."""
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of a model replica")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages of a model replica")
+    parser.add_argument("--max-tokens", type=int, default=16384, help="tokens of a micro-batch (default: 16384)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def open_encoder(args: argparse.Namespace) -> Encoder:
+    """The encoder that :func:`add_model_arguments` ask for."""
+    if args.tp < 1 or args.pp < 1 or args.max_tokens < 1:
+        raise UserError(f"--tp {args.tp} --pp {args.pp} --max-tokens {args.max_tokens}: wanted numbers from 1 up")
+    layout = Layout(tp=args.tp, pp=args.pp)
+    if parallel.world_size() % layout.model_parallel_size:
+        raise UserError(f"--tp {args.tp} --pp {args.pp}: their product does not divide {parallel.world_size()} ranks")
+    return Encoder.from_pretrained(args.model, device=args.device, layout=layout, max_tokens=args.max_tokens)
+
+
+def check_corpus(texts: Corpus, *, strict: bool = False) -> None:
+    """Rank 0 reads all of it once.
+
+    Raises:
+        UserError: on every rank, what is wrong with the corpus.
+    """
+    empty = on_first_rank(lambda: texts.check().empty)
+    if empty and strict:
+        raise UserError(f"{texts.path}: {empty} rows have no text")
+    if empty and dist.get_rank() == 0:
+        print(f"{texts.path}: {empty} rows have no text; their vectors are the prompt's", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace) -> None:
+    texts = Corpus(args.input, args.kind)
+    with open_encoder(args) as encoder:
+        check_corpus(texts, strict=args.strict)
+        found = encode_texts(
+            encoder,
+            texts,
+            args.output,
+            kind=args.kind,
+            dim=args.dim,
+            precision=args.precision,
+            progress=sys.stderr.isatty() or "RANK" not in os.environ,
+        )
+        if dist.get_rank() == 0:
+            manifest = found.manifest
+            print(
+                f"{args.output}: {manifest.rows:,} vectors of {manifest.dim} × {manifest.precision} "
+                f"in {len(manifest.shards)} shards"
+            )
