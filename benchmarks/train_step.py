@@ -164,7 +164,7 @@ def main() -> None:
         {"name": "cached, batch 1024", "data": sentences, "batch": 1024, "length": 128, "mode": "cached", "steps": 3},
     ]
     table = [
-        "| data | dtype | batch | length | tokens | padding × | our tokens/s | their tokens/s | ratio | of matmul | theirs |",
+        "| data | dtype | batch | length | tokens | padding | ours, tokens/s | theirs | ratio | of matmul | theirs |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as temporary, parallel_world(Layout()):
