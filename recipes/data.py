@@ -221,7 +221,7 @@ class PairSource:
         if self._ends is not None:
             row = int(np.searchsorted(self._ends, index, side="right"))
             which = index - (int(self._ends[row - 1]) if row else 0)
-        pair = parse_pair(self.rows[row])
+        pair = self.pair(row)
         return Example(
             query=pair.query,
             positive=pair.positives[which],
@@ -233,6 +233,16 @@ class PairSource:
             passage_prompt=self.source.passage_prompt or "",
             teacher=pair.teacher,
         )
+
+    def pair(self, row: int) -> Pair:
+        """What a row says."""
+        return parse_pair(self.rows[row])
+
+    def examples(self, row: int) -> range:
+        """The examples that a row counts as."""
+        if self._ends is None:
+            return range(row, row + 1)
+        return range(int(self._ends[row - 1]) if row else 0, int(self._ends[row]))
 
 
 def open_source(path: str) -> Rows:

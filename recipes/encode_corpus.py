@@ -59,6 +59,7 @@ def encode_texts(
     kind: Kind = "passage",
     dim: int | None = None,
     precision: str = "float32",
+    stamp: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> VectorFolder:
     """Encode into ``output``, or go on where an earlier call stopped. Every rank must call this.
@@ -68,6 +69,7 @@ def encode_texts(
         precision: ``float32``, ``float16``, ``int8`` (each dimension's range, measured on up to 1024 rows from all
             over the input, is cut into 256 steps), ``binary`` or ``ubinary`` (signs, 8 a byte, as
             sentence-transformers names them).
+        stamp: the :func:`fingerprint`, where it is known already.
 
     Raises:
         UserError: ``output`` holds something else, or vectors of another model, input or setting; no room.
@@ -79,11 +81,8 @@ def encode_texts(
     if dim is not None and not 1 <= dim <= hidden:
         raise UserError(f"dim: found {dim}; wanted 1 to the model's hidden_size {hidden}")
     shards = plan_shards(len(texts), min(max(-(-len(texts) // 32), 256), 8192))
-    wanted = on_first_rank(
-        lambda: Manifest(
-            fingerprint(encoder, texts, kind, dim or hidden, precision), len(texts), dim or hidden, precision, shards
-        )
-    )
+    stamp = stamp or on_first_rank(lambda: fingerprint(encoder, texts, kind, dim, precision))
+    wanted = Manifest(stamp, len(texts), dim or hidden, precision, shards)
     manifest = on_first_rank(lambda: _open_output(output, wanted))
     job = _Job(encoder, texts, output, manifest, kind)
     if precision == "int8":
@@ -92,17 +91,29 @@ def encode_texts(
     return VectorFolder(output)
 
 
-def fingerprint(encoder: Encoder, texts: Texts, kind: Kind, dim: int, precision: str) -> dict[str, Any]:
-    """Everything that vectors depend on. Reads the whole model and input: for one rank to call."""
+def fingerprint(
+    encoder: Encoder,
+    texts: Texts,
+    kind: Kind,
+    dim: int | None = None,
+    precision: str = "float32",
+    *,
+    model: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything that vectors depend on. Reads the whole model and input: for one rank to call.
+
+    Args:
+        model: the :func:`model_fingerprint`, where it is known already.
+    """
     assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
     tokenizer = encoder.tokenizer
     return {
-        **model_fingerprint(encoder.source),
+        **(model or model_fingerprint(encoder.source)),
         "compute_dtype": str(next(encoder.stages[0].parameters()).dtype).removeprefix("torch."),
         "kind": kind,
         "prompt": tokenizer.prompts[kind],
         "max_length": tokenizer.max_lengths[kind],
-        "dim": dim,
+        "dim": dim or encoder.config.hidden_size,
         "precision": precision,
         "input_sha256": texts.digest(),
         "rows": len(texts),

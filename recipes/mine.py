@@ -1,0 +1,334 @@
+"""Mine hard negatives for training data from a corpus, with any model.
+
+``torchrun … -m megatron_embed.recipes.mine --model M --data TRAIN --corpus BEIR_FOLDER_OR_JSONL --output OUT.jsonl``
+
+Corpus, queries and positives are encoded into a cache, each under a key made of everything that its vectors depend
+on; the ranks then search the corpus together and choose negatives by :mod:`megatron_embed.recipes.mining`'s rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_embed.bridge import host
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.corpus import Corpus, Texts
+from megatron_embed.recipes.data import PairSource
+from megatron_embed.recipes.encode import Encoder
+from megatron_embed.recipes.encode_corpus import (
+    add_model_arguments,
+    encode_texts,
+    fingerprint,
+    model_fingerprint,
+    on_first_rank,
+    open_encoder,
+)
+from megatron_embed.recipes.mining import BINS, REASONS, Audit, KnownPositives, MiningRules, choose
+from megatron_embed.recipes.search import Searcher
+from megatron_embed.recipes.tokenization import Kind
+from megatron_embed.recipes.vectors import VectorFolder, write_array, write_file
+
+_BLOCK = 4096  # queries searched together
+
+
+class TrainingTexts:
+    """The queries of training data, a row each, or their positives, an example each, as texts to encode."""
+
+    def __init__(self, source: PairSource, kind: Kind) -> None:
+        self.source, self.kind, self.path = source, kind, source.rows.path
+
+    def __len__(self) -> int:
+        return len(self.source.rows) if self.kind == "query" else len(self.source)
+
+    def read(self, first: int, last: int) -> tuple[list[str], list[str]]:
+        """Numbers and texts."""
+        return [str(index) for index in range(first, last)], [self._text(index) for index in range(first, last)]
+
+    def digest(self) -> str:
+        """SHA-256 of the texts."""
+        total = hashlib.sha256()
+        for index in range(len(self)):
+            text = self._text(index).encode()
+            total.update(b"%d\0%b" % (len(text), text))
+        return total.hexdigest()
+
+    def _text(self, index: int) -> str:
+        return self.source.pair(index).query if self.kind == "query" else self.source[index].positive
+
+
+def mine(
+    encoder: Encoder,
+    data: str,
+    corpus: Corpus,
+    output: Path,
+    *,
+    rules: MiningRules,
+    cache: Path,
+    with_scores: bool = False,
+    faiss: str | None = None,
+    progress: bool = False,
+) -> Audit:
+    """Write ``output``: the rows of ``data`` with mined negatives. Every rank must call this.
+
+    Args:
+        cache: folder for vectors, shared by all ranks; kept, so that a second run encodes nothing again.
+        with_scores: add the model's scores of positive and negatives as a teacher's; a row with several positives
+            becomes a row for each.
+
+    Raises:
+        UserError: bad input, or a cache that holds other vectors under the key.
+    """
+    source = PairSource(DataSource(path=data))
+    assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
+    opened = encoder.source
+    model = on_first_rank(lambda: model_fingerprint(opened))
+
+    def encoded(texts: Texts, kind: Kind) -> VectorFolder:
+        stamp = on_first_rank(lambda: fingerprint(encoder, texts, kind, model=model))
+        return encode_texts(encoder, texts, cache / key(stamp), kind=kind, stamp=stamp, progress=progress)
+
+    stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
+    text_ids = _text_ids(corpus, cache / f"{stamp['input_sha256'][:24]}.text_ids.npy")
+    documents = encoded(corpus, "passage")
+    miner = _Miner(
+        source,
+        corpus,
+        rules,
+        text_ids=text_ids,
+        queries=encoded(TrainingTexts(source, "query"), "query"),
+        positives=encoded(TrainingTexts(source, "passage"), "passage"),
+        searcher=Searcher(documents, rules.ranks[1], faiss=faiss),
+        with_scores=with_scores,
+        audit=Audit(1.0 if encoder.config.normalize else _bound(documents)),
+    )
+    if dist.get_rank() == 0:
+        _write_lines(output, miner.lines())
+    else:
+        for _ in miner.lines():  # takes part in the search
+            pass
+    on_first_rank(lambda: None)  # nobody leaves before the file is whole
+    return miner.total_audit()
+
+
+def key(stamp: dict[str, Any]) -> str:
+    """The cache's name for vectors of this fingerprint."""
+    return hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _text_ids(corpus: Corpus, path: Path) -> np.ndarray:
+    """Identities of all documents, on the disk; with this the corpus has been checked."""
+
+    def make() -> None:
+        if not path.is_file():
+            facts = corpus.check()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_array(path, facts.text_ids)
+
+    on_first_rank(make)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _bound(documents: VectorFolder) -> float:
+    """The greatest score that vectors of no fixed length are likely to have."""
+    return float(np.linalg.norm(documents.shard(0), axis=1).max() ** 2)
+
+
+def _write_lines(output: Path, blocks: Iterator[list[str]]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_file(output, lambda file: [file.write("".join(block).encode()) for block in blocks])
+
+
+class _Miner:
+    def __init__(
+        self,
+        source: PairSource,
+        corpus: Corpus,
+        rules: MiningRules,
+        *,
+        text_ids: np.ndarray,
+        queries: VectorFolder,
+        positives: VectorFolder,
+        searcher: Searcher,
+        with_scores: bool,
+        audit: Audit,
+    ) -> None:
+        self.source, self.corpus, self.rules, self.text_ids = source, corpus, rules, text_ids
+        self.queries, self.positives, self.searcher = queries, positives, searcher
+        self.with_scores, self.audit, self.known = with_scores, audit, KnownPositives(source)
+
+    def lines(self) -> Iterator[list[str]]:
+        """The output, block by block, on every rank; each rank has chosen for its part of a block."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for first in range(0, len(self.queries), _BLOCK):
+            vectors = self.queries.rows(first, min(first + _BLOCK, len(self.queries)))
+            scores, rows = self.searcher.search(vectors)
+            count = len(vectors)
+            own = range(count * rank // world, count * (rank + 1) // world)
+            lines = [line for i in own for line in self._row(first + i, vectors[i], scores[i], rows[i])]
+            parts: list[Any] = [None] * world
+            dist.all_gather_object(parts, lines)
+            yield [line for part in parts for line in part]
+
+    def _row(self, row: int, query: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> list[str]:
+        pair = self.source.pair(row)
+        examples = self.source.examples(row)
+        positives = self.positives.rows(examples.start, examples.stop) @ query
+        chosen = choose(
+            self.rules,
+            scores,
+            rows,
+            query=pair.query,
+            positives=positives,
+            known=self.known.of(pair.query),
+            text_ids=self.text_ids,
+            audit=self.audit,
+        )
+        negatives = [self.corpus.read(int(rows[i]), int(rows[i]) + 1)[1][0] for i in chosen]
+        if not self.with_scores:
+            positive = pair.positives if len(pair.positives) > 1 else pair.positives[0]
+            return [_line(query=pair.query, positive=positive, negatives=negatives)]
+        of_negatives = [round(float(x), 6) for x in scores[chosen]]
+        return [
+            _line(query=pair.query, positive=text, negatives=negatives, scores=[round(float(x), 6), *of_negatives])
+            for text, x in zip(pair.positives, positives, strict=True)
+        ]
+
+    def total_audit(self) -> Audit:
+        """The counts of all ranks."""
+        numbers = torch.from_numpy(self.audit.numbers()).to(host.device())
+        dist.all_reduce(numbers)
+        self.audit.take(numbers.cpu().numpy())
+        return self.audit
+
+
+def _line(**row: Any) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+# ---- the audit
+
+
+def describe(audit: Audit, rules: MiningRules) -> str:
+    """The audit as text."""
+    share = max(audit.candidates, 1)
+    lines = [
+        f"{audit.queries:,} queries, {audit.candidates:,} candidates at ranks {rules.ranks[0]} to {rules.ranks[1] - 1}"
+    ]
+    counted = dict(zip(REASONS, audit.dropped.tolist(), strict=True))
+    for reason, number in {**counted, "not needed": audit.spare, "kept as negatives": audit.kept}.items():
+        lines.append(f"  {reason:32} {number:>12,}  {number / share:6.1%}")
+    lines.append(
+        f"{audit.short:,} queries have fewer than {rules.negatives} negatives, {audit.without:,} of them none"
+        + ("; a wider --rank-range or a higher --max-score-ratio gives more" if audit.short else "")
+    )
+    return "\n".join(lines)
+
+
+def write_audit(audit: Audit, rules: MiningRules, output: Path) -> None:
+    """``OUT.audit.json``, and the picture of the scores, ``OUT.scores.png``."""
+    value = {
+        "queries": audit.queries,
+        "candidates": audit.candidates,
+        "dropped": dict(zip(REASONS, audit.dropped.tolist(), strict=True)),
+        "not_needed": audit.spare,
+        "kept": audit.kept,
+        "queries_with_fewer": audit.short,
+        "queries_with_none": audit.without,
+        "rules": vars(rules),
+    }
+    text = json.dumps(value, indent=2) + "\n"
+    write_file(output.with_suffix(".audit.json"), lambda file: file.write(text.encode()))
+    write_file(output.with_suffix(".scores.png"), lambda file: _draw(audit, file))
+
+
+def _draw(audit: Audit, file: Any) -> None:
+    from matplotlib.figure import Figure
+
+    edges = np.linspace(-audit.bound, audit.bound, BINS + 1)
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for counts, label in zip(audit.histograms, ("positives", "negatives", "dropped for their score"), strict=True):
+        axes.stairs(counts / max(counts.sum(), 1), edges, fill=True, alpha=0.45, label=f"{label} ({counts.sum():,})")
+    seen = np.flatnonzero(audit.histograms.sum(axis=0))
+    if len(seen):
+        axes.set_xlim(edges[max(seen[0] - 1, 0)], edges[min(seen[-1] + 2, BINS)])
+    axes.set_xlabel("score")
+    axes.set_ylabel("share")
+    axes.legend()
+    figure.savefig(file, format="png", dpi=120)
+
+
+# ---- the command line
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
+    parser = argparse.ArgumentParser(prog="megatron_embed.recipes.mine", description="Mine hard negatives.")
+    parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("--data", required=True, help="training data, any form that training takes")
+    parser.add_argument("--corpus", required=True, help="BEIR folder, or file of texts")
+    parser.add_argument("--output", required=True, type=Path, metavar="OUT.jsonl")
+    parser.add_argument("--negatives", type=int, default=4, help="of each query, at most (default: 4)")
+    parser.add_argument(
+        "--max-score-ratio", type=float, default=0.95, help="of the positive's score (default: 0.95; inf: off)"
+    )
+    parser.add_argument("--margin", type=float, help="negatives score lower than the positive by this at least")
+    parser.add_argument("--rank-range", type=_rank_range, default=(0, 100), metavar="A:B", help="default: 0:100")
+    parser.add_argument("--scores", action="store_true", help="write the model's scores, for distillation")
+    parser.add_argument(
+        "--faiss", nargs="?", const="Flat", metavar="FACTORY", help="search a FAISS index (default: Flat)"
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of vectors (default: beside OUT.jsonl)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.jsonl")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+
+    from megatron_embed.recipes.cli import run_program
+
+    run_program(lambda: _run(args), debug=args.debug)
+
+
+def _rank_range(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not colon or not (first or "0").isdecimal() or not last.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {text!r}; wanted A:B, two whole numbers")
+    return int(first or "0"), int(last)
+
+
+def _run(args: argparse.Namespace) -> None:
+    rules = MiningRules(args.negatives, args.rank_range, args.max_score_ratio, args.margin)
+    if args.output.exists() and not args.overwrite:
+        raise UserError(f"{args.output}: is there already; name another file, or --overwrite")
+    corpus = Corpus(args.corpus)
+    with open_encoder(args) as encoder:
+        audit = mine(
+            encoder,
+            args.data,
+            corpus,
+            args.output,
+            rules=rules,
+            cache=args.cache or args.output.parent / "vectors",
+            with_scores=args.scores,
+            faiss=args.faiss,
+            progress=sys.stderr.isatty() or "RANK" not in os.environ,
+        )
+        if dist.get_rank() == 0:
+            write_audit(audit, rules, args.output)
+            print(describe(audit, rules))
+            print(f"written to {args.output}; scores in {args.output.with_suffix('.scores.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Which of the documents that a model finds for a query are its hard negatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.data import PairSource
+from megatron_embed.recipes.targets import text_id
+
+#: why a candidate is no negative, in the order in which they are asked
+REASONS = (
+    "known positive",
+    "same text as the query",
+    "no text",
+    "same text as a better candidate",
+    "above max-score-ratio",
+    "above margin",
+)
+_BY_SCORE = REASONS[4:]
+
+BINS = 100
+
+
+@dataclass(frozen=True)
+class MiningRules:
+    """What a hard negative is.
+
+    Attributes:
+        negatives: how many a query gets at most: the best ranked of what the rules leave.
+        ranks: first and last + 1 of the ranks looked at, from 0, over the whole corpus, positives included.
+        max_score_ratio: a negative scores at most this share of the lowest-scoring positive (of a positive below 0,
+            as much lower as it would be above: ``p − (1 − ratio)·|p|``). Infinite: no limit.
+        margin: a negative scores at most the lowest-scoring positive less this.
+    """
+
+    negatives: int = 4
+    ranks: tuple[int, int] = (0, 100)
+    max_score_ratio: float = 0.95
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        first, last = self.ranks
+        if not 0 <= first < last:
+            raise UserError(f"--rank-range: found {first}:{last}; wanted A:B with 0 <= A < B")
+        if self.negatives < 1 or not self.max_score_ratio > 0:
+            raise UserError(
+                f"--negatives {self.negatives} --max-score-ratio {self.max_score_ratio:g}: wanted numbers above 0"
+            )
+
+    def ratio_limit(self, positive: float) -> float:
+        """Greatest score of a negative beside a positive of this score, by ``max_score_ratio``."""
+        return positive - (1 - self.max_score_ratio) * abs(positive) if positive else 0.0
+
+    def margin_limit(self, positive: float) -> float:
+        """The same by ``margin``."""
+        return np.inf if self.margin is None else positive - self.margin
+
+
+class KnownPositives:
+    """All positives of each query text, over all rows of the data: 16 bytes an example."""
+
+    def __init__(self, source: PairSource) -> None:
+        pairs = np.empty((len(source), 2), dtype=np.uint64)
+        for index in range(len(source)):
+            example = source[index]
+            pairs[index] = text_id(example.query), text_id(example.positive)
+        order = np.argsort(pairs[:, 0], kind="stable")
+        self._queries, self._positives = pairs[order].T.copy()
+
+    def of(self, query: str) -> np.ndarray:
+        """Identities of the query's positives."""
+        wanted = np.uint64(text_id(query))  # a Python int would be compared in floating point
+        first = np.searchsorted(self._queries, wanted)
+        last = np.searchsorted(self._queries, wanted, side="right")
+        return self._positives[first:last]
+
+
+@dataclass
+class Audit:
+    """What became of the candidates, and where the scores lie (``BINS`` equal parts of ±``bound``)."""
+
+    bound: float = 1.0
+    queries: int = 0
+    short: int = 0
+    without: int = 0
+    candidates: int = 0
+    kept: int = 0
+    spare: int = 0
+    dropped: np.ndarray = field(default_factory=lambda: np.zeros(len(REASONS), dtype=np.int64))
+    histograms: np.ndarray = field(default_factory=lambda: np.zeros((3, BINS), dtype=np.int64))
+
+    def numbers(self) -> np.ndarray:
+        """All counts in one array, to be added up over ranks; undone by :meth:`take`."""
+        single = [self.queries, self.short, self.without, self.candidates, self.kept, self.spare]
+        return np.concatenate([np.array(single, dtype=np.int64), self.dropped, self.histograms.ravel()])
+
+    def take(self, numbers: np.ndarray) -> None:
+        """Replace all counts."""
+        self.queries, self.short, self.without, self.candidates, self.kept, self.spare = map(int, numbers[:6])
+        self.dropped = numbers[6 : 6 + len(REASONS)]
+        self.histograms = numbers[6 + len(REASONS) :].reshape(3, BINS)
+
+    def count(self, group: int, scores: np.ndarray) -> None:
+        """Add scores to a histogram: 0 positives, 1 negatives, 2 dropped for their score."""
+        edges = np.linspace(-self.bound, self.bound, BINS + 1)
+        self.histograms[group] += np.histogram(np.clip(scores, -self.bound, self.bound), edges)[0]
+
+
+def choose(
+    rules: MiningRules,
+    scores: np.ndarray,
+    rows: np.ndarray,
+    *,
+    query: str,
+    positives: np.ndarray,
+    known: np.ndarray,
+    text_ids: np.ndarray,
+    audit: Audit,
+) -> np.ndarray:
+    """Places, within one query's ranking, of its hard negatives.
+
+    Args:
+        scores, rows: ``[k]`` the ranking from rank 0 on, best first; row −1: nothing.
+        positives: scores of the query's positives.
+        known: identities of its known positives.
+        text_ids: ``[corpus, 2]`` identities of each document with its title and without.
+    """
+    first, last = rules.ranks
+    places = np.arange(first, min(last, len(rows)))
+    places = places[rows[places] >= 0]
+    ids, found = text_ids[rows[places]], scores[places]
+    earlier = np.ones(len(places), dtype=bool)
+    earlier[np.unique(ids[:, 0], return_index=True)[1]] = False
+    lowest = float(positives.min())
+    reasons: tuple[Any, ...] = (
+        np.isin(ids, known).any(axis=1),
+        (ids == text_id(query)).any(axis=1),
+        ids[:, 0] == text_id(""),
+        earlier,
+        found > rules.ratio_limit(lowest),
+        found > rules.margin_limit(lowest),
+    )
+    left = np.ones(len(places), dtype=bool)
+    for number, (name, reason) in enumerate(zip(REASONS, reasons, strict=True)):
+        audit.dropped[number] += int((left & reason).sum())
+        if name in _BY_SCORE:
+            audit.count(2, found[left & reason])
+        left &= ~reason
+    chosen = places[left][: rules.negatives]
+    audit.queries += 1
+    audit.short += len(chosen) < rules.negatives
+    audit.without += len(chosen) == 0
+    audit.candidates += len(places)
+    audit.kept += len(chosen)
+    audit.spare += int(left.sum()) - len(chosen)
+    audit.count(0, positives)
+    audit.count(1, scores[chosen])
+    return chosen

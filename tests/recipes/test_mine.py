@@ -1,0 +1,253 @@
+"""Mining: equal to a brute-force answer whatever the number of ranks; no positive ever comes back as a negative."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_models import save_model
+from support.worlds import run_world
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.recipes import Encoder, encode_corpus, mine
+from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.data import PairDataset
+from megatron_embed.recipes.mining import REASONS, Audit, MiningRules
+from megatron_embed.recipes.vectors import plan_shards
+
+RULES = {
+    "default": MiningRules(),
+    "all limits": MiningRules(negatives=3, ranks=(2, 40), max_score_ratio=0.99, margin=0.01),
+    "no limits": MiningRules(negatives=60, ranks=(0, 1000), max_score_ratio=float("inf")),
+}
+
+
+def make_data(folder: Path) -> None:
+    """120 documents, some twice, some the same as a query; 30 rows, a query on two of them, several positives."""
+    generator = random.Random(0)
+    texts = [" ".join(f"w{generator.randint(0, 60)}" for _ in range(generator.randint(3, 12))) for _ in range(110)]
+    texts += [*texts[:5], "query 3", "query 4", "", "", " "]
+    corpus = [
+        {"_id": f"d{i}", "title": "t" if i % 7 == 0 and text else "", "text": text} for i, text in enumerate(texts)
+    ]
+    rows: list[Any] = [{"query": f"query {i}", "positive": texts[3 * i]} for i in range(28)]
+    rows.append({"query": "query 0", "positive": texts[50]})
+    rows.append({"query": "query 28", "positive": [texts[60], texts[61], "not in the corpus"], "negatives": ["old"]})
+    for name, lines in {"corpus": corpus, "train": rows}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mining")
+    make_data(folder)
+    save_model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> Iterator[Encoder]:
+    with Encoder.from_pretrained(folder / "model", device="cpu") as encoder:
+        yield encoder
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_parts_small(monkeypatch.setattr)
+
+
+def make_parts_small(replace: Any) -> None:
+    replace(encode_corpus, "plan_shards", lambda rows, _: plan_shards(rows, 16))
+    replace(mine, "_BLOCK", 7)
+
+
+def run(encoder: Encoder, folder: Path, output: Path, rules: MiningRules = RULES["default"], **options: Any) -> Audit:
+    options = {"cache": folder / "vectors", **options}
+    return mine.mine(
+        encoder, str(folder / "train.jsonl"), Corpus(folder / "corpus.jsonl"), output, rules=rules, **options
+    )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def brute_force(encoder: Encoder, folder: Path, rules: MiningRules) -> list[list[str]]:
+    """Everything in memory, one query after another, by the rules as the documentation has them."""
+    documents = [(f"{d['title']} {d['text']}".strip(), d["text"]) for d in read(folder / "corpus.jsonl")]
+    rows = read(folder / "train.jsonl")
+    vectors = encoder.encode([full for full, _ in documents], kind="passage")
+    answers = []
+    for row in rows:
+        positives = row["positive"] if isinstance(row["positive"], list) else [row["positive"]]
+        known = set(positives)
+        for other in rows:
+            if other["query"] == row["query"]:
+                known |= set(other["positive"] if isinstance(other["positive"], list) else [other["positive"]])
+        query = encoder.encode([row["query"]], kind="query")[0]
+        lowest = (encoder.encode(positives, kind="passage") @ query).min()
+        scores = vectors @ query
+        order = sorted(range(len(documents)), key=lambda i: (-scores[i], i))[rules.ranks[0] : rules.ranks[1]]
+        taken: list[str] = []
+        seen = set()
+        for i in order:
+            full, alone = documents[i]
+            first = full not in seen
+            seen.add(full)
+            if full in known or alone in known or row["query"] in (full, alone) or not full or not first:
+                continue
+            limit = lowest - (1 - rules.max_score_ratio) * abs(lowest)
+            if scores[i] <= limit and (rules.margin is None or scores[i] <= lowest - rules.margin):
+                taken.append(full)
+        answers.append(taken[: rules.negatives])
+    return answers
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_equals_a_brute_force_answer(name: str, encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    run(encoder, folder, tmp_path / "out.jsonl", RULES[name])
+    found, rows = read(tmp_path / "out.jsonl"), read(folder / "train.jsonl")
+    wanted = brute_force(encoder, folder, RULES[name])
+    assert [row["negatives"] for row in found] == wanted
+    assert [(row["query"], row["positive"]) for row in found] == [(row["query"], row["positive"]) for row in rows]
+    assert sum(map(len, wanted)) > 20
+
+
+def test_no_known_positive_comes_back(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    audit = run(encoder, folder, tmp_path / "out.jsonl", RULES["no limits"])
+    data = PairDataset([DataSource(path=str(tmp_path / "out.jsonl"))])
+    known: dict[str, set[str]] = {}
+    for i in range(len(data)):
+        known.setdefault(data[i].query, set()).update(data[i].positives)
+    assert len(known["query 0"]) == 2
+    for i in range(len(data)):
+        example = data[i]
+        assert not set(example.negatives) & (known[example.query] | {example.query, ""})
+        assert not {text.removeprefix("t ") for text in example.negatives} & known[example.query]
+        assert len(set(example.negatives)) == len(example.negatives) > 0
+    dropped = dict(zip(REASONS, audit.dropped.tolist(), strict=True))
+    assert dropped["known positive"] >= 31
+    assert dropped["same text as the query"] == 2
+    assert dropped["no text"] == 2 * 30  # the third has a title
+    assert dropped["above max-score-ratio"] == dropped["above margin"] == 0
+    assert audit.candidates == 30 * 120 == audit.dropped.sum() + audit.kept + audit.spare
+
+
+def test_scores_are_the_models_own(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    run(encoder, folder, tmp_path / "out.jsonl", with_scores=True)
+    rows = read(tmp_path / "out.jsonl")
+    assert len(rows) == 32  # a row with three positives is three rows
+    for row in rows:
+        query = encoder.encode([row["query"]], kind="query")[0]
+        wanted = encoder.encode([row["positive"], *row["negatives"]], kind="passage") @ query
+        np.testing.assert_allclose(row["scores"], wanted, atol=3e-6)
+        assert row["scores"][1:] == sorted(row["scores"][1:], reverse=True)
+    assert PairDataset([DataSource(path=str(tmp_path / "out.jsonl"))]).sources[0].no_scores < 0
+
+
+def test_a_second_run_encodes_nothing(
+    encoder: Encoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(encoder, folder, tmp_path / "first.jsonl", cache=tmp_path / "cache")
+    monkeypatch.setattr(encode_corpus, "encode_here", None)
+    run(encoder, folder, tmp_path / "second.jsonl", RULES["all limits"], cache=tmp_path / "cache")
+    assert len(read(tmp_path / "second.jsonl")) == 30
+
+
+def test_the_cache_keeps_models_apart_and_refuses_anothers_vectors(
+    encoder: Encoder, folder: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    run(encoder, folder, tmp_path / "a.jsonl", cache=cache)
+    of_first = {path.name for path in cache.iterdir() if path.is_dir()}
+    other = save_model(tmp_path / "other", seed=1)
+    with Encoder.from_pretrained(other, device="cpu") as second:
+        run(second, folder, tmp_path / "b.jsonl", cache=cache)
+        of_second = {path.name for path in cache.iterdir() if path.is_dir()} - of_first
+        assert len(of_first) == len(of_second) == 3
+        assert read(tmp_path / "b.jsonl") != read(tmp_path / "a.jsonl")
+        for name in of_second:  # the first model's vectors under the second's keys
+            shutil.rmtree(cache / name)
+            shutil.copytree(cache / sorted(of_first)[0], cache / name)
+        with pytest.raises(UserError, match=r"vectors of another model, input or setting: weights_sha256"):
+            run(second, folder, tmp_path / "c.jsonl", cache=cache)
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def mine_and_encode(folder: str, layouts: dict[str, tuple[int, int]]) -> None:
+    """In a world of two: the same mining, and corpora encoded under every layout."""
+    make_parts_small(setattr)
+    root = Path(folder)
+    for name, (tp, pp) in layouts.items():
+        layout = Layout(tp=tp, pp=pp)
+        with Encoder.from_pretrained(root / "model", device="cpu", layout=layout) as encoder:
+            run(encoder, root, root / f"{name}.jsonl", cache=root / f"vectors-{name}")
+
+
+def test_two_ranks_equal_one(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    run(encoder, folder, tmp_path / "one.jsonl")
+    run_world(mine_and_encode, 2, str(folder), {"dp": (1, 1), "tp": (2, 1), "pp": (1, 2)})
+    one = read(tmp_path / "one.jsonl")
+    for name in ("dp", "tp", "pp"):
+        assert read(folder / f"{name}.jsonl") == one
+        for path in (folder / f"vectors-{name}").glob("*/vectors-*.npy"):
+            found, wanted = np.load(path), np.load(folder / "vectors" / path.parent.name / path.name)
+            np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is not None, reason="FAISS is installed")
+def test_faiss_that_is_not_installed_is_named(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--faiss: FAISS is not installed; pip install faiss-cpu"):
+        run(encoder, folder, tmp_path / "out.jsonl", faiss="Flat")
+
+
+def test_a_flat_faiss_index_finds_the_same(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    run(encoder, folder, tmp_path / "exact.jsonl", RULES["all limits"])
+    run(encoder, folder, tmp_path / "faiss.jsonl", RULES["all limits"], faiss="Flat")
+    assert read(tmp_path / "faiss.jsonl") == read(tmp_path / "exact.jsonl")
+    with pytest.raises(UserError, match=r"--faiss Nonsense: FAISS cannot build this index"):
+        run(encoder, folder, tmp_path / "out.jsonl", faiss="Nonsense")
+
+
+@pytest.mark.parametrize("ranks", [(5, 5), (-1, 3)])
+def test_rank_ranges_that_are_none(ranks: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match=r"--rank-range: found .*; wanted A:B with 0 <= A < B"):
+        MiningRules(ranks=ranks)
+
+
+def test_limits_beside_a_negative_positive_score() -> None:
+    rules = MiningRules(max_score_ratio=0.9)
+    assert (rules.ratio_limit(0.5), rules.ratio_limit(-0.5), rules.ratio_limit(0.0)) == pytest.approx((0.45, -0.55, 0))
+    assert MiningRules(max_score_ratio=float("inf")).ratio_limit(-0.5) == np.inf
+
+
+def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--device", "cpu"]
+    arguments += ["--corpus", str(folder / "corpus.jsonl"), "--output", str(out), "--rank-range", ":50"]
+    with pytest.raises(SystemExit) as ended:
+        mine.main(arguments)
+    assert not ended.value.code
+    text = capsys.readouterr().out
+    assert "30 queries, 1,500 candidates at ranks 0 to 49" in text
+    assert "known positive" in text
+    audit = json.loads((tmp_path / "out.audit.json").read_text())
+    assert audit["kept"] == sum(len(row["negatives"]) for row in read(out))
+    assert (tmp_path / "out.scores.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit) as ended:
+        mine.main(arguments)
+    assert ended.value.code == 1
+    assert "out.jsonl: is there already; name another file, or --overwrite" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        mine.main([*arguments, "--rank-range", "5"])
+    assert ended.value.code == 2
