@@ -210,8 +210,12 @@ def _mapped(stream: Any, view: Any, info: _StorageInfo) -> Any:
         size = tensor.untyped_storage().nbytes()
         inside = at + size <= min(info.offset + info.length, os.fstat(stream.fileno()).st_size)
         if zipped.get_all_records().count("data/1") == 0 and at % _ALIGNED == 0 and size == tensor.nbytes and inside:
-            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            return torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel(), offset=at).view(tensor.shape)
+            # only the chunk's pages: a private view of a whole 28 GB file is refused where memory is smaller
+            first = at - at % mmap.ALLOCATIONGRANULARITY
+            pages = mmap.mmap(stream.fileno(), at - first + size, access=mmap.ACCESS_COPY, offset=first)
+            return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=at - first).view(
+                tensor.shape
+            )
         view.seek(0)
     return torch.load(view, map_location="cpu", weights_only=True)
 

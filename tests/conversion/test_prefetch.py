@@ -133,3 +133,23 @@ def test_chunks_are_views_of_the_file_where_they_can_be(chunks: str, tmp_path: P
         assert any(str(path) in line for line in maps) == (chunks == "ours")
     found.zero_()
     assert path.read_bytes() == before
+
+
+def test_only_a_chunks_own_pages_are_mapped(tmp_path: Path) -> None:
+    """A private view of a file larger than the memory would be refused, so a chunk maps no more than itself."""
+    (tmp_path / "with").mkdir()
+    pieces = [
+        Chunk(f"t{i}", (5000,), (0,), (5000,), torch.float32, 0, lambda i=i: torch.full((5000,), float(i)))  # type: ignore[misc]
+        for i in range(20)
+    ]
+    write_chunks(tmp_path / "with", pieces)
+    path = tmp_path / "with" / "__0_0.distcp"
+    reader = CheckpointReader(tmp_path / "with")
+    for i in range(20):
+        tensor = reader.read(f"t{i}")
+        assert torch.equal(tensor, torch.full((5000,), float(i)))
+        lines = [
+            line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
+        ]
+        assert sum(int(stop, 16) - int(start, 16) for start, stop in lines) <= tensor.nbytes + 2 * 4096
+        del tensor
