@@ -29,8 +29,11 @@ class Texts(Protocol):
     def read(self, first: int, last: int) -> tuple[list[str], list[str]]:
         """Ids and texts of the rows ``first`` to ``last - 1``."""
 
+    def prompts(self, first: int, last: int) -> list[str] | None:
+        """Prompts of these rows, or None: the kind's own."""
+
     def digest(self) -> str:
-        """Changes with any text or id."""
+        """Changes with any text, id or prompt."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,15 @@ class Corpus:
         pairs = [self._parse(index)[:2] for index in range(first, last)]
         return [id_ for id_, _ in pairs], [text for _, text in pairs]
 
+    def read_id(self, index: int) -> str:
+        """The id of one row."""
+        return self._parse(index)[0]
+
+    def prompts(self, first: int, last: int) -> None:
+        """A corpus has no prompts of its own."""
+
     def digest(self) -> str:
+        """SHA-256 of the file."""
         return file_digest(Path(self.path))
 
     def check(self) -> CorpusFacts:

@@ -7,19 +7,20 @@ began. The order is a pure function of seed and step: resuming needs the step al
 from __future__ import annotations
 
 import bisect
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import document_text, is_beir, open_texts, qrels_path, read_qrels, read_texts
 from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.formats import PairReader
+from megatron_embed.recipes.pairs import Pair, Teacher
 from megatron_embed.recipes.rows import RowError, Rows, open_rows
 
 
@@ -42,99 +43,6 @@ class Example:
     query_prompt: str
     passage_prompt: str
     teacher: Teacher
-
-
-class Teacher(NamedTuple):
-    """A teacher's answers for one query, where the data has them (README, "Distillation").
-
-    Attributes:
-        scores: of the positive and each hard negative.
-        query: the query's vector.
-        passages: vectors of the positive and each hard negative.
-    """
-
-    scores: list[float] | None = None
-    query: list[float] | None = None
-    passages: list[list[float]] | None = None
-
-
-class Pair(NamedTuple):
-    """What one row of a source says."""
-
-    query: str
-    positives: list[str]
-    negatives: list[str]
-    teacher: Teacher = Teacher()
-
-
-def parse_pair(row: Any) -> Pair:
-    """Read ``{"query": …, "positive": text or list, "negatives": list}``, and a teacher's answers if there are any.
-
-    ``scores``: a number for the positive and each negative. ``query_embedding``, ``positive_embedding``,
-    ``negative_embeddings``: vectors. Other keys are not looked at.
-
-    Raises:
-        RowError: a missing field, a wrong type, an empty text, no positive.
-    """
-    if not isinstance(row, Mapping):
-        raise RowError(f"found {_kind(row)}; wanted an object with query, positive and, optionally, negatives")
-    for field in ("query", "positive"):
-        if field not in row:
-            keys = ", ".join(map(str, row)) or "none"
-            raise RowError(f"no {field!r}; found keys: {keys}; wanted query, positive and, optionally, negatives")
-    query, positive, negatives = row["query"], row["positive"], row.get("negatives")
-    _check_text("query", query)
-    positives = positive if isinstance(positive, list) else [positive]
-    if not positives or positive is None:
-        raise RowError("'positive' is empty; every query needs one")
-    negatives = [] if negatives is None else negatives
-    if not isinstance(negatives, list):
-        raise RowError(f"'negatives': found {_kind(negatives)}; wanted a list of texts")
-    for text in positives:
-        _check_text("positive", text)
-    for text in negatives:
-        _check_text("negatives", text)
-    return Pair(query, positives, negatives, _parse_teacher(row, positives, negatives))
-
-
-def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list[str]) -> Teacher:
-    scores, query, positive = (row.get(key) for key in ("scores", "query_embedding", "positive_embedding"))
-    if scores is None and query is None and positive is None:
-        return Teacher()
-    if len(positives) > 1:
-        raise RowError(f"a teacher's answers go with one positive; found {len(positives)}")
-    wanted = 1 + len(negatives)
-    if scores is not None:
-        _check_numbers("scores", scores)
-        if len(scores) != wanted:
-            raise RowError(f"'scores': found {len(scores)}; wanted {wanted}, one for the positive and each negative")
-    passages = None
-    if (query is None) != (positive is None):
-        raise RowError("'query_embedding' and 'positive_embedding' come together")
-    if positive is not None:
-        passages = [positive, *(row.get("negative_embeddings") or [])]
-        for vector in (query, *passages):
-            _check_numbers("…_embedding", vector)
-        if len(passages) != wanted:
-            raise RowError(f"'negative_embeddings': found {len(passages) - 1}; wanted {len(negatives)}, one a negative")
-    return Teacher(scores, query, passages)
-
-
-def _check_numbers(field: str, values: Any) -> None:
-    if not isinstance(values, list) or not all(type(x) in (int, float) and math.isfinite(x) for x in values):
-        raise RowError(f"{field!r}: wanted a list of finite numbers")
-
-
-def _check_text(field: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise RowError(f"{field!r}: found {_kind(text)}; wanted text")
-    if not text or text.isspace():
-        raise RowError(f"{field!r} holds an empty text")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
-    return names.get(type(value), f"the number {value}")
 
 
 class BeirRows:
@@ -185,15 +93,14 @@ class PairSource:
     def __init__(self, source: DataSource) -> None:
         self.source = source
         self.rows: Rows = open_source(source.path)
+        self.reader = PairReader(self.rows)
         #: hard negatives of the row that has most
         self.max_negatives = 0
         first_problem, unusable, counts = "", 0, np.ones(len(self.rows), dtype=np.int32)
-        #: the most hard negatives that any row has
-        self.max_negatives = 0
         #: first row without a teacher's scores, and without its vectors; the widths of the vectors
         self.no_scores = self.no_vectors = -1
         self.vector_widths: set[int] = set()
-        for index, (pair, problem) in enumerate(checked(self.rows)):
+        for index, (pair, problem) in enumerate(checked(self.rows, self.reader)):
             if pair is None:
                 first_problem = first_problem or f"line {self.rows.line(index)}: {problem}"
                 unusable += 1
@@ -229,20 +136,28 @@ class PairSource:
             positives=pair.positives,
             source=self.rows.path,
             line=self.rows.line(row),
-            query_prompt=self.source.query_prompt or "",
+            query_prompt=(self.source.query_prompt or "") if pair.query_prompt is None else pair.query_prompt,
             passage_prompt=self.source.passage_prompt or "",
-            teacher=pair.teacher,
+            teacher=_teacher_of(pair, which),
         )
 
     def pair(self, row: int) -> Pair:
         """What a row says."""
-        return parse_pair(self.rows[row])
+        return self.reader.pair(self.rows[row])
 
     def examples(self, row: int) -> range:
         """The examples that a row counts as."""
         if self._ends is None:
             return range(row, row + 1)
         return range(int(self._ends[row - 1]) if row else 0, int(self._ends[row]))
+
+
+def _teacher_of(pair: Pair, which: int) -> Teacher:
+    """The answers that go with one of the row's positives."""
+    scores = pair.teacher.scores
+    if scores is None or len(pair.positives) == 1:
+        return pair.teacher
+    return pair.teacher._replace(scores=[scores[which], *scores[len(pair.positives) :]])
 
 
 def open_source(path: str) -> Rows:
@@ -256,13 +171,11 @@ def open_source(path: str) -> Rows:
     return open_rows(path)
 
 
-def checked(rows: Rows) -> Iterator[tuple[Pair | None, str]]:
+def checked(rows: Rows, reader: PairReader) -> Iterator[tuple[Pair | None, str]]:
     """(pair, "") of every row, or (None, what is wrong with it)."""
     for value in rows.scan():
         try:
-            if isinstance(value, RowError):
-                raise value
-            yield parse_pair(value), ""
+            yield reader.pair(value), ""
         except RowError as error:
             yield None, str(error)
 

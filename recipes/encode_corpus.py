@@ -194,7 +194,8 @@ class _Job:
             return
         rows = np.unique(np.linspace(0, len(self.texts) - 1, _CALIBRATION_ROWS).astype(int)).tolist()
         sample = [self.texts.read(row, row + 1)[1][0] for row in rows]
-        sequences = self.encoder.tokenizer.encode(sample, self.kind)
+        prompts = [prompt for row in rows for prompt in self.texts.prompts(row, row + 1) or ()]
+        sequences = self.encoder.tokenizer.encode(sample, self.kind, prompts or None)
         vectors = encode_sequences(self.encoder.stages, self.plan, sequences, self.encoder.config.hidden_size)
         vectors = self._truncate(vectors)
         ranges = np.stack([vectors.min(0), vectors.max(0)]).astype(np.float32)
@@ -222,7 +223,8 @@ class _Job:
 
     def _encode(self, shard: Shard) -> None:
         ids, texts = self.texts.read(shard.first, shard.first + shard.rows)
-        sequences = self.encoder.tokenizer.encode(texts, self.kind)
+        prompts = self.texts.prompts(shard.first, shard.first + shard.rows)
+        sequences = self.encoder.tokenizer.encode(texts, self.kind, prompts)
         vectors = encode_here(self.encoder.stages, self.plan, sequences, self.encoder.config.hidden_size)
         if not self.writes:
             return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -11,7 +12,9 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config import DataSection
-from megatron_embed.recipes.data import Pair, checked, open_source
+from megatron_embed.recipes.data import checked, open_source
+from megatron_embed.recipes.formats import PairReader
+from megatron_embed.recipes.pairs import Pair
 from megatron_embed.recipes.rows import Rows
 
 _SHOWN = 20  # problems named one by one
@@ -23,24 +26,31 @@ class Findings:
     """What :func:`look_through` saw of one file."""
 
     rows: Rows
+    form: str
     examples: int = 0
     with_negatives: int = 0
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"query": [], "positive": [], "negative": []})
     duplicate_queries: int = 0
     duplicate_pairs: int = 0
     problems: list[str] = field(default_factory=list)
+    #: what may be meant and can be used → the lines
+    remarks: dict[str, list[int]] = field(default_factory=dict)
     samples: list[Pair] = field(default_factory=list)
 
 
 def look_through(path: str) -> Findings:
     """Read every row of a source; lengths are in characters, duplicates are exact."""
-    found = Findings(open_source(path))
+    rows = open_source(path)
+    reader = PairReader(rows)
+    found = Findings(rows, f"{rows.form}; {reader.form.name}")
     queries: set[int] = set()
     pairs: set[int] = set()
-    for index, (pair, problem) in enumerate(checked(found.rows)):
+    for index, (pair, problem) in enumerate(checked(rows, reader)):
         if pair is None:
             found.problems.append(f"line {found.rows.line(index)}: {problem}")
             continue
+        for remark in _remarks(pair):
+            found.remarks.setdefault(remark, []).append(rows.line(index))
         found.examples += len(pair.positives)
         found.with_negatives += bool(pair.negatives)
         found.lengths["query"].append(len(pair.query))
@@ -56,12 +66,22 @@ def look_through(path: str) -> Findings:
     return found
 
 
+def _remarks(pair: Pair) -> Iterator[str]:
+    texts = (pair.query, *pair.positives, *pair.negatives)
+    if any("\0" in text for text in texts):
+        yield "rows hold NUL characters"
+    if any("\ufffd" in text for text in texts):
+        yield "rows hold U+FFFD, what a wrong encoding leaves"
+    if any(text in pair.positives for text in pair.negatives):
+        yield "rows have a positive among their negatives"
+
+
 def describe(found: Findings, data: DataSection) -> str:
     """The findings as text; samples with their prompts."""
     rows = found.rows
     lines = [
         f"{rows.path}",
-        f"  form       {rows.form}",
+        f"  form       {found.form}",
         f"  rows       {len(rows):,}",
         f"  examples   {found.examples:,} (query, positive) pairs, {found.with_negatives:,} rows with hard negatives",
         f"  duplicates {found.duplicate_queries:,} repeated queries, {found.duplicate_pairs:,} repeated pairs",
@@ -74,6 +94,8 @@ def describe(found: Findings, data: DataSection) -> str:
         lines.append(f"  sample     {_clip(data.query_prompt + pair.query)}")
         lines.append(f"             + {_clip(data.passage_prompt + pair.positives[0])}")
         lines.extend(f"             - {_clip(data.passage_prompt + text)}" for text in pair.negatives[:1])
+    for remark, where in found.remarks.items():
+        lines.append(f"  remarks    {len(where):,} {remark}, first line {where[0]}")
     if found.problems:
         lines.append(f"  problems   {len(found.problems):,} rows cannot be used:")
         lines.extend(f"    {problem}" for problem in found.problems[:_SHOWN])
@@ -102,13 +124,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: Any) -> None:
-    unusable = remarkable = 0
+    unusable = 0
+    remarks: Counter[str] = Counter()
     for path in args.files:
         found = look_through(path)
         print(describe(found, DataSection()))
         unusable += len(found.problems)
-        remarkable += found.duplicate_pairs
+        remarks.update({remark: len(where) for remark, where in found.remarks.items()})
+        if found.duplicate_pairs:
+            remarks["repeated pairs"] += found.duplicate_pairs
     if unusable:
         raise UserError(f"{unusable} rows cannot be used")
-    if args.strict and remarkable:
-        raise UserError(f"{remarkable} repeated pairs")
+    if args.strict and remarks:
+        raise UserError(", ".join(f"{count} {remark}" for remark, count in remarks.items()))

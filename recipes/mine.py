@@ -46,8 +46,8 @@ _BLOCK = 4096  # queries searched together
 class TrainingTexts:
     """The queries of training data, a row each, or their positives, an example each, as texts to encode."""
 
-    def __init__(self, source: PairSource, kind: Kind) -> None:
-        self.source, self.kind, self.path = source, kind, source.rows.path
+    def __init__(self, source: PairSource, kind: Kind, prompt: str) -> None:
+        self.source, self.kind, self.path, self.prompt = source, kind, source.rows.path, prompt
 
     def __len__(self) -> int:
         return len(self.source.rows) if self.kind == "query" else len(self.source)
@@ -56,11 +56,18 @@ class TrainingTexts:
         """Numbers and texts."""
         return [str(index) for index in range(first, last)], [self._text(index) for index in range(first, last)]
 
+    def prompts(self, first: int, last: int) -> list[str] | None:
+        """Some rows have prompts of their own."""
+        if self.kind != "query":
+            return None
+        own = (self.source.pair(index).query_prompt for index in range(first, last))
+        return [self.prompt if prompt is None else prompt for prompt in own]
+
     def digest(self) -> str:
-        """SHA-256 of the texts."""
+        """SHA-256 of the texts and prompts."""
         total = hashlib.sha256()
         for index in range(len(self)):
-            text = self._text(index).encode()
+            text = "".join([*(self.prompts(index, index + 1) or ()), self._text(index)]).encode()
             total.update(b"%d\0%b" % (len(text), text))
         return total.hexdigest()
 
@@ -84,8 +91,7 @@ def mine(
 
     Args:
         cache: folder for vectors, shared by all ranks; kept, so that a second run encodes nothing again.
-        with_scores: add the model's scores of positive and negatives as a teacher's; a row with several positives
-            becomes a row for each.
+        with_scores: add the model's scores of the positives and negatives as a teacher's.
 
     Raises:
         UserError: bad input, or a cache that holds other vectors under the key.
@@ -107,8 +113,8 @@ def mine(
         corpus,
         rules,
         text_ids=text_ids,
-        queries=encoded(TrainingTexts(source, "query"), "query"),
-        positives=encoded(TrainingTexts(source, "passage"), "passage"),
+        queries=encoded(TrainingTexts(source, "query", encoder.tokenizer.prompts["query"]), "query"),
+        positives=encoded(TrainingTexts(source, "passage", ""), "passage"),
         searcher=Searcher(documents, rules.ranks[1], faiss=faiss),
         with_scores=with_scores,
         audit=Audit(1.0 if encoder.config.normalize else _bound(documents)),
@@ -176,12 +182,12 @@ class _Miner:
             scores, rows = self.searcher.search(vectors)
             count = len(vectors)
             own = range(count * rank // world, count * (rank + 1) // world)
-            lines = [line for i in own for line in self._row(first + i, vectors[i], scores[i], rows[i])]
+            lines = [self._row(first + i, vectors[i], scores[i], rows[i]) for i in own]
             parts: list[Any] = [None] * world
             dist.all_gather_object(parts, lines)
             yield [line for part in parts for line in part]
 
-    def _row(self, row: int, query: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> list[str]:
+    def _row(self, row: int, query: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> str:
         pair = self.source.pair(row)
         examples = self.source.examples(row)
         positives = self.positives.rows(examples.start, examples.stop) @ query
@@ -196,14 +202,16 @@ class _Miner:
             audit=self.audit,
         )
         negatives = [self.corpus.read(int(rows[i]), int(rows[i]) + 1)[1][0] for i in chosen]
-        if not self.with_scores:
-            positive = pair.positives if len(pair.positives) > 1 else pair.positives[0]
-            return [_line(query=pair.query, positive=positive, negatives=negatives)]
-        of_negatives = [round(float(x), 6) for x in scores[chosen]]
-        return [
-            _line(query=pair.query, positive=text, negatives=negatives, scores=[round(float(x), 6), *of_negatives])
-            for text, x in zip(pair.positives, positives, strict=True)
-        ]
+        found: dict[str, Any] = {
+            "query": pair.query,
+            "positive": pair.positives if len(pair.positives) > 1 else pair.positives[0],
+            "negatives": negatives,
+        }
+        if self.with_scores:
+            found["scores"] = [round(float(x), 6) for x in (*positives, *scores[chosen])]
+        if pair.query_prompt is not None:
+            found["query_prompt"] = pair.query_prompt
+        return json.dumps(found, ensure_ascii=False) + "\n"
 
     def total_audit(self) -> Audit:
         """The counts of all ranks."""
@@ -211,10 +219,6 @@ class _Miner:
         dist.all_reduce(numbers)
         self.audit.take(numbers.cpu().numpy())
         return self.audit
-
-
-def _line(**row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 # ---- the audit

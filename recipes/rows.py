@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,8 +56,11 @@ def open_rows(path: str) -> Rows:
         raise UserError(f"{path}: the file is empty; wanted training pairs")
     if head.startswith(b"PAR1"):
         return TableRows.from_parquet(path)
-    if head.removeprefix(_BOM).lstrip()[:1] == b"[":
+    head = head.removeprefix(_BOM).lstrip()
+    if head[:1] == b"[":
         return JsonArrayRows(path)
+    if re.match(rb'\{\s*"(corpus|data)"\s*:', head):
+        return JsonObjectRows(path)
     rows = JsonLineRows(path)
     if not len(rows):
         raise UserError(f"{path}: the file holds only blank lines; wanted training pairs")
@@ -166,16 +170,12 @@ class JsonArrayRows:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        raw = Path(path).read_bytes().removeprefix(_BOM)
-        try:
-            self._values = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            line = raw.count(b"\n", 0, error.start) + 1
-            raise UserError(f"{path}, line {line}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+        self._values = self._entries(read_json(Path(path)))
         if not self._values:
             raise UserError(f"{path}: the array is empty; wanted training pairs")
+
+    def _entries(self, value: Any) -> list[Any]:
+        return value
 
     def __len__(self) -> int:
         return len(self._values)
@@ -188,6 +188,34 @@ class JsonArrayRows:
 
     def scan(self) -> Iterator[Any]:
         yield from self._values
+
+
+class JsonObjectRows(JsonArrayRows):
+    """``{"corpus": …, "data": [rows]}``. ``head`` is all but the rows."""
+
+    form = "JSON object with corpus and data"
+
+    def _entries(self, value: Any) -> list[Any]:
+        if not isinstance(value, dict) or not isinstance(value.get("data"), list):
+            raise UserError(f"{self.path}: wanted an object with 'corpus' and 'data', a list of rows")
+        self.head = {key: entry for key, entry in value.items() if key != "data"}
+        return value["data"]
+
+
+def read_json(path: Path) -> Any:
+    """A whole JSON file.
+
+    Raises:
+        UserError: not UTF-8, not JSON; the line is named.
+    """
+    raw = path.read_bytes().removeprefix(_BOM)
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
 
 
 class TableRows:

@@ -152,7 +152,11 @@ GOOD = json.dumps(ROWS[0])
         ('"a text"', "line 2: found a text; wanted an object with query, positive"),
         ("[1]", "line 2: found a list; wanted an object"),
         ('{"positive": "p"}', "line 2: no 'query'; found keys: positive; wanted query, positive"),
-        ('{"query": "q", "pos": "p"}', "line 2: no 'positive'; found keys: query, pos"),
+        ('{"query": "q", "text": "p"}', "line 2: no 'positive'; found keys: query, text"),
+        (
+            '{"query": "q", "pos": "p"}',
+            r"line 2: a row of another form: FlagEmbedding \('pos'\), where line 1 is query",
+        ),
         ('{"query": "q", "positive": []}', "line 2: 'positive' is empty; every query needs one"),
         ('{"query": "q", "positive": null}', "line 2: 'positive' is empty; every query needs one"),
         ('{"query": "", "positive": "p"}', "line 2: 'query' holds an empty text"),

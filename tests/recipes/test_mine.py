@@ -145,13 +145,26 @@ def test_no_known_positive_comes_back(encoder: Encoder, folder: Path, tmp_path: 
 def test_scores_are_the_models_own(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
     run(encoder, folder, tmp_path / "out.jsonl", with_scores=True)
     rows = read(tmp_path / "out.jsonl")
-    assert len(rows) == 32  # a row with three positives is three rows
+    assert [len(row["scores"]) - len(row["negatives"]) for row in rows] == [1] * 29 + [3]  # each positive's first
     for row in rows:
         query = encoder.encode([row["query"]], kind="query")[0]
-        wanted = encoder.encode([row["positive"], *row["negatives"]], kind="passage") @ query
+        positives = row["positive"] if isinstance(row["positive"], list) else [row["positive"]]
+        wanted = encoder.encode([*positives, *row["negatives"]], kind="passage") @ query
         np.testing.assert_allclose(row["scores"], wanted, atol=3e-6)
-        assert row["scores"][1:] == sorted(row["scores"][1:], reverse=True)
+        of_negatives = row["scores"][len(positives) :]
+        assert of_negatives == sorted(of_negatives, reverse=True)
     assert PairDataset([DataSource(path=str(tmp_path / "out.jsonl"))]).sources[0].no_scores < 0
+
+
+def test_rows_keep_their_own_prompts(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    row = {"query": "w1 w2", "pos": ["w3"], "prompt": "w7 w8 w9 "}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    shutil.copy(folder / "corpus.jsonl", tmp_path)
+    run(encoder, tmp_path, tmp_path / "out.jsonl", with_scores=True)
+    (found,) = read(tmp_path / "out.jsonl")
+    assert found["query_prompt"] == "w7 w8 w9 "
+    query = encoder.encode(["w1 w2"], kind="query", prompt="w7 w8 w9 ")[0]
+    assert found["scores"][0] == pytest.approx(float(encoder.encode(["w3"], kind="passage")[0] @ query), abs=3e-6)
 
 
 def test_a_second_run_encodes_nothing(
