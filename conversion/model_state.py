@@ -6,7 +6,9 @@ Layout-free: what was saved under one TP × PP × DP loads under any other.
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,7 +62,8 @@ def save_model_state(
     # Results of a synchronous save stay in this process. The default is a manager process that imports the main module
     # again (so scripts without a `__main__` guard fail) and that outlives a run which is killed.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(partial))
+    with _quiet():
+        dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if first:
         if finish is not None:
@@ -87,7 +90,7 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
     try:
-        with mock.patch("torch.load", _load_plain):
+        with mock.patch("torch.load", _load_plain), _quiet():
             loaded = dist_checkpointing.load(state, str(iter_dir), strict=StrictHandling.RAISE_UNEXPECTED)
     except (Exception, CheckpointException) as error:  # which is no Exception
         raise UserError(f"{iter_dir}: cannot be loaded into this model ({_first_lines(error)})") from error
@@ -97,6 +100,14 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
     if optimizer is not None:
         optimizer.load_state_dict(loaded.pop("optimizer"))
     return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """megatron-core uses parts of torch that announce their end with every tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 _torch_load = torch.load
