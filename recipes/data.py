@@ -19,9 +19,11 @@ import numpy as np
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import document_text, is_beir, open_texts, qrels_path, read_qrels, read_texts
 from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.duplicates import TextIds, spread
 from megatron_embed.recipes.formats import PairReader
 from megatron_embed.recipes.pairs import Pair, Teacher
 from megatron_embed.recipes.rows import RowError, Rows, open_rows
+from megatron_embed.recipes.targets import text_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +102,16 @@ class PairSource:
         #: first row without a teacher's scores, and without its vectors; the widths of the vectors
         self.no_scores = self.no_vectors = -1
         self.vector_widths: set[int] = set()
+        ids = TextIds()
         for index, (pair, problem) in enumerate(checked(self.rows, self.reader)):
             if pair is None:
                 first_problem = first_problem or f"line {self.rows.line(index)}: {problem}"
                 unusable += 1
             else:
                 counts[index] = len(pair.positives)
+                query = text_id(pair.query)
+                for text in pair.positives:
+                    ids.add(query, text_id(text))
                 self.max_negatives = max(self.max_negatives, len(pair.negatives))
                 if pair.teacher.scores is None and self.no_scores < 0:
                     self.no_scores = index
@@ -117,6 +123,8 @@ class PairSource:
         if unusable:
             more = f" ({unusable - 1} more cannot be used)" if unusable > 1 else ""
             raise UserError(f"{self.rows.path}, {first_problem}{more}")
+        #: examples that share a text, see :meth:`TextIds.groups`
+        self.groups = ids.groups()
         # Only where some row has several positives does an example need more than its row's number.
         self._ends = None if (counts == 1).all() else np.cumsum(counts, dtype=np.int64)
 
@@ -209,12 +217,14 @@ class GlobalBatchSampler:
     """Which examples each step trains on: a pure function of the seed and the step.
 
     Every batch comes from one source. Within a source the examples are shuffled anew each epoch, and the tail that
-    does not fill a batch is dropped (other examples in each epoch). Without weights an epoch takes every source
-    through once; with weights each step draws its source by weight.
+    does not fill a batch is dropped (other examples in each epoch). Examples with the same query or the same positive
+    come into different batches (:func:`megatron_embed.recipes.duplicates.spread`). Without weights an epoch takes
+    every source through once; with weights each step draws its source by weight.
 
     Args:
         dataset: a :class:`PairDataset`, or the sizes of its sources.
         weights: one a source; default: the dataset's.
+        groups: one a source; default: the dataset's. See :meth:`megatron_embed.recipes.duplicates.TextIds.groups`.
 
     Raises:
         UserError: a source with fewer examples than a batch.
@@ -229,13 +239,16 @@ class GlobalBatchSampler:
         seed: int,
         *,
         weights: Sequence[float] | None = None,
+        groups: Sequence[np.ndarray | None] | None = None,
     ) -> None:
         if isinstance(dataset, PairDataset):
             names, sizes = [source.source.path for source in dataset.sources], dataset.sizes
             weights = dataset.weights if weights is None else weights
+            groups = [source.groups for source in dataset.sources] if groups is None else groups
         else:
             names, sizes = [f"source {which}" for which in range(len(dataset))], list(dataset)
         self.sizes, self.global_batch_size, self.seed = sizes, global_batch_size, seed
+        self._groups = groups or [None] * len(sizes)
         self._shares = None if weights is None else np.asarray(weights) / np.sum(weights)
         self._starts = [0, *accumulate(self.sizes)]
         self._batches = [size // global_batch_size for size in self.sizes]  # a source's batches an epoch
@@ -290,7 +303,8 @@ class GlobalBatchSampler:
         dtype = np.int32 if self.sizes[which] < 2**31 else np.int64
         order = np.arange(self.sizes[which], dtype=dtype)
         generator.shuffle(order)
-        return order
+        groups = self._groups[which]
+        return order if groups is None else spread(order, self.global_batch_size, groups)
 
 
 if __name__ == "__main__":
