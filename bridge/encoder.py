@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
@@ -19,13 +18,14 @@ from torch import Tensor
 from megatron_embed.bridge import host
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.embedding import TokenEmbedding
 from megatron_embed.bridge.layer_spec import block_spec
 from megatron_embed.bridge.layout import Layout, check_layout, pipeline_split
 from megatron_embed.bridge.mapping import OWN_PARAMETERS, checkpoint_name, weights
 from megatron_embed.bridge.pooling import pool
 from megatron_embed.bridge.rope import inverse_frequencies
 from megatron_embed.bridge.sequences import TokenBatch
-from megatron_embed.bridge.transforms import even_range, padded_vocab_size
+from megatron_embed.bridge.transforms import even_range
 
 
 def transformer_config(
@@ -131,12 +131,7 @@ class Encoder(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         if pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config=transformer,
-                vocab_size=padded_vocab_size(config.vocab_size, world=transformer.tensor_model_parallel_size),
-                max_sequence_length=config.max_position_embeddings,
-                position_embedding_type="rope",
-            )
+            self.embedding = TokenEmbedding(transformer, config.vocab_size)
         self.decoder = TransformerBlock(
             config=transformer,
             spec=block_spec(get_num_layers_to_build(transformer, vp_stage), use_te=use_te),
@@ -174,7 +169,7 @@ class Encoder(MegatronModule):
         # this context-parallel rank's part of every row
         columns = even_range(batch.input_ids.shape[1], rank=context.rank(), world=context.size())
         info = SequenceInfo.of(batch, self.encoder_config, self._frequencies, self.rope_factor, dtype, columns)
-        states = self.embedding(batch.input_ids[:, columns], None) if self.pre_process else None
+        states = self.embedding(batch.input_ids[:, columns]) if self.pre_process else None
         states = self.decoder(hidden_states=states, attention_mask=None, packed_seq_params=info)
         if not self.post_process:
             return states

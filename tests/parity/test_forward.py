@@ -69,7 +69,7 @@ def states(encoder: Encoder, batch: TokenBatch) -> Tensor:
         batch, encoder.encoder_config, encoder._frequencies, encoder.rope_factor, encoder.config.params_dtype
     )
     with torch.no_grad():
-        hidden = encoder.embedding(batch.input_ids, batch.positions)
+        hidden = encoder.embedding(batch.input_ids)
         return encoder.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=info).transpose(0, 1)
 
 
