@@ -274,3 +274,20 @@ def test_the_inspector_remarks_on_nuls(tmp_path: Path, capsys: pytest.CaptureFix
         assert "remarks    1 rows hold NUL characters, first line 1" in out
         assert "remarks    1 rows hold U+FFFD, what a wrong encoding leaves, first line 2" in out
     assert err == "error: 1 rows hold NUL characters, 1 rows hold U+FFFD, what a wrong encoding leaves\n"
+
+
+def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = [block.split("```")[0].strip() for block in text.split("```json\n")[1:]]
+    lines(tmp_path / "corpus.jsonl", [{"docid": "d3", "text": "It was …"}, {"docid": "d7", "text": "no"}])
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "merlin_metadata.json").write_text('{"corpus_id": "books", "class": "TextQADataset"}')
+    lines(tmp_path / "books" / "part.jsonl", [{"id": "d3", "text": "It was …"}, {"id": "d7", "text": "no"}])
+    seen = set()
+    for block in blocks:
+        path = tmp_path / "train"
+        path.write_text(block)
+        data = PairDataset([DataSource(path=str(path))])
+        assert all(data[i].query == "who wrote it?" and data[i].positive for i in range(len(data)))
+        seen.add(data.sources[0].reader.form.name)
+    assert seen == {*FORMS.values()}
