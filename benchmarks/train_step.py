@@ -152,7 +152,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
+    parser.add_argument("--result", default="train-step", help="name of the result file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     select_device("cpu")
@@ -172,14 +173,19 @@ def main() -> None:
         for dtype in DTYPES:
             matmul = matmul_flops(DTYPES[dtype])
             for row in rows:
-                if options.only and options.only not in row["name"]:
+                if not any(part in row["name"] for part in options.only):
                     continue
                 args = {"mode": "direct", "steps": options.steps, "warmup": 2, **row, "dtype": dtype}
                 table.append(compare(folder, args.pop("data"), args, matmul))
                 print(table[-1], flush=True)
-    settings = {"model": SMALL, "steps measured": options.steps, "threads": options.threads, "temperature": 0.02}
-    if not options.only:
-        write_result("train-step", "Training steps beside sentence-transformers", "\n".join(table), settings)
+    settings = {
+        "rows": options.only,
+        "model": SMALL,
+        "steps measured": options.steps,
+        "threads": options.threads,
+        "temperature": 0.02,
+    }
+    write_result(options.result, "Training steps beside sentence-transformers", "\n".join(table), settings)
 
 
 if __name__ == "__main__":
