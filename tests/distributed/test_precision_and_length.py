@@ -49,7 +49,7 @@ def test_sixteen_bit_runs_stay_near_the_fp32_run(folder: Path, name: str) -> Non
     wanted = [record["loss"] for record in read_metrics(folder / "fp32")]
     found = [record["loss"] for record in read_metrics(folder / name)]
     assert len(found) == 20
-    # At temperature 0.02 a rounding of 2^-9 in a score is a tenth of a logit: step by step within 10 %, on the whole 3 %.
+    # At temperature 0.02 a rounding of 2^-9 in a score is a tenth of a logit: a step is within 10 %, all of them 3 %.
     assert found == pytest.approx(wanted, rel=0.10)
     assert sum(found) == pytest.approx(sum(wanted), rel=0.03)
     assert found[-1] < found[0]
