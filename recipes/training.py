@@ -194,8 +194,11 @@ class Run:
             return " (pipeline stages need several micro-batches)"
         return " (a rank's batch is more than one micro-batch)"
 
-    def _step(self, batch: RankBatch, mode: str, step: int) -> tuple[float, float, float]:
-        """Gradient and update; (loss, gradient norm before clipping, share of padding on this rank)."""
+    def _step(self, batch: RankBatch, mode: str, step: int) -> tuple[float, float | None, float]:
+        """Gradient and update; (loss, gradient norm before clipping, share of padding on this rank).
+
+        The norm is None where fp16 overflowed and the update was skipped.
+        """
         state = self.state
         groups = micro_batches(self.plan, batch, mode=mode)
         for stage in state.stages:
@@ -205,10 +208,8 @@ class Run:
         if not math.isfinite(loss):
             raise UserError(self._not_finite(step, "loss", loss))
         updated, grad_norm, _ = state.optimizer.step()
-        # With fp16 a skipped update is the loss scale finding its place.
-        if not updated:
-            grad_norm = float("nan")
-        elif not math.isfinite(grad_norm):
+        # With fp16 a skipped update is the loss scale finding its place; there is no norm then.
+        if updated and not math.isfinite(grad_norm):
             raise UserError(self._not_finite(step, "gradient norm", grad_norm))
         state.scheduler.step(increment=1)
         total = sum(group.tokens.total_tokens for group in groups)
