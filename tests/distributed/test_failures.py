@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(folder: Path, name: str, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """``torchrun`` (or a single process) with the recipe of :func:`support.runs.recipe`; the limit only catches a hang."""
+    """``torchrun`` (or a single process) with the recipe of :func:`support.runs.recipe`; the limit is for hangs."""
     config = folder / f"{name}.yaml"
     from megatron_embed.recipes.config import save_run_config
 
