@@ -44,14 +44,7 @@ def parse_train_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     args = parser.parse_intermixed_args(argv)
     if args.list:
         return TrainArguments(None, True, False, 1, args.debug)
-    words = list(args.words)
-    recipe = words.pop(0) if words and "=" not in words[0] else None
-    try:
-        cfg = apply_overrides(_base(recipe, args.config), words)
-    except UserError as error:
-        if args.debug:
-            raise
-        _exit_with(2, str(error))
+    cfg, _ = read_words(args)
     if "WORLD_SIZE" in os.environ:
         world_size = int(os.environ["WORLD_SIZE"])
     else:  # a dry run shows the smallest world that the layout fits, unless told otherwise
@@ -59,8 +52,20 @@ def parse_train_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     return TrainArguments(cfg, False, args.dry_run, world_size, args.debug)
 
 
+def read_words(args: argparse.Namespace) -> tuple[RecipeConfig, list[str]]:
+    """(config, overrides) of ``[RECIPE] [--config FILE] [section.key=value …]``; bad ones end the program with 2."""
+    words = list(args.words)
+    recipe = words.pop(0) if words and "=" not in words[0] else None
+    try:
+        return apply_overrides(_base(recipe, args.config), words), words
+    except UserError as error:
+        if args.debug:
+            raise
+        _exit_with(2, str(error))
+
+
 def _train_parser() -> argparse.ArgumentParser:
-    parser = _FirstRankParser(
+    parser = FirstRankParser(
         prog="megatron_embed.recipes.train",
         description="Fine-tune an embedding model. Several processes: torchrun --nproc-per-node N -m …",
         usage="%(prog)s RECIPE [--config FILE.yaml] [--list] [--dry-run] [section.key=value …]",
@@ -70,17 +75,20 @@ def _train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="run this run_config.yaml again")
     parser.add_argument("--list", action="store_true", help="every recipe with size, layout, batch")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the layout, and stop")
-    parser.add_argument("--world-size", type=_positive, metavar="N", help="ranks, for --dry-run")
+    parser.add_argument("--world-size", type=positive, metavar="N", help="ranks, for --dry-run")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
-class _FirstRankParser(argparse.ArgumentParser):
+class FirstRankParser(argparse.ArgumentParser):
+    """Bad arguments: one message from the first rank, status 2."""
+
     def error(self, message: str) -> NoReturn:
         _exit_with(2, f"{message}\n{self.format_usage().strip()}")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that is a whole number from 1 up."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; wanted a whole number from 1 up")
     return int(text)

@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.cli import _base, _exit_with, _FirstRankParser, _positive, run_program
+from megatron_embed.recipes.cli import FirstRankParser, positive, read_words, run_program
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.overrides import apply_overrides
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +50,7 @@ class PlanArguments:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> PlanArguments:
     """Bad arguments end the program with status 2 and one message."""
-    parser = _FirstRankParser(
+    parser = FirstRankParser(
         prog="megatron_embed.recipes.plan",
         description="Memory, communication and bubble of a recipe's layouts: of the one that the keys "
         "model.*_parallel_size say, or of all that the world allows.",
@@ -61,21 +59,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> PlanArguments:
     )
     parser.add_argument("words", nargs="*", metavar="RECIPE | section.key=value", help="what to plan")
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="plan this run_config.yaml")
-    parser.add_argument("--world-size", type=_positive, required=True, metavar="W", help="ranks")
+    parser.add_argument("--world-size", type=positive, required=True, metavar="W", help="ranks")
     parser.add_argument("--gpu-memory", type=_size, default=80.0, metavar="GIB", help="of each GPU (80)")
-    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="with fast links (8)")
+    parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="with fast links (8)")
     parser.add_argument("--top", type=int, default=25, metavar="N", help="layouts in the table (25); 0: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too, in bytes")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_intermixed_args(argv)
-    words = list(args.words)
-    recipe = words.pop(0) if words and "=" not in words[0] else None
-    try:
-        cfg = apply_overrides(_base(recipe, args.config), words)
-    except UserError as error:
-        if args.debug:
-            raise
-        _exit_with(2, str(error))
+    cfg, words = read_words(args)
     keys = {word.partition("=")[0] for word in words}
     return PlanArguments(
         cfg,

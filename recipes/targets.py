@@ -44,11 +44,6 @@ class Targets:
     def slots(self) -> int:
         return self.valid.shape[1]
 
-    @property
-    def texts(self) -> int:
-        """Texts of this rank: its queries and its filled slots."""
-        return self.queries + int(self.valid.sum())
-
     def to(self, device: torch.device) -> Targets:
         """The same on another device."""
         moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}

@@ -226,12 +226,12 @@ class Run:
     def _record(self, step: int, batch: RankBatch, padding: float, seconds: float) -> dict[str, Any]:
         """What this step was, over all ranks."""
         sums = torch.tensor(
-            [batch.real_tokens, batch.squared_lengths, batch.real_tokens / (1 - padding), seconds],
+            [batch.real_tokens, batch.squared_lengths, batch.real_tokens / (1 - padding)],
             dtype=torch.float64,
             device=host.device(),
         )
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        tokens, squared, computed, _ = sums.tolist()
+        tokens, squared, computed = sums.tolist()
         flops = model_flops(self.encoder_config, tokens=int(tokens), squared_lengths=int(squared))
         return {
             "step": step,
