@@ -28,8 +28,14 @@ SMALL: dict[str, Any] = {
 }
 
 
-def make_embedder(folder: Path, tokenizer: Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """A random bidirectional embedder as a sentence-transformers folder, with a real tokenizer beside it."""
+def make_embedder(
+    folder: Path, tokenizer: Path, *, seed: int = 0, embedding_std: float = 0.2, **overrides: Any
+) -> Path:
+    """A random bidirectional embedder as a sentence-transformers folder, with a real tokenizer beside it.
+
+    Args:
+        embedding_std: of the embedding table; transformers' own is 0.02, with which all texts have nearly one vector.
+    """
     from transformers import Ministral3Config, Ministral3Model
 
     from megatron_embed.bridge import EncoderConfig
@@ -41,8 +47,7 @@ def make_embedder(folder: Path, tokenizer: Path, *, seed: int = 0, **overrides: 
     config.is_causal = False
     model = Ministral3Model(config)
     with torch.no_grad():
-        # A standard deviation of 0.2, not 0.02: with nearly equal embeddings a random model learns very slowly.
-        model.embed_tokens.weight.mul_(10)
+        model.embed_tokens.weight.mul_(embedding_std / config.initializer_range)
     model.save_pretrained(folder)
     write_tokenizer(tokenizer, folder, max_length=512)
     write_sentence_files(folder, EncoderConfig.from_hf(folder), SentenceSettings())
