@@ -10,7 +10,9 @@ Legend: ``S`` tokens of a column, ``B`` rows, ``H`` heads (``G`` KV heads) on th
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -25,8 +27,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.rope import query_scale, rope_tables, rotate
+from megatron_embed.bridge.kernels import rotate
+from megatron_embed.bridge.rope import query_scale, rope_tables
 from megatron_embed.bridge.sequences import TokenBatch
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # older than torch 2.10
+    varlen_attn = None  # type: ignore[assignment]
 
 
 class Run(NamedTuple):
@@ -92,8 +100,9 @@ class SequenceInfo(PackedSeqParams):
             keys=keys,
         )
 
-    def as_thd(self) -> PackedSeqParams:
-        """The same packed row in Transformer Engine's own terms."""
+    @cached_property
+    def thd(self) -> PackedSeqParams:
+        """The same packed row as kernels for ragged sequences want it; made once, for all layers."""
         assert self.runs is not None
         assert self.cos is not None
 
@@ -154,6 +163,12 @@ def gather_keys_and_values(key: Tensor, value: Tensor, info: SequenceInfo) -> tu
     return key, value
 
 
+def ragged_kernel_takes(query: Tensor) -> bool:
+    """Whether torch's FlashAttention for ragged sequences can compute this: on CUDA, in 16 bits."""
+    known = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return known and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
 class BidirectionalAttention(MegatronModule):
     """Core attention for the local layer spec, by torch's scaled dot product attention."""
 
@@ -194,7 +209,8 @@ class BidirectionalAttention(MegatronModule):
         if info.runs is None:
             output = self._padded(query, key, value, info.key_mask)
         else:
-            output = self._packed(query, key, value, info.runs)
+            attend = self._ragged if ragged_kernel_takes(query) else self._packed
+            output = attend(query, key, value, info)
         return output.to(dtype)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -214,8 +230,24 @@ class BidirectionalAttention(MegatronModule):
         output_BHSD = self._attend(query, key, value, key_mask)
         return output_BHSD.permute(2, 0, 1, 3).flatten(2)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...]) -> Tensor:
+    def _ragged(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+        """One call of torch's FlashAttention for the whole row."""
+        thd = info.thd
+        output_THD = varlen_attn(
+            *(x.squeeze(1) for x in (query, key, value)),
+            thd.cu_seqlens_q,
+            thd.cu_seqlens_kv,
+            thd.max_seqlen_q,
+            thd.max_seqlen_kv,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return output_THD.flatten(1).unsqueeze(1)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
         """One kernel call for each run of equally long neighbours; `split` is cheap backward, slicing is not."""
+        runs = info.runs
+        assert runs is not None
         queries = query.squeeze(1).split([run.sequences * run.queries for run in runs])
         keys, values = (x.squeeze(1).split([run.sequences * run.keys for run in runs]) for x in (key, value))
         outputs = []

@@ -75,4 +75,5 @@ class _LookUp(torch.autograd.Function):
         into: Tensor = weight.main_grad
         into.index_add_(0, rows.flatten(), grads[0].flatten(0, -2).to(into.dtype))
         weight.grad_added_to_main_grad = True
-        return None, None
+        # never read or written: that there is one tells DDP, under overlapped reduction, that this is ready
+        return None, torch.empty_like(weight)

@@ -86,8 +86,9 @@ def transformer_config(
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        # On CPUs these would be compiled by inductor, which wants a compiler and gains nothing measurable.
+        # On CPUs these would be compiled by inductor, which wants a compiler; there the spec's SwiGLU is taken.
         bias_activation_fusion=torch.cuda.is_available(),
+        use_te_activation_func=not torch.cuda.is_available(),
         bias_dropout_fusion=torch.cuda.is_available(),
         persist_layer_norm=False,
         # Micro-batches differ in length, so stages exchange shapes; megatron-core ties this to an MoE setting.

@@ -29,6 +29,7 @@ from megatron_embed.bridge.attention import (
     gather_keys_and_values,
     place_queries_and_keys,
 )
+from megatron_embed.bridge.kernels import rms_norm, swiglu
 from megatron_embed.bridge.mapping import LOCAL_ALIASES
 
 
@@ -41,6 +42,22 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=host.device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., hidden]`` → the same shape."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(torch.nn.Module):
+    """The MLP's activation where megatron-core's own fused one cannot be had, see :func:`transformer_config`."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 2 n]``, gate then up, → ``[..., n]``."""
+        return swiglu(x)
 
 
 def transformer_engine_is_usable() -> bool:
@@ -82,7 +99,7 @@ def _local_layer_spec() -> tuple[ModuleSpec, Any]:
         SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear, core_attention=BidirectionalAttention, linear_proj=RowParallelLinear
         ),
-        MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         sharded_state_dict_keys_map=aliases,
@@ -99,7 +116,9 @@ def _te_layer_spec() -> tuple[ModuleSpec, Any]:
             core_attention=TransformerEngineAttention,
             linear_proj=te.TERowParallelLinear,
         ),
-        MLPSubmodules(linear_fc1=te.TELayerNormColumnParallelLinear, linear_fc2=te.TERowParallelLinear),
+        MLPSubmodules(
+            linear_fc1=te.TELayerNormColumnParallelLinear, activation_func=SwiGLU, linear_fc2=te.TERowParallelLinear
+        ),
     )
     return layer, te.TENorm
 
@@ -138,6 +157,6 @@ class TransformerEngineAttention(MegatronModule):
             return self.attention(query, key, value, mask, attn_mask_type=kind)
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         output = self.attention(
-            query, key, value, None, attn_mask_type=AttnMaskType.padding, packed_seq_params=info.as_thd()
+            query, key, value, None, attn_mask_type=AttnMaskType.padding, packed_seq_params=info.thd
         )
         return output.reshape(output.shape[0], 1, -1)

@@ -32,12 +32,6 @@ def rope_tables(positions: Tensor, frequencies: Tensor, factor: float, *, dtype:
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last dimension: ``x cos + rotate_half(x) sin`` (Su et al. 2021, HF's half layout)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def query_scale(positions: Tensor, config: EncoderConfig, *, dtype: torch.dtype) -> Tensor | None:
     """Llama-4's attention temperature ``1 + beta · log(1 + floor(position / original_max))``, shaped like positions.
 

@@ -14,7 +14,7 @@ from megatron_embed.recipes.optimizer import TrainState
 #: what a run that goes on must not have changed
 RESUME_KEYS = ("model.hf_model", "data.", "loss.", "optimizer.", "train.seed", "train.global_batch_size")
 #: of these, the ones that change nothing that was trained
-_HARMLESS = ("data.eval", "data.packing", "loss.mode", "optimizer.distributed")
+_HARMLESS = ("data.eval", "data.packing", "loss.mode", "optimizer.distributed", "optimizer.overlap_grad_reduce")
 
 
 def checkpoints_folder(save_dir: Path) -> Path:

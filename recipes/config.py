@@ -203,6 +203,8 @@ class OptimizerSection(Section):
     """After the warm-up."""
     distributed: Flag = True
     """Shard the optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: Flag = True
+    """Reduce gradients over the data-parallel ranks while backward goes on."""
 
 
 class CheckpointSection(Section):

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from megatron.core import optimizer as mcore_optimizer
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, clip_grads, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.recipes.config import OptimizerSection
+from megatron_embed.recipes.plan_state import bucket_size
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -69,12 +71,19 @@ class FusedAdamW(torch.optim.Optimizer):
             )
 
 
-def _use_fused_adamw() -> None:
-    """Let megatron-core build :class:`FusedAdamW` where neither Transformer Engine nor Apex is installed."""
+def _scale(chunk_size: int, noop_flag: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
+    """Apex's ``multi_tensor_scale``; megatron-core's stand-in for it goes over the gradients twice, via a copy."""
+    for source, into in zip(*tensors, strict=True):
+        torch.mul(source, factor, out=into)
+
+
+def _use_fused_kernels() -> None:
+    """Let megatron-core take :class:`FusedAdamW` where neither Transformer Engine nor Apex is installed."""
     if not mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         return
     mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
     mcore_optimizer.Adam = distrib_optimizer.Adam = FusedAdamW
+    clip_grads.multi_tensor_scale_impl = _scale
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
@@ -93,12 +102,21 @@ class TrainState:
         return [stage.module for stage in self.stages]
 
 
-def wrap_ddp(encoders: list[Encoder], *, distributed_optimizer: bool = False) -> list[DistributedDataParallel]:
-    """Wrap this rank's stages in megatron-core's DDP: gradient buffers, reduction in fp32 or wider."""
+def wrap_ddp(
+    encoders: list[Encoder], *, distributed_optimizer: bool = False, overlap: bool = False
+) -> list[DistributedDataParallel]:
+    """Wrap this rank's stages in megatron-core's DDP: gradient buffers, reduction in fp32 or wider.
+
+    Args:
+        overlap: reduce a bucket of gradients as soon as backward has filled it.
+    """
     transformer = encoders[0].config
     half = transformer.params_dtype in (torch.bfloat16, torch.float16)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=half, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+        grad_reduce_in_fp32=half,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        bucket_size=bucket_size(parallel_state.get_data_parallel_world_size()) if overlap else None,
     )
     stages = [
         DistributedDataParallel(config=transformer, ddp_config=ddp_config, module=encoder, disable_bucketing=i > 0)
@@ -112,9 +130,9 @@ def wrap_ddp(encoders: list[Encoder], *, distributed_optimizer: bool = False) ->
 
 def set_up_training(encoders: list[Encoder], section: OptimizerSection, *, train_iters: int) -> TrainState:
     """DDP, AdamW and the schedule for stages whose weights are in place (main parameters are copied from them)."""
-    _use_fused_adamw()
+    _use_fused_kernels()
     transformer = encoders[0].config
-    stages = wrap_ddp(encoders, distributed_optimizer=section.distributed)
+    stages = wrap_ddp(encoders, distributed_optimizer=section.distributed, overlap=section.overlap_grad_reduce)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

@@ -91,8 +91,8 @@ class Activations:
         if chunk.first:  # ids: a view of the whole row, or a masked copy with its mask
             total += shape.tokens * 8 if self.layout.tp == 1 else local * 9
         if chunk.last:
-            kept = 2 * FP32 if self._cpu else self.width  # see _norm; pooling keeps its weights, not the states
-            total += self._outside(shape) * (config.hidden_size * kept + FP32)
+            # the norm keeps its input; pooling keeps its weights, not the states
+            total += self._outside(shape) * (config.hidden_size * self.width + FP32)
             total += shape.tokens * FP32 * (len(shape.lengths) if shape.packed else 1)
             if config.normalize:  # the pooled vectors, their norms, where these were clamped
                 total += len(shape.lengths) * (FP32 * config.hidden_size + 2 * FP32)
@@ -113,17 +113,13 @@ class Activations:
         return max(0, self.layer(shape, "none") - self.layer(shape, recompute))
 
     def _norm(self, shape: Shape) -> int:
-        """Input and output (which the linear layer keeps), and a factor a token; on a CPU the norm is composed.
-
-        There it keeps its input and the normalised input in fp32: ``T h (4 + 4 + w) + 4 T``; fused ``T h 2w + 4 T``.
-        """
-        values = 2 * FP32 + self.width if self._cpu else 2 * self.width
-        return self._outside(shape) * (self.config.hidden_size * values + FP32)
+        """Input and output (which the linear layer keeps), and a factor a token: ``T h 2w + 4 T``."""
+        return self._outside(shape) * (self.config.hidden_size * 2 * self.width + FP32)
 
     def _mlp(self, shape: Shape) -> int:
-        """``T f 5w``: gate and up, silu(gate), up + 0, their product. The fused kernel keeps gate, up and product."""
+        """``T f 3w``: gate, up and ``silu(gate) · up``."""
         f = self.config.intermediate_size // self.layout.tp
-        return shape.tokens // self.layout.cp * f * self.width * (5 if self._cpu else 3)
+        return shape.tokens // self.layout.cp * f * 3 * self.width
 
     def _core_attention_input(self, shape: Shape) -> int:
         """``T w (q + 2 kv) + T w q``, and the output ``T w q``: keys and values are views of the fused projection.

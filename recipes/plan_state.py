@@ -24,6 +24,8 @@ WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 ADAM_BYTES = 8
 #: where parameters begin and buffers end under the distributed optimizer, in values
 _PARAMETER_ALIGNMENT, _BUFFER_ALIGNMENT = 64, 128
+#: values of a gradient bucket: at least, and at least times the data-parallel ranks
+BUCKET = (40_000_000, 1_000_000)
 
 #: weights of a layer in the order in which the modules register them
 _LAYER_ORDER = (
@@ -87,18 +89,25 @@ def states(
     distributed: bool,
     replicas: int,
     learn_temperature: bool = False,
+    overlap: bool = False,
 ) -> list[State]:
-    """Of a pipeline rank: one entry for each rank of the group that shares its gradients (DP × CP, in its order)."""
+    """Of a pipeline rank: one entry for each rank of the group that shares its gradients (DP × CP, in its order).
+
+    Args:
+        overlap: gradients are reduced in buckets while backward goes on; each bucket is padded and sharded by itself.
+    """
     group = replicas * layout.cp
     total = [State(0, 0, 0)] * group
-    for chunk in chunks_of(config, layout, pp_rank):
+    for number, chunk in enumerate(chunks_of(config, layout, pp_rank)):
+        # megatron-core cuts only what comes last in backward
+        bucket = bucket_size(replicas) if overlap and pp_rank == number == 0 else None
         parameters = chunk_parameters(config, layout, chunk)
         width = WIDTHS[precision]
         buffers = [(width, parameters)]
         if learn_temperature and chunk.last:  # always fp32, and registered before the submodules
             buffers = [(width, [1, *parameters])] if width == FP32 else [(width, parameters), (FP32, [1])]
         for buffer_width, sizes in buffers:
-            of_ranks = _buffer(sizes, buffer_width, distributed, group)
+            of_ranks = _buffer(sizes, buffer_width, distributed, group, bucket)
             total = [_add(a, b) for a, b in zip(total, of_ranks, strict=True)]
     return total
 
@@ -107,24 +116,35 @@ def _add(a: State, b: State) -> State:
     return State(a.parameters + b.parameters, a.gradients + b.gradients, a.optimizer + b.optimizer)
 
 
-def _buffer(sizes: Sequence[int], width: int, distributed: bool, group: int) -> list[State]:
+def bucket_size(replicas: int) -> int:
+    """Values after which a bucket of gradients is closed: megatron-core's own rule, by data-parallel ranks."""
+    return max(BUCKET[0], BUCKET[1] * replicas)
+
+
+def _buffer(sizes: Sequence[int], width: int, distributed: bool, group: int, bucket: int | None) -> list[State]:
     """Parameters of one dtype on one stage."""
     of_optimizer = ADAM_BYTES + (FP32 if width < FP32 else 0)
     if not distributed:
         values = sum(sizes)
         return [State(values * width, values * FP32, values * of_optimizer)] * group
-    ranges, end = [], 0
-    for size in reversed(sizes):  # the order in which backward finishes them
+    owned, first, end, ranges = [0] * group, 0, 0, []
+    for number, size in enumerate(reversed(sizes), 1):  # the order in which backward finishes them
         start = _round_up(end, _PARAMETER_ALIGNMENT)
         end = start + size
         ranges.append((start, end))
-    values = _round_up(end, math.lcm(group, _BUFFER_ALIGNMENT))
-    shard = values // group
-    owned = [0] * group
+        if number == len(sizes) or (bucket is not None and end - first >= bucket):
+            end = _round_up(end, math.lcm(group, _BUFFER_ALIGNMENT))
+            _share_out(ranges, first, (end - first) // group, owned)
+            first, ranges = end, []
+    return [State(end * width, end * FP32, count * of_optimizer) for count in owned]
+
+
+def _share_out(ranges: Sequence[tuple[int, int]], first: int, shard: int, owned: list[int]) -> None:
+    """Add to ``owned`` what each rank holds of a bucket, which begins at ``first`` and gives each ``shard`` values."""
     for start, end in ranges:
-        for rank in range(start // shard, (end - 1) // shard + 1):
-            owned[rank] += min(end, (rank + 1) * shard) - max(start, rank * shard)
-    return [State(values * width, values * FP32, count * of_optimizer) for count in owned]
+        for rank in range((start - first) // shard, (end - 1 - first) // shard + 1):
+            low = first + rank * shard
+            owned[rank] += min(end, low + shard) - max(start, low)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -226,6 +226,7 @@ def _memory(
                 distributed=distributed,
                 replicas=replicas,
                 learn_temperature=cfg.loss.learn_temperature,
+                overlap=cfg.optimizer.overlap_grad_reduce,
             ),
             key=lambda state: state.optimizer,
         )

@@ -108,8 +108,10 @@ def _cached(
     def surrogate(micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
         assert gradient is not None
         total = (micro_batch.rows(output) * gradient[micro_batch.texts.to(output.device)]).sum()
-        if temperature_gradient is not None and micro_batch is micro_batches[0]:
-            total = total + (log_temperature * temperature_gradient).sum()
+        if temperature_gradient is not None:
+            # once, but a gradient in every micro-batch: DDP, under overlapped reduction, waits for one in the last
+            once = 1 if micro_batch is micro_batches[0] else 0
+            total = total + (log_temperature * temperature_gradient * once).sum()
         return total * factor, total.detach().clone()
 
     _run_schedule(stages, micro_batches, surrogate, forward_only=False)

@@ -101,6 +101,7 @@ def run_cases(cases: list[Case], states: dict[torch.dtype, dict[str, torch.Tenso
 def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
     from megatron.core import parallel_state
 
+    from megatron_embed.recipes import plan_state
     from megatron_embed.recipes.batching import BatchingPlan
     from megatron_embed.recipes.config import LossSection
     from megatron_embed.recipes.loss import ContrastiveLoss
@@ -119,7 +120,8 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
             sequence_parallel=case.sequence_parallel,
             recompute=case.recompute,
         )
-        stages = wrap_ddp(encoders)
+        plan_state.BUCKET = (2000, 0)  # many buckets, reduced while backward goes on
+        stages = wrap_ddp(encoders, overlap=case.packed)
         for stage in stages:
             stage.zero_grad_buffer()
         rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -71,6 +71,7 @@ DEFAULTS = {
     "optimizer.warmup_iters": None,
     "optimizer.lr_decay_style": "linear",
     "optimizer.distributed": True,
+    "optimizer.overlap_grad_reduce": True,
     "checkpoint.pretrained_checkpoint": None,
     "checkpoint.load": None,
     "checkpoint.resume": True,

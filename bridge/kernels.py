@@ -1,0 +1,102 @@
+"""Chains of elementwise operations with their gradients written out: SwiGLU, RMSNorm, rope.
+
+On a CPU nothing fuses such chains, and autograd's own backward passes over memory about twice as often as it must
+(casts, concatenations, a tensor per operation). Here every pass counts: results go into the tensor that is there
+already, and what is cheap to compute again is not kept. On CUDA the norm and SwiGLU are torch's and megatron-core's
+fused kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(a) · b`` of ``x [..., 2 n]`` with halves ``a``, ``b`` (Shazeer 2020). Only ``x`` is kept for backward."""
+    return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        gate, up = x.chunk(2, dim=-1)
+        into = torch.empty_like(x)
+        into_gate, into_up = into.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=into_up)
+        torch.ops.aten.silu_backward(grad * up, gate, grad_input=into_gate)
+        return into
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension (Zhang and Sennrich 2019).
+
+    Computed in fp32, or in the dtype of ``x`` where that is wider, and rounded once, as torch's own.
+    """
+    if x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        states = x.to(wide)
+        inverse = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        inverse = inverse.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (states * inverse).mul_(weight.to(wide)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        (grad,) = grads
+        wide_weight = weight.to(inverse.dtype)
+        normed = x.to(inverse.dtype) * inverse
+        share = grad * normed  # of the weight's gradient, token by token
+        weight_grad = share.flatten(0, -2).sum(0)
+        along = (share @ wide_weight).unsqueeze(-1).div_(x.shape[-1])
+        into = (grad * wide_weight).addcmul_(normed, along, value=-1).mul_(inverse)
+        return into.to(x.dtype), weight_grad.to(weight.dtype), None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of the last dimension: ``x cos + rotate_half(x) sin`` (Su et al. 2021, HF's half layout).
+
+    Args:
+        x: ``[..., D]``; never changed in place (recompute).
+        cos, sin: broadcastable to ``x``, their two halves equal; no gradient goes to them.
+    """
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, sin, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    result = x * cos
+    (first, second), (sin, _) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    into_first, into_second = result.chunk(2, dim=-1)
+    into_first.addcmul_(second, sin, value=-direction)
+    into_second.addcmul_(first, sin, value=direction)
+    return result
