@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import resource
 import statistics
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,22 @@ from megatron_embed.recipes.tokenization import TextTokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def builder_of(folder: Path, dataset: PairDataset, batch: int, length: int) -> BatchBuilder:
+    """The batches that both sides train on."""
+    tokenizer = TextTokenizer.from_folder(
+        folder,
+        query_prompt="query: ",
+        passage_prompt="passage: ",
+        query_max_length=length,
+        passage_max_length=length,
+    )
+    return BatchBuilder(dataset, GlobalBatchSampler(dataset, batch, 0), tokenizer, 0, LossSection(), 0, 1)
+
+
 class Ours:
     """A step of this project on a world of one."""
 
-    def __init__(self, folder: Path, dataset: PairDataset, batch: int, length: int, dtype: torch.dtype, mode: str):
+    def __init__(self, folder: Path, builder: BatchBuilder, dtype: torch.dtype, mode: str):
         from megatron_embed.bridge.encoder import build_stages, transformer_config
 
         source = ModelSource.open(folder)
@@ -44,17 +59,7 @@ class Ours:
         source.fill(stages, tp_rank=0, tp_size=1)
         self.mode, self.config = mode, source.config
         self.state = set_up_training(stages, OptimizerSection(lr=1e-5, distributed=False), train_iters=10_000)
-        tokenizer = TextTokenizer.from_folder(
-            folder,
-            query_prompt="query: ",
-            passage_prompt="passage: ",
-            query_max_length=length,
-            passage_max_length=length,
-        )
-        sampler = GlobalBatchSampler(dataset, batch, 0)
-        section = LossSection()
-        self.loss = ContrastiveLoss(section)
-        self.builder = BatchBuilder(dataset, sampler, tokenizer, 0, section, 0, 1)
+        self.builder, self.loss = builder, ContrastiveLoss(LossSection())
         tokens = 16384 if mode == "direct" else 4096
         self.plan = BatchingPlan(pad_id=11, packed=True, max_tokens=tokens)
 
@@ -73,12 +78,12 @@ class Ours:
 class Theirs:
     """The same step by sentence-transformers' loss in the textbook loop."""
 
-    def __init__(self, folder: Path, ours: Ours, length: int, dtype: torch.dtype, form: str, mini_batch: int | None):
+    def __init__(self, folder: Path, builder: BatchBuilder, dtype: torch.dtype, form: str, mini_batch: int | None):
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 
         self.model = SentenceTransformer(str(folder), device="cpu")
-        self.model.max_seq_length = length
+        self.model.max_seq_length = builder.tokenizer.max_lengths["passage"]
         if form == "16-bit weights":
             self.model = self.model.to(dtype)
         self.autocast = form == "autocast"
@@ -88,11 +93,10 @@ class Theirs:
         else:
             self.loss = CachedMultipleNegativesRankingLoss(self.model, scale=50.0, mini_batch_size=mini_batch)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        self.ours = ours
+        self.builder = builder
 
     def step(self, number: int) -> None:
-        builder = self.ours.builder
-        examples = [builder.dataset[i] for i in builder.sampler.batch(number)]
+        examples = [self.builder.dataset[i] for i in self.builder.sampler.batch(number)]
         columns = [["query: " + e.query for e in examples], ["passage: " + e.positive for e in examples]]
         self.model.train()
         with torch.autocast("cpu", self.dtype, enabled=self.autocast):
@@ -118,11 +122,12 @@ def of_halves(path: Path, folder: Path, words: int = 80) -> DataSource:
 def compare(folder: Path, data: PairDataset, args: dict[str, Any], matmul: float) -> str:
     """One row of the table."""
     dtype = DTYPES[args["dtype"]]
-    ours = Ours(folder, data, args["batch"], args["length"], dtype, args["mode"])
+    builder = builder_of(folder, data, args["batch"], args["length"])
+    ours = Ours(folder, builder, dtype, args["mode"])
     forms = ["fp32"] if dtype == torch.float32 else ["autocast", "16-bit weights"]
     sizes = [None] if args["mode"] == "direct" else [16, 32, 64]
     rivals = {
-        f"{form}{f', mini-batch {size}' if size else ''}": Theirs(folder, ours, args["length"], dtype, form, size)
+        f"{form}{f', mini-batch {size}' if size else ''}": Theirs(folder, builder, dtype, form, size)
         for form in forms
         for size in sizes
     }
@@ -147,6 +152,7 @@ def compare(folder: Path, data: PairDataset, args: dict[str, Any], matmul: float
         for name in ("ours", *rivals):
             seconds[name].append(took[name])
     (best,) = rivals
+    args["best"] = best
     a, b = statistics.median(seconds["ours"]), statistics.median(seconds[best])
     per_step = tokens / args["steps"]
     flops = model_flops(ours.config, tokens=tokens // args["steps"], squared_lengths=squares // args["steps"])
@@ -154,6 +160,51 @@ def compare(folder: Path, data: PairDataset, args: dict[str, Any], matmul: float
         f"| {args['name']} | {args['dtype']} | {args['batch']} | {args['length']} | {per_step:.0f} | "
         f"{padded / tokens:.2f} | {per_step / a:,.0f} | {per_step / b:,.0f} ({best}) | **{b / a:.2f}×** | "
         f"{flops / a / matmul:.0%} | {flops / b / matmul:.0%} |"
+    )
+
+
+def cached_over_direct(folder: Path, data: PairDataset, dtype: torch.dtype, steps: int) -> float:
+    """Seconds of a cached step over those of a direct one, same batches (64 pairs, at most 256 tokens), in turns."""
+    builder = builder_of(folder, data, 64, 256)
+    sides = {mode: Ours(folder, builder, dtype, mode) for mode in ("direct", "cached")}
+    seconds: dict[str, list[float]] = {mode: [] for mode in sides}
+    for number in range(2 + steps):
+        for mode, side in sides.items():
+            seconds[mode].append(timed(lambda n=number, side=side: side.step(n)))
+    return statistics.median(seconds["cached"][2:]) / statistics.median(seconds["direct"][2:])
+
+
+def peak_memory(folder: Path, data: Path, side: str, dtype: str, threads: int) -> float:
+    """Peak resident GiB of two cached steps of 1024 pairs, by one side alone in this process.
+
+    Args:
+        side: ``ours``, or the name of a setting of theirs.
+    """
+    torch.set_num_threads(threads)
+    select_device("cpu")
+    builder = builder_of(folder, PairDataset([DataSource(path=str(data))]), 1024, 128)
+    with parallel_world(Layout()):
+        if side == "ours":
+            model: Any = Ours(folder, builder, DTYPES[dtype], "cached")
+        else:
+            form, _, size = side.partition(", mini-batch ")
+            model = Theirs(folder, builder, DTYPES[dtype], form, int(size))
+        for number in range(2):
+            model.step(number)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_memories(folder: Path, data: Path, args: dict[str, Any], threads: int) -> str:
+    """A sentence with both sides' peak, each from a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        ours, theirs = (
+            pool.submit(peak_memory, folder, data, side, args["dtype"], threads).result()
+            for side in ("ours", args["best"])
+        )
+    return (
+        f"* {args['name']}, {args['dtype']}: peak resident memory of a process, ours {ours:.2f} GiB, "
+        f"theirs {theirs:.2f} GiB ({args['best']})."
     )
 
 
@@ -193,6 +244,7 @@ def main() -> None:
         "| data | dtype | batch | length | tokens | padding | ours, tokens/s | theirs | ratio | of matmul | theirs |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    beside: list[str] = []
     with tempfile.TemporaryDirectory() as temporary, parallel_world(Layout()):
         scratch = Path(temporary)
         rows = benchmark_rows(*options.data, scratch)
@@ -205,6 +257,14 @@ def main() -> None:
                 args = {"mode": "direct", "steps": options.steps, "warmup": 2, **row, "dtype": dtype}
                 table.append(compare(folder, args.pop("data"), args, matmul))
                 print(table[-1], flush=True)
+                if args["mode"] == "cached":
+                    beside.append(peak_memories(folder, options.data[0], args, options.threads))
+                    print(beside[-1], flush=True)
+            paragraphs = rows[1]["data"]
+            if any(part in "cached over direct" for part in options.only):
+                ratio = cached_over_direct(folder, paragraphs, DTYPES[dtype], options.steps)
+                beside.append(f"* Cached over direct, {dtype}: {ratio:.2f} of its time (in theory 1.33).")
+                print(beside[-1], flush=True)
     settings = {
         "rows": options.only,
         "model": SMALL,
@@ -212,7 +272,9 @@ def main() -> None:
         "threads": options.threads,
         "temperature": 0.02,
     }
-    write_result(options.result, "Training steps beside sentence-transformers", "\n".join(table), settings)
+    write_result(
+        options.result, "Training steps beside sentence-transformers", "\n".join([*table, "", *beside]), settings
+    )
 
 
 if __name__ == "__main__":
