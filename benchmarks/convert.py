@@ -4,9 +4,10 @@
     python benchmarks/convert.py --size tiny          # seconds; writes no result
 
 The models are the real configs' names and shapes with random values. Each step starts with its files out of the page
-cache and ends with ``sync``; conversions are the command line in a process of their own, whose anonymous memory (what
-is not page cache) is sampled. Conversion and cp take turns, and the best of each is reported. One size is on the disk
-at a time; the largest moment is three models at 8B, 54 GB, and two at 14B, 56 GB.
+cache and ends with ``sync``; conversions are the command line in a process of their own, Python's start included, whose
+anonymous memory (what is not page cache) is sampled. Conversion and cp take turns at going first, each removes what it
+wrote before right before its own next run, and the medians are reported beside every single time. One size is on the
+disk at a time; the largest moment is three models at 8B, 54 GB, and two at 14B, 56 GB.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,9 @@ SIZES = {"tiny": "ministral-3-3b", "3b": "ministral-3-3b", "8b": "ministral-3-8b
 #: the issue's limits: seconds against cp, anonymous GiB
 RATIO, MEMORY = 1.5, {"tiny": 3.0, "3b": 3.0, "8b": 4.0, "14b": 5.0}
 
+
+#: seconds of rest before each step
+SETTLE = 2.0
 
 # ---- the source
 
@@ -93,17 +98,28 @@ def _make_tokenizer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a step, ``sync`` included; GiB of memory that is not page cache at its peak, of all its processes."""
+    """Seconds of a step's runs, ``sync`` included; of all its processes, the peak of GiB that are not page cache."""
 
-    seconds: float
+    runs: tuple[float, ...]
     memory: float
-    #: processor seconds, user and system: what other programs on the machine do not change much
+    #: processor seconds, user and system, the median of the runs
     processor: float
 
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.runs)
 
-def measure(command: Sequence[str | os.PathLike[str]], *cold: Path) -> Cost:
-    """Run a program on files that are not in the page cache, then ``sync``."""
+    @classmethod
+    def of(cls, costs: Sequence[Cost]) -> Cost:
+        runs = tuple(seconds for cost in costs for seconds in cost.runs)
+        return cls(runs, max(c.memory for c in costs), statistics.median(c.processor for c in costs))
+
+
+def measure(command: Sequence[str | os.PathLike[str]], written: Path, *cold: Path) -> Cost:
+    """Run a program on files that are not in the page cache, then ``sync``. What it wrote before goes first."""
+    shutil.rmtree(written, ignore_errors=True)
     forget(*cold)
+    time.sleep(SETTLE)  # the disk may still be discarding what was removed
     began = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
     peak = Peak(process.pid)
@@ -114,11 +130,11 @@ def measure(command: Sequence[str | os.PathLike[str]], *cold: Path) -> Cost:
     memory = peak.stop() / 2**30
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}: exit {process.returncode}")
-    return Cost(seconds, memory, usage.ru_utime + usage.ru_stime)
+    return Cost((seconds,), memory, usage.ru_utime + usage.ru_stime)
 
 
 class Peak:
-    """Samples the anonymous memory of a process and its children every 5 ms."""
+    """Samples the anonymous memory of a process and its children every 20 ms."""
 
     def __init__(self, pid: int) -> None:
         self._process, self._peak, self._done = psutil.Process(pid), 0, threading.Event()
@@ -126,7 +142,7 @@ class Peak:
         self._thread.start()
 
     def _sample(self) -> None:
-        while not self._done.wait(0.005):
+        while not self._done.wait(0.02):
             try:
                 family = [self._process, *self._process.children(recursive=True)]
                 self._peak = max(self._peak, sum(map(_anonymous, family)))
@@ -169,20 +185,23 @@ def size_of(folder: Path) -> int:
 
 
 def against_cp(command: Sequence[str], source: Path, out: Path, work: Path, repeats: int) -> tuple[Cost, Cost]:
-    """The best of some runs of a conversion, and of ``cp -r`` and ``sync`` of as many bytes, in turn.
+    """Runs of a conversion, and of ``cp -r`` and ``sync`` of what it wrote; every other time cp goes first.
 
-    The best, because what else the machine does only ever adds: to the conversion, which wants the processor, more than
-    to cp, which wants none. ``out`` stays as the last run wrote it.
+    ``out`` stays as the last run wrote it.
     """
     costs, copies = [], []
-    for _ in range(repeats):
-        shutil.rmtree(out, ignore_errors=True)
-        costs.append(measure(command, source))
-        copies.append(measure(["cp", "-r", out, work / "copy"], out))
-        shutil.rmtree(work / "copy")
-    best = min(costs, key=lambda cost: cost.seconds)
-    memory = max(cost.memory for cost in costs)
-    return Cost(best.seconds, memory, best.processor), min(copies, key=lambda cost: cost.seconds)
+
+    def converted() -> None:
+        costs.append(measure(command, out, source))
+
+    def copied() -> None:
+        copies.append(measure(["cp", "-r", out, work / "copy"], work / "copy", out))
+
+    for repeat in range(repeats):
+        for run in (copied, converted) if repeat % 2 else (converted, copied):
+            run()
+    shutil.rmtree(work / "copy")
+    return Cost.of(costs), Cost.of(copies)
 
 
 # ---- the steps
@@ -211,6 +230,8 @@ class Row:
             ratio,
             f"{self.cost.processor:.1f}, {self.copied.processor:.1f}" if self.copied else f"{self.cost.processor:.1f}",
             f"{self.cost.memory:.2f}",
+            " ".join(f"{seconds:.1f}" for seconds in self.cost.runs),
+            " ".join(f"{seconds:.1f}" for seconds in self.copied.runs) if self.copied else "–",
         ]
 
 
@@ -234,10 +255,10 @@ def run_size(size: str, work: Path, repeats: int) -> tuple[list[Row], list[str]]
         make_source(source, size)
         import_all = convert("import", "--hf-model", source, "--megatron-path", megatron, "--with-vision")
         if size == "14b":  # two models fill the disk: no third for cp
-            add("import --with-vision, alone", megatron, measure(import_all, source), None)
+            add("import --with-vision, alone", megatron, measure(import_all, megatron, source), None)
             shutil.rmtree(source)
             export = convert("export", "--megatron-path", megatron, "--hf-path", out)
-            add("export, source deleted", out, measure(export, megatron), None)
+            add("export, source deleted", out, measure(export, out, megatron), None)
             return rows, notes
         both = against_cp(import_all, source, megatron, work, repeats)
         add("import --with-vision", megatron, *both)
@@ -348,19 +369,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["3b", "8b", "14b"])
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "convert-benchmark")
-    parser.add_argument("--repeats", type=int, default=3, help="of each step beside cp; the best is reported")
+    parser.add_argument("--repeats", type=int, default=3, help="of each step beside cp; the median is reported")
     parser.add_argument("--transformers", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.transformers:
         with_transformers(*args.transformers)
         return
-    rows, notes = [], []
+    rows, notes, load = [], [], os.getloadavg()[0]
     for size in args.size:
         found, more = run_size(size, args.workdir, args.repeats)
         rows += found
         notes += more
     head = ["size", "step", "GB written", "seconds", "cp -r + sync, seconds", "ratio"]
-    head += ["processor seconds: step, cp", "GiB not page cache"]
+    head += ["processor seconds: step, cp", "GiB not page cache", "all runs", "all runs of cp"]
     table = [head, ["---"] * len(head), *(row.cells() for row in rows)]
     body = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
     for row in rows:
@@ -376,9 +397,9 @@ def main() -> None:
     settings = {
         "sizes": ", ".join(args.size),
         "source": "the whole VLM in bf16, 5 GB shards, random values",
-        "repeats": f"{args.repeats}, the best of each; 14b once",
+        "repeats": f"{args.repeats}, in turn; seconds are medians; 14b once",
         "max_shard_size": "5GB",
-        "load": f"other programs used the same two cores at the time; load average {os.getloadavg()[0]:.1f} at the end",
+        "load average": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end, its own steps included",
         "page cache": "the files that a step reads are dropped from it first; every step ends with sync",
         "disk": f"{disk.total / 1e9:.0f} GB, {disk.free / 1e9:.0f} GB free",
         "goals": f"{RATIO} × cp (1.2 aimed at); GiB not page cache: {MEMORY}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.mapping import Weight
 from megatron_embed.conversion.hf_folder import HFFolder
+from megatron_embed.conversion.stored import Stored, Values
 from megatron_embed.conversion.tensor_stream import CheckpointReader, Chunk
 
 #: HF tensors kept as they are (``--with-vision``) are called so, followed by their own name
@@ -56,21 +57,30 @@ def unpack(weight: Weight, packed: Tensor, config: EncoderConfig) -> tuple[Tenso
 
 
 def read_slices(
-    folder: HFFolder, weight: Weight, config: EncoderConfig, *, tp_rank: int = 0, tp_size: int = 1
+    folder: HFFolder,
+    weight: Weight,
+    config: EncoderConfig,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    read: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
-    """The HF parts of a weight, of each only the slice of one tensor-parallel rank; the vocabulary unpadded."""
+    """The HF parts of a weight, of each only the slice of one tensor-parallel rank; the vocabulary unpadded.
+
+    Args:
+        read: what gives a tensor or a slice of it, such as ``folder.addresses`` for where its rows lie.
+    """
+    read = read or folder.read
     if weight.tp_dim is None or tp_size == 1:
-        return folder.tensors_for(weight)
+        return [read(folder.prefix + name) for name in weight.hf]
     size = weight.hf_shapes[0][weight.tp_dim]
     if weight.kind == "vocab":
         padded = transforms.padded_vocab_size(config.vocab_size, world=tp_size)
         rows = transforms.even_range(padded, rank=tp_rank, world=tp_size)
-        return folder.tensors_for(weight, [slice(min(rows.start, size), min(rows.stop, size))])
+        return [read(folder.prefix + weight.hf[0], [slice(min(rows.start, size), min(rows.stop, size))])]
     before = [slice(None)] * weight.tp_dim
     return [
-        folder.read(
-            folder.prefix + name, [*before, transforms.even_range(shape[weight.tp_dim], rank=tp_rank, world=tp_size)]
-        )
+        read(folder.prefix + name, [*before, transforms.even_range(shape[weight.tp_dim], rank=tp_rank, world=tp_size)])
         for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
     ]
 
@@ -103,14 +113,15 @@ def _weight_chunks(
         if weight.tp_dim is not None:
             offsets[weight.tp_dim], shape[weight.tp_dim] = start, length
         layer = [] if weight.layer is None else [weight.layer]
+        shape = [*[1] * len(lead), *shape]
         return Chunk(
             key=key,
             global_shape=(*lead, *whole),
             offsets=(*layer, *offsets),
-            shape=(*[1] * len(lead), *shape),
+            shape=tuple(shape),
             dtype=dtype,
             rank=rank,
-            read=partial(_read_chunk, folder, weight, config, tp_rank, tp, len(lead), part),
+            read=partial(_read_chunk, folder, weight, config, tp_rank, tp, tuple(shape), dtype, part),
         )
 
     if weight.kind == "gate_up":  # as megatron-core's gated MLP: gate and up are separate runs of rows
@@ -127,22 +138,33 @@ def _weight_chunks(
 
 
 def _read_chunk(
-    folder: HFFolder, weight: Weight, config: EncoderConfig, tp_rank: int, tp: int, axes: int, part: int | None
-) -> Tensor:
-    if part is not None and weight.tp_dim is not None:
+    folder: HFFolder,
+    weight: Weight,
+    config: EncoderConfig,
+    tp_rank: int,
+    tp: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    part: int | None,
+) -> Values:
+    whole_rows = weight.tp_dim != 1 or tp == 1
+    as_stored = whole_rows and all(folder.stored_dtype(folder.prefix + name) == dtype for name in weight.hf)
+    read = folder.addresses if as_stored else folder.read
+    if part is not None:
         rows = transforms.even_range(weight.hf_shapes[part][0], rank=tp_rank, world=tp)
-        tensor = folder.read(folder.prefix + weight.hf[part], [rows])
+        packed = read(folder.prefix + weight.hf[part], [rows])
     else:
-        tensor = pack(weight, read_slices(folder, weight, config, tp_rank=tp_rank, tp_size=tp), config, tp_size=tp)
-    return tensor.reshape((1,) * axes + tuple(tensor.shape))
+        parts = read_slices(folder, weight, config, tp_rank=tp_rank, tp_size=tp, read=read)
+        packed = pack(weight, parts, config, tp_size=tp)
+    return Stored(folder.files, packed, shape, dtype) if as_stored else packed.reshape(shape)
 
 
 def kept_chunks(folder: HFFolder, names: list[str]) -> Iterator[Chunk]:
     """HF tensors stored as they are, under :data:`KEPT`."""
     for name in names:
         shape = folder.shape(name)
-        read = partial(folder.read, name)
-        yield Chunk(KEPT + name, shape, (0,) * len(shape), shape, folder.tensor_dtype(name), 0, read)
+        dtype = folder.tensor_dtype(name)
+        yield Chunk(KEPT + name, shape, (0,) * len(shape), shape, dtype, 0, partial(folder.values, name, dtype))
 
 
 def _stacked(weight: Weight, config: EncoderConfig) -> tuple[str, tuple[int, ...]]:
@@ -178,11 +200,18 @@ class CheckpointWeights:
 
     def read(self, weight: Weight) -> Tensor:
         """The whole packed weight, ``weight.megatron_shape``."""
+        tensor = self._read(weight, self.reader.read)
+        assert tensor is not None
+        return tensor
+
+    def _read(self, weight: Weight, read: Callable[..., Tensor | None]) -> Tensor | None:
         keys, layer = self._keys(weight)
         index = [] if layer is None else [slice(layer, layer + 1)]
         if weight.kind == "vocab":
             index.append(slice(0, self.config.vocab_size))
-        parts = [self.reader.read(key, index) for key in keys]
+        parts = [part for key in keys if (part := read(key, index)) is not None]
+        if len(parts) < len(keys):
+            return None
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=parts[0].dim() - 2)
         return tensor if layer is None else tensor[0]
 
@@ -190,11 +219,19 @@ class CheckpointWeights:
         """The weight as HF's tensors, in the order of ``weight.hf``."""
         return unpack(weight, self.read(weight), self.config)
 
-    def hf_tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        """All of them under their HF names, in the table's order, one weight in memory at a time."""
+    def hf_values(self, dtype: torch.dtype, prefix: str = "") -> Iterator[tuple[str, Values]]:
+        """All of them under their HF names, in the table's order: where they lie if they are stored in ``dtype``, else
+        as tensors, one weight in memory at a time."""
         for weight in mapping.weights(self.config):
-            for name, tensor in zip(weight.hf, self.hf_parts(weight), strict=True):
-                yield prefix + name, tensor
+            rows = self._read(weight, partial(self.reader.addresses, dtype=dtype))
+            parts: tuple[Values, ...]
+            if rows is None:
+                parts = self.hf_parts(weight)
+            else:
+                shaped = zip(unpack(weight, rows, self.config), weight.hf_shapes, strict=True)
+                parts = tuple(Stored(self.reader.files, part, shape, dtype) for part, shape in shaped)
+            for name, values in zip(weight.hf, parts, strict=True):
+                yield prefix + name, values
 
     def temperature(self) -> float | None:
         """The temperature that training learned; None where it was fixed."""

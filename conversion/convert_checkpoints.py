@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from megatron_embed.conversion.page_cache import begin_reading
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -105,6 +107,7 @@ def _size(text: str) -> str:
 
 
 def _import(args: argparse.Namespace) -> int:
+    begin_reading(args.hf_model, "model*.safetensors")
     from megatron_embed.conversion.importing import import_hf
 
     names = ("torch_dtype", "tp", "pp", "with_vision", "overwrite", *_COMMON)
@@ -114,6 +117,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    begin_reading(args.megatron_path, "*.distcp")
     from megatron_embed.conversion.exporting import export_hf
 
     names = ("hf_model", "target", "torch_dtype", "max_shard_size", "overwrite", *_COMMON)

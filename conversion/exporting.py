@@ -128,7 +128,7 @@ def _write_embedder(
     with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
         write_sharded(
             specs,
-            weights.hf_tensors(),
+            weights.hf_values(dtype),
             out,
             max_shard_size=max_shard_size,
             on_tensor=lambda spec: advance(spec.nbytes),

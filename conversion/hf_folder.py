@@ -20,6 +20,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
 from megatron_embed.conversion.sentence_files import read_sentence_settings
+from megatron_embed.conversion.stored import Stored, Values, addresses
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -59,6 +60,7 @@ class HFFolder:
         path: the local folder.
         config: contents of ``config.json``.
         prefix: what stands before ``embed_tokens.weight`` in the tensor names.
+        files: those that hold tensors.
         notes: what was left aside at opening, one line each.
         bytes_requested: bytes of all tensors and slices that were read so far.
 
@@ -78,7 +80,10 @@ class HFFolder:
         self.bytes_requested = 0
         self._open_files: dict[str, Any] = {}
         self._file_of = self._index()
+        self.files = [self.path / file for file in sorted(set(self._file_of.values()))]
         self._headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        #: (number of its file, where it begins there)
+        self._places: dict[str, tuple[int, int]] = {}
         self._read_headers()
         prefix = mapping.hf_prefix(self._file_of)
         if prefix is None:
@@ -171,9 +176,16 @@ class HFFolder:
             )
         return tensor
 
-    def tensors_for(self, weight: mapping.Weight, index: Sequence[slice] | None = None) -> list[Tensor]:
-        """The Hugging Face parts of a weight, in the order in which they are packed."""
-        return [self.read(self.prefix + name, index) for name in weight.hf]
+    def values(self, name: str, dtype: torch.dtype) -> Values:
+        """Where a tensor lies, if it is stored in this dtype; else the tensor."""
+        if self.stored_dtype(name) != dtype or not math.prod(self.shape(name)) or not self.shape(name):
+            return self.read(name)
+        return Stored(self.files, self.addresses(name), self.shape(name), dtype)
+
+    def addresses(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
+        """Of a tensor's rows, or of those that ``index`` names, in :attr:`files`."""
+        rows = addresses(*self._places[name], self.shape(name), self.stored_dtype(name))
+        return rows if index is None else rows[tuple(index)]
 
     # ---- strictness
 
@@ -274,12 +286,16 @@ class HFFolder:
         return dict(weight_map)
 
     def _read_headers(self) -> None:
-        for name, file in self._file_of.items():
-            part = self._handle(file).get_slice(name)
-            dtype = DTYPES.get(part.get_dtype())
-            if dtype is None:
-                raise UserError(f"{self.path / file}: {name} has dtype {part.get_dtype()!r}, which is not supported")
-            self._headers[name] = (dtype, tuple(part.get_shape()))
+        for number, path in enumerate(self.files):  # safe_open found them sound
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+            for name in header.keys() - {"__metadata__"}:
+                entry = header[name]
+                if (dtype := DTYPES.get(entry["dtype"])) is None:
+                    raise UserError(f"{path}: {name} has dtype {entry['dtype']!r}, which is not supported")
+                self._headers[name] = (dtype, tuple(entry["shape"]))
+                self._places[name] = (number, 8 + length + entry["data_offsets"][0])
 
     def _handle(self, file: str) -> Any:
         if file not in self._open_files:

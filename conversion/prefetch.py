@@ -9,7 +9,8 @@ from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+
+from megatron_embed.conversion.stored import Stored, Values
 
 T = TypeVar("T")
 _PAGE = 4096
@@ -57,8 +58,10 @@ def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
         thread.join()
 
 
-def fault_in(tensor: Tensor) -> Tensor:
-    """Touch every page of a tensor that may be a view of a mapped file, so that its bytes are in memory."""
-    if tensor.numel() and tensor.is_contiguous():
-        tensor.reshape(-1).view(torch.uint8)[::_PAGE].max()
-    return tensor
+def fault_in(values: Values) -> Values:
+    """Have the bytes of a tensor that lies in a file, or may be a view of a mapped one, in memory."""
+    if isinstance(values, Stored):
+        values.read_ahead()
+    elif values.numel() and values.is_contiguous():
+        values.reshape(-1).view(torch.uint8)[::_PAGE].max()
+    return values

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.hf_folder import DTYPES, INDEX, SINGLE
 from megatron_embed.conversion.prefetch import fault_in, one_ahead
 from megatron_embed.conversion.sentence_files import write_json
+from megatron_embed.conversion.stored import Values, write_values
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -51,7 +51,7 @@ def parse_size(text: str) -> int:
 
 def write_sharded(
     specs: Sequence[TensorSpec],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Values]],
     out: Path,
     *,
     max_shard_size: int | str = "5GB",
@@ -75,7 +75,7 @@ def write_sharded(
         if len(shards) == 1
         else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     )
-    with closing(one_ahead((name, fault_in(tensor)) for name, tensor in tensors)) as source:
+    with closing(one_ahead((name, fault_in(values)) for name, values in tensors)) as source:
         _write_files(out, files, shards, source, on_tensor)
     total = sum(spec.nbytes for spec in specs)
     if len(shards) > 1:
@@ -90,17 +90,17 @@ def _write_files(
     out: Path,
     files: Sequence[str],
     shards: Sequence[Sequence[TensorSpec]],
-    source: Iterator[tuple[str, Tensor]],
+    source: Iterator[tuple[str, Values]],
     on_tensor: Callable[[TensorSpec], object] | None,
 ) -> None:
     for file, shard in zip(files, shards, strict=True):
         with (out / file).open("wb") as stream:
             stream.write(_header(shard))
             for spec in shard:
-                name, tensor = next(source)
+                name, values = next(source)
                 assert name == spec.name, (name, spec.name)
-                _write_tensor(stream, spec, tensor)
-                del tensor
+                _write_tensor(stream, spec, values)
+                del values
                 if on_tensor is not None:
                     on_tensor(spec)
     assert next(source, None) is None, "more tensors than were announced"
@@ -132,7 +132,5 @@ def _header(shard: Sequence[TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(stream: BinaryIO, spec: TensorSpec, tensor: Tensor) -> None:
-    assert tuple(tensor.shape) == spec.shape, (spec.name, tuple(tensor.shape), spec.shape)
-    tensor = tensor.to(spec.dtype).contiguous()
-    stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+def _write_tensor(stream: BinaryIO, spec: TensorSpec, values: Values) -> None:
+    write_values(stream, values, spec.shape, spec.dtype)

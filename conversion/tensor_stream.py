@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.checkpoint_folder import safe_metadata
 from megatron_embed.conversion.prefetch import fault_in, one_ahead
+from megatron_embed.conversion.stored import Stored, Values, addresses, write_values
 
 _ALIGNED = 64
 
@@ -49,7 +50,7 @@ class Chunk:
     dtype: torch.dtype
     #: file group, such as the rank whose share it would be
     rank: int
-    read: Callable[[], Tensor]
+    read: Callable[[], Values]
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +68,7 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
     streams: dict[int, Any] = {}
     read = one_ahead((chunk, fault_in(chunk.read())) for chunk in chunks)  # the thread ends with the iterator
     try:
-        for chunk, tensor in read:
+        for chunk, values in read:
             if chunk.rank not in streams:
                 streams[chunk.rank] = (folder / f"__{chunk.rank}_0.distcp").open("wb")
             entry = state.setdefault(
@@ -76,8 +77,8 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
             assert entry.size == torch.Size(chunk.global_shape), chunk.key
             index = MetadataIndex(chunk.key, chunk.offsets, len(entry.chunks))
             entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)))
-            storage[index] = _save(streams[chunk.rank], chunk, tensor)
-            del tensor
+            storage[index] = _save(streams[chunk.rank], chunk, values)
+            del values
             if on_chunk is not None:
                 on_chunk(chunk)
     finally:
@@ -91,17 +92,28 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _save(stream: Any, chunk: Chunk, tensor: Tensor) -> _StorageInfo:
-    assert tuple(tensor.shape) == chunk.shape, (chunk.key, tuple(tensor.shape), chunk.shape)
-    tensor = tensor.to(chunk.dtype).contiguous()
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone()  # a view would be saved with all that it is a view of
+def _save(stream: Any, chunk: Chunk, values: Values) -> _StorageInfo:
     # torch.save aligns the values to its own start; aligned as a whole, they can be mapped
     stream.write(b"\0" * (-stream.tell() % _ALIGNED))
     start = stream.tell()
-    with _without_checksums():
-        torch.save(tensor, stream)
+    around = _Around(stream, lambda: write_values(stream, values, chunk.shape, chunk.dtype))
+    with _without_checksums(), torch.serialization.skip_data():
+        torch.save(torch.empty(chunk.shape, dtype=chunk.dtype), around)
     return _StorageInfo(Path(stream.name).name, start, stream.tell() - start)
+
+
+class _Around:
+    """What ``torch.save`` writes around a tensor's values goes to a stream; where it skips them, they are written."""
+
+    def __init__(self, stream: BinaryIO, write_values: Callable[[], None]) -> None:
+        self.write, self.flush, self.tell, self._values = stream.write, stream.flush, stream.tell, write_values
+
+    def seek(self, skipped: int, whence: int) -> int:
+        assert whence == os.SEEK_CUR
+        until = self.tell() + skipped
+        self._values()
+        assert self.tell() == until, (self.tell(), until)
+        return until
 
 
 @contextmanager
@@ -129,6 +141,8 @@ class CheckpointReader:
         self._metadata = safe_metadata(iter_dir)
         storage = self._metadata.storage_data
         self._storage: Mapping[MetadataIndex, _StorageInfo] = storage
+        #: those that :meth:`addresses` speaks of
+        self.files: list[Path] = []
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
@@ -152,42 +166,88 @@ class CheckpointReader:
 
     def read(self, key: str, index: Sequence[slice] | None = None) -> Tensor:
         """The whole tensor, or the box that ``index`` (slices of its leading dimensions) names."""
+        size = self._tensors[key].size
+        tensor = self._assemble(key, _box(size, index or ()), self._load)
+        assert tensor is not None
+        return tensor
+
+    def addresses(self, key: str, index: Sequence[slice] | None = None, *, dtype: torch.dtype) -> Tensor | None:
+        """Where the rows of a tensor, or of a box of it, lie in :attr:`files`; None: not in one piece, or otherwise."""
         entry = self._tensors[key]
-        box = _box(entry.size, index or ())
+        whole = all(chunk.sizes[-1:] == entry.size[-1:] for chunk in entry.chunks)
+        if self.dtype(key) != dtype or not math.prod(entry.size) or not entry.size or not whole:
+            return None
+        return self._assemble(key, [*_box(entry.size[:-1], index or ()), (0, 1)], self._addresses)
+
+    def values(self, key: str, dtype: torch.dtype) -> Values:
+        """Where a tensor lies, if it is stored in this dtype and in whole rows; else the tensor."""
+        rows = self.addresses(key, dtype=dtype)
+        return self.read(key) if rows is None else Stored(self.files, rows, self.shape(key), dtype)
+
+    def _assemble(
+        self,
+        key: str,
+        box: list[tuple[int, int]],
+        load: Callable[[str, ChunkStorageMetadata, _StorageInfo], Tensor | None],
+    ) -> Tensor | None:
+        """A box (in global coordinates), put together of what ``load`` gives of each chunk."""
         shape = [stop - start for start, stop in box]
-        parts = [(chunk, inner) for chunk in entry.chunks if (inner := _overlap(chunk, box)) is not None]
+        parts = [(c, inner) for c in self._tensors[key].chunks if (inner := _overlap(c, box)) is not None]
         covered = sum(math.prod(stop - start for start, stop in inner) for _, inner in parts)
         if covered != math.prod(shape):
             raise UserError(
                 f"{self.path}: {key} is incomplete: its chunks hold {covered} of {math.prod(shape)} values wanted"
             )
-        if len(parts) == 1:  # nothing to put together: no copy
-            return self._chunk(key, *parts[0])
-        out = torch.empty(shape, dtype=entry.properties.dtype)
+        out = None if parts else torch.empty(shape, dtype=self.dtype(key))
         for chunk, inner in parts:
-            where = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inner, box, strict=True))
-            out[where] = self._chunk(key, chunk, inner)
+            info = self._storage.get(MetadataIndex(key, chunk.offsets))
+            if info is None or getattr(info, "transform_descriptors", None):
+                raise UserError(
+                    f"{self.path}: {key}: the metadata does not say where its chunk at {chunk.offsets} lies"
+                )
+            loaded = load(key, chunk, info)
+            if loaded is None:
+                return None
+            part = loaded[tuple(slice(a - at, b - at) for (a, b), at in zip(inner, chunk.offsets, strict=True))]
+            if len(parts) == 1:  # nothing to put together: no copy
+                return part
+            out = torch.empty(shape, dtype=part.dtype) if out is None else out
+            out[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inner, box, strict=True))] = part
         return out
 
-    def _chunk(self, key: str, chunk: ChunkStorageMetadata, inner: list[tuple[int, int]]) -> Tensor:
-        """The part ``inner`` (in global coordinates) of one chunk."""
-        info = self._storage.get(MetadataIndex(key, chunk.offsets))
-        if info is None or getattr(info, "transform_descriptors", None):
-            raise UserError(f"{self.path}: {key}: the metadata does not say where its chunk at {chunk.offsets} lies")
-        tensor = self._load(key, info)
+    def _load(self, key: str, chunk: ChunkStorageMetadata, info: _StorageInfo) -> Tensor:
+        with self._open(key, info) as (stream, view):
+            described, at = _describe(stream, view, info)
+            if at is None:
+                described = torch.load(view, map_location="cpu", weights_only=True)
+            self._check(key, chunk, info, described)
+            return described if at is None else _mapped(stream, described, at)
+
+    def _addresses(self, key: str, chunk: ChunkStorageMetadata, info: _StorageInfo) -> Tensor | None:
+        with self._open(key, info) as (stream, view):
+            described, at = _describe(stream, view, info)
+        if at is None or described.dtype != self.dtype(key):
+            return None
+        self._check(key, chunk, info, described)
+        path = self.path / info.relative_path
+        if path not in self.files:
+            self.files.append(path)
+        return addresses(self.files.index(path), at, chunk.sizes, described.dtype)
+
+    def _check(self, key: str, chunk: ChunkStorageMetadata, info: _StorageInfo, tensor: Any) -> None:
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
             found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"{self.path / info.relative_path}: {key}: found {found}, wanted shape {list(chunk.sizes)}")
-        return tensor[tuple(slice(a - at, b - at) for (a, b), at in zip(inner, chunk.offsets, strict=True))]
 
-    def _load(self, key: str, info: _StorageInfo) -> Any:
+    @contextmanager
+    def _open(self, key: str, info: _StorageInfo) -> Iterator[tuple[BinaryIO, Any]]:
+        """(the file, the chunk's part of it)"""
         file = PurePosixPath(str(info.relative_path))
         if len(file.parts) != 1 or file.name in ("", ".", ".."):
             raise UserError(f"{self.path}: {key} is said to lie in {str(file)!r}, outside of the checkpoint; refused")
         try:
             with (self.path / file).open("rb") as stream:
-                view: Any = _create_file_view(stream, info.offset, info.length)
-                return _mapped(stream, view, info)
+                yield stream, _create_file_view(stream, info.offset, info.length)
         except FileNotFoundError:
             raise UserError(f"{self.path / file}: no such file, though {key} lies in it") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
@@ -195,29 +255,32 @@ class CheckpointReader:
             raise UserError(f"{self.path / file}: {key}: damaged, or more than a tensor ({reason}); refused") from None
 
 
-def _mapped(stream: Any, view: Any, info: _StorageInfo) -> Any:
-    """What ``torch.load`` gives of a chunk, but as a view of the file: nothing is copied before it is needed.
+def _describe(stream: Any, view: Any, info: _StorageInfo) -> tuple[Any, int | None]:
+    """What ``torch.load`` gives of a chunk, but for the values, and where in the file these lie as they are in memory.
 
-    The chunk's own description (``weights_only``) says what the tensor is; where its one storage lies as it is in
-    memory, the bytes are mapped. Any other object, and a storage at an odd place, is read by ``torch.load``.
+    The chunk's own description (``weights_only``) says what the tensor is. No position: any other object, or a storage
+    at an odd place; ``torch.load`` reads it.
     """
     with torch.serialization.skip_data():
         tensor = torch.load(view, map_location="cpu", weights_only=True)
     view.seek(0)
-    if type(tensor) is Tensor and tensor.numel() and tensor.is_contiguous() and tensor.storage_offset() == 0:
-        zipped = torch._C.PyTorchFileReader(view)
-        at = info.offset + zipped.get_record_offset("data/0") if zipped.has_record("data/0") else 1
-        size = tensor.untyped_storage().nbytes()
-        inside = at + size <= min(info.offset + info.length, os.fstat(stream.fileno()).st_size)
-        if zipped.get_all_records().count("data/1") == 0 and at % _ALIGNED == 0 and size == tensor.nbytes and inside:
-            # only the chunk's pages: a private view of a whole 28 GB file is refused where memory is smaller
-            first = at - at % mmap.ALLOCATIONGRANULARITY
-            pages = mmap.mmap(stream.fileno(), at - first + size, access=mmap.ACCESS_COPY, offset=first)
-            return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=at - first).view(
-                tensor.shape
-            )
-        view.seek(0)
-    return torch.load(view, map_location="cpu", weights_only=True)
+    if type(tensor) is not Tensor or not tensor.numel() or not tensor.is_contiguous() or tensor.storage_offset():
+        return tensor, None
+    zipped = torch._C.PyTorchFileReader(view)
+    at = info.offset + zipped.get_record_offset("data/0") if zipped.has_record("data/0") else 1
+    size = tensor.untyped_storage().nbytes()
+    inside = at + size <= min(info.offset + info.length, os.fstat(stream.fileno()).st_size)
+    alone = zipped.get_all_records().count("data/1") == 0
+    view.seek(0)
+    return tensor, at if alone and at % _ALIGNED == 0 and size == tensor.nbytes and inside else None
+
+
+def _mapped(stream: Any, like: Tensor, at: int) -> Tensor:
+    """A tensor that is a view of the file: nothing is copied before it is needed."""
+    # only the chunk's pages: a private view of a whole 28 GB file is refused where memory is smaller
+    first = at - at % mmap.ALLOCATIONGRANULARITY
+    pages = mmap.mmap(stream.fileno(), at - first + like.nbytes, access=mmap.ACCESS_COPY, offset=first)
+    return torch.frombuffer(pages, dtype=like.dtype, count=like.numel(), offset=at - first).view(like.shape)
 
 
 def _box(size: Sequence[int], index: Sequence[slice]) -> list[tuple[int, int]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.errors import UserError
@@ -19,6 +18,7 @@ from megatron_embed.conversion.importing import torch_dtype_of
 from megatron_embed.conversion.progress import byte_bar
 from megatron_embed.conversion.safetensors_writer import TensorSpec, write_sharded
 from megatron_embed.conversion.sentence_files import write_json
+from megatron_embed.conversion.stored import Values
 
 _PREFIX = "language_model.model."
 _SCALES = (".weight_scale_inv", ".activation_scale")
@@ -34,7 +34,7 @@ class VLMSource:
     prefix: str
     #: tensors beside the language tower (lm_head among them, where there is one)
     others: tuple[TensorSpec, ...]
-    read: Callable[[str], Tensor]
+    values: Callable[[str, torch.dtype], Values]
 
 
 def find_vlm_source(iter_dir: Path, weights: CheckpointWeights, given: HFFolder | None) -> VLMSource:
@@ -53,7 +53,7 @@ def find_vlm_source(iter_dir: Path, weights: CheckpointWeights, given: HFFolder 
         specs = tuple(TensorSpec(n, reader.shape(KEPT + n), reader.dtype(KEPT + n)) for n in kept)
         prefix = str(model.get("hf_prefix") or _PREFIX)
         return VLMSource(
-            iter_dir / checkpoint_folder.SIDECARS, prefix, specs, lambda name: weights.reader.read(KEPT + name)
+            iter_dir / checkpoint_folder.SIDECARS, prefix, specs, lambda n, dtype: reader.values(KEPT + n, dtype)
         )
     recorded = model.get("hf_model")
     if isinstance(recorded, str) and recorded:
@@ -79,7 +79,7 @@ def _from_folder(folder: HFFolder, weights: CheckpointWeights) -> VLMSource:
     tower = {folder.prefix + name for weight in mapping.weights(weights.config) for name in weight.hf}
     names = [name for name in folder.names() if name not in tower and not name.endswith(_SCALES)]
     specs = tuple(TensorSpec(name, folder.shape(name), folder.tensor_dtype(name)) for name in names)
-    return VLMSource(folder.path, folder.prefix, specs, folder.read)
+    return VLMSource(folder.path, folder.prefix, specs, folder.values)
 
 
 def write_vlm(
@@ -118,22 +118,25 @@ def write_vlm(
         for weight in mapping.weights(config)
         for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
     ]
-    specs += [TensorSpec(spec.name, spec.shape, dtype_of(spec)) for spec in source.others]
+    others = [TensorSpec(spec.name, spec.shape, dtype_of(spec)) for spec in source.others]
+    specs += others
     with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
         write_sharded(
             specs,
-            _tensors(source, weights),
+            _values(source, weights, tower, others),
             out,
             max_shard_size=max_shard_size,
             on_tensor=lambda spec: advance(spec.nbytes),
         )
 
 
-def _tensors(source: VLMSource, weights: CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
-    yield from weights.hf_tensors(source.prefix)
+def _values(
+    source: VLMSource, weights: CheckpointWeights, tower: torch.dtype, others: list[TensorSpec]
+) -> Iterator[tuple[str, Values]]:
+    yield from weights.hf_values(tower, source.prefix)
     embedding = next(mapping.weights(weights.config))
-    for spec in source.others:
+    for spec in others:
         if spec.name.endswith("lm_head.weight") and weights.config.tie_word_embeddings:
             yield spec.name, weights.read(embedding)  # a tied head that is stored all the same
         else:
-            yield spec.name, source.read(spec.name)
+            yield spec.name, source.values(spec.name, spec.dtype)

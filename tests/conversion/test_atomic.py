@@ -83,14 +83,14 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 def test_a_reader_that_fails_half_way(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import_hf(source("model"), tmp_path / "m", progress=False)
-    load, count = tensor_stream.CheckpointReader._load, iter(range(100))
+    load, count = tensor_stream.CheckpointReader._addresses, iter(range(100))
 
     def broken(self: tensor_stream.CheckpointReader, *args: object) -> object:
         if next(count) == 9:
             raise UserError("a bad sector")
         return load(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tensor_stream.CheckpointReader, "_load", broken)
+    monkeypatch.setattr(tensor_stream.CheckpointReader, "_addresses", broken)
     with pytest.raises(UserError, match="a bad sector"):
         export_hf(tmp_path / "m", tmp_path / "hf", progress=False)
     assert names(tmp_path) == ["m"]
