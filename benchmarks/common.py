@@ -29,7 +29,13 @@ SMALL: dict[str, Any] = {
 
 
 def make_embedder(
-    folder: Path, tokenizer: Path, *, seed: int = 0, embedding_std: float = 0.2, **overrides: Any
+    folder: Path,
+    tokenizer: Path,
+    *,
+    seed: int = 0,
+    embedding_std: float = 0.2,
+    max_length: int = 512,
+    **overrides: Any,
 ) -> Path:
     """A random bidirectional embedder as a sentence-transformers folder, with a real tokenizer beside it.
 
@@ -49,8 +55,9 @@ def make_embedder(
     with torch.no_grad():
         model.embed_tokens.weight.mul_(embedding_std / config.initializer_range)
     model.save_pretrained(folder)
-    write_tokenizer(tokenizer, folder, max_length=512)
-    write_sentence_files(folder, EncoderConfig.from_hf(folder), SentenceSettings())
+    write_tokenizer(tokenizer, folder, max_length=max_length)
+    settings = SentenceSettings(query_max_length=max_length, passage_max_length=max_length)
+    write_sentence_files(folder, EncoderConfig.from_hf(folder), settings)
     return folder
 
 
