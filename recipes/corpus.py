@@ -50,7 +50,7 @@ class CorpusFacts:
 
 
 class Corpus:
-    """A file of texts, by offsets: 16 bytes of memory a row.
+    """A file of texts, by offsets: 16 bytes a row, mapped into memory where they are kept.
 
     Args:
         path: a BEIR folder, a file of objects with ``_id``, ``text`` and perhaps ``title``, or a file of plain lines,

@@ -1,29 +1,31 @@
 """Training pairs from files, and the order in which they are trained on.
 
-A dataset holds offsets, not texts; all of it is read once at the start, so that a bad line ends a run before it
-began. The order is a pure function of seed and step: resuming needs the step alone, and no layout changes it.
+A dataset holds offsets, not texts; all of it is read at the first start, so that a bad line ends a run before it
+began, and what was found is kept for the next (:mod:`megatron_embed.recipes.data_index`). The order is a pure
+function of seed and step: resuming needs the step alone, and no layout changes it.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import document_text, is_beir, open_texts, qrels_path, read_qrels, read_texts
+from megatron_embed.recipes.beir import is_beir
+from megatron_embed.recipes.beir_rows import BeirRows
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.duplicates import TextIds, spread
+from megatron_embed.recipes.data_index import indexed
+from megatron_embed.recipes.duplicates import spread
 from megatron_embed.recipes.formats import PairReader
 from megatron_embed.recipes.pairs import Pair, Teacher
-from megatron_embed.recipes.rows import RowError, Rows, open_rows
-from megatron_embed.recipes.targets import text_id
+from megatron_embed.recipes.read_through import read_through
+from megatron_embed.recipes.rows import Rows, open_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,48 +49,6 @@ class Example:
     teacher: Teacher
 
 
-class BeirRows:
-    """The train split of a BEIR folder: one row a judged query. Only ids are kept in memory."""
-
-    form = "BEIR folder, train split"
-
-    def __init__(self, folder: str) -> None:
-        root = Path(folder)
-        self.path = str(qrels_path(root, "train"))
-        self._tables = {name: open_texts(root, name) for name in ("corpus.jsonl", "queries.jsonl")}
-        index = {name: {id_: row for id_, _, row in read_texts(root, name)} for name in self._tables}
-        self._positives: dict[int, list[int]] = {}
-        self._lines: dict[int, int] = {}
-        for query, document, grade, line in read_qrels(root, "train"):
-            for id_, name in ((query, "queries.jsonl"), (document, "corpus.jsonl")):
-                if id_ not in index[name]:
-                    raise UserError(f"{self.path}, line {line}: {id_!r} is not in {name}")
-            if grade > 0:
-                row = index["queries.jsonl"][query]
-                self._positives.setdefault(row, []).append(index["corpus.jsonl"][document])
-                self._lines.setdefault(row, line)
-        if not self._positives:
-            raise UserError(f"{self.path}: no judgement has a grade above 0")
-        self._queries = list(self._positives)
-
-    def __len__(self) -> int:
-        return len(self._queries)
-
-    def __getitem__(self, index: int) -> Any:
-        row = self._queries[index]
-        documents = (self._tables["corpus.jsonl"][document] for document in self._positives[row])
-        return {
-            "query": document_text(self._tables["queries.jsonl"][row]),
-            "positive": [document_text(document) for document in documents],
-        }
-
-    def line(self, index: int) -> int:
-        return self._lines[self._queries[index]]
-
-    def scan(self) -> Iterator[Any]:
-        yield from (self[index] for index in range(len(self)))
-
-
 class PairSource:
     """One source, every row checked. A row with several positives counts as that many examples."""
 
@@ -96,37 +56,17 @@ class PairSource:
         self.source = source
         self.rows: Rows = open_source(source.path)
         self.reader = PairReader(self.rows)
+        found = indexed("pairs", [*self.rows.files, *self.reader.files], lambda: read_through(self.rows, self.reader))
         #: hard negatives of the row that has most
-        self.max_negatives = 0
-        first_problem, unusable, counts = "", 0, np.ones(len(self.rows), dtype=np.int32)
+        self.max_negatives: int = found.facts["max_negatives"]
         #: first row without a teacher's scores, and without its vectors; the widths of the vectors
-        self.no_scores = self.no_vectors = -1
-        self.vector_widths: set[int] = set()
-        ids = TextIds()
-        for index, (pair, problem) in enumerate(checked(self.rows, self.reader)):
-            if pair is None:
-                first_problem = first_problem or f"line {self.rows.line(index)}: {problem}"
-                unusable += 1
-            else:
-                counts[index] = len(pair.positives)
-                query = text_id(pair.query)
-                for text in pair.positives:
-                    ids.add(query, text_id(text))
-                self.max_negatives = max(self.max_negatives, len(pair.negatives))
-                if pair.teacher.scores is None and self.no_scores < 0:
-                    self.no_scores = index
-                if pair.teacher.passages is None and self.no_vectors < 0:
-                    self.no_vectors = index
-                for vector in (pair.teacher.query, *(pair.teacher.passages or ())):
-                    if vector is not None:
-                        self.vector_widths.add(len(vector))
-        if unusable:
-            more = f" ({unusable - 1} more cannot be used)" if unusable > 1 else ""
-            raise UserError(f"{self.rows.path}, {first_problem}{more}")
-        #: examples that share a text, see :meth:`TextIds.groups`
-        self.groups = ids.groups()
+        self.no_scores: int = found.facts["no_scores"]
+        self.no_vectors: int = found.facts["no_vectors"]
+        self.vector_widths: set[int] = set(found.facts["vector_widths"])
+        #: examples that share a text, see :meth:`megatron_embed.recipes.duplicates.TextIds.groups`
+        self.groups = found.arrays.get("groups")
         # Only where some row has several positives does an example need more than its row's number.
-        self._ends = None if (counts == 1).all() else np.cumsum(counts, dtype=np.int64)
+        self._ends = found.arrays.get("ends")
 
     def __len__(self) -> int:
         return len(self.rows) if self._ends is None else int(self._ends[-1])
@@ -177,15 +117,6 @@ def open_source(path: str) -> Rows:
             )
         return BeirRows(path)
     return open_rows(path)
-
-
-def checked(rows: Rows, reader: PairReader) -> Iterator[tuple[Pair | None, str]]:
-    """(pair, "") of every row, or (None, what is wrong with it)."""
-    for value in rows.scan():
-        try:
-            yield reader.pair(value), ""
-        except RowError as error:
-            yield None, str(error)
 
 
 class PairDataset:

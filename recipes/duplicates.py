@@ -6,42 +6,50 @@ In one batch the positive of one would be a negative of the other, or be masked 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 import numpy as np
 
 #: batches ahead and behind in which another place for an example is looked for
 REACH = 16
+#: examples looked at together, so that what is computed of them stays small
+_BLOCK = 1 << 16
 
 
 class TextIds:
     """Identities of a source's queries and positives: 16 bytes an example while the source is read."""
 
     def __init__(self) -> None:
-        self._queries, self._positives = array("Q"), array("Q")
+        self._columns = [array("Q"), array("Q")]
 
     def add(self, query: int, positive: int) -> None:
         """The next example's."""
-        self._queries.append(query)
-        self._positives.append(positive)
+        self._columns[0].append(query)
+        self._columns[1].append(positive)
 
     def groups(self) -> np.ndarray | None:
         """``[2, n]`` int32: which examples have the same query, and which the same positive; −1: no other has it.
 
-        None where no text stands twice, so that such sources keep nothing.
+        None where no text stands twice, so that such sources keep nothing. The identities are given up.
         """
-        found = [_groups(np.frombuffer(ids, dtype=np.uint64)) for ids in (self._queries, self._positives)]
+        found = []
+        while self._columns:  # one column at a time, and none longer than it is wanted
+            found.append(_groups(np.frombuffer(self._columns.pop(0), dtype=np.uint64)))
         return np.stack(found) if any((groups >= 0).any() for groups in found) else None
 
 
 def _groups(ids: np.ndarray) -> np.ndarray:
-    order = np.argsort(ids, kind="stable")
-    same = ids[order[1:]] == ids[order[:-1]]
     groups = np.full(len(ids), -1, dtype=np.int32)
-    if not same.any():
+    ordered = np.sort(ids)
+    again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    if not len(again):
         return groups
-    numbers = np.concatenate([[0], np.cumsum(~same)])
-    shared = np.concatenate([same, [False]]) | np.concatenate([[False], same])
-    groups[order[shared]] = numbers[shared]
+    for first in range(0, len(ids), _BLOCK):
+        block = ids[first : first + _BLOCK]
+        at = np.searchsorted(again, block)
+        at[at == len(again)] = 0  # beyond the last one: compared with any, it differs
+        groups[first : first + _BLOCK] = np.where(again[at] == block, at, -1)
     return groups
 
 
@@ -57,70 +65,153 @@ def spread(order: np.ndarray, batch: int, groups: np.ndarray) -> np.ndarray:
         order: ``[n]`` examples, of which each ``batch`` in turn are a batch, and the rest is dropped.
         groups: of :meth:`TextIds.groups`.
     """
-    order = order.copy()
-    special: np.ndarray = np.any(groups[:, order] >= 0, axis=0)
-    for first in range(0, len(order) - batch + 1, batch):
-        places = np.flatnonzero(special[first : first + batch])
-        if len(places) < 2:
-            continue
-        seen = _Seen(groups)
-        end = first + (1 + REACH) * batch
-        stuck = False
-        for place in (first + places).tolist():
-            if seen.fits(order[place]):
-                seen.add(order[place])
+    epoch = _Epoch(order.copy(), batch, np.asarray(groups))
+    for number in range(len(order) // batch):
+        if epoch.repeats[number]:
+            epoch.mend(number)
+    return epoch.order
+
+
+class _Epoch:
+    """An order while it is spread.
+
+    Attributes:
+        order: ``[n]`` examples.
+        repeats: ``[batches + 1]`` bool: batches that may hold a text twice; all others can be passed over. The last
+            stands for the tail.
+    """
+
+    def __init__(self, order: np.ndarray, batch: int, groups: np.ndarray) -> None:
+        self.order, self._batch, self._groups = order, batch, groups
+        #: places whose example shares a text with any other
+        self._special = np.concatenate([(groups[:, part] >= 0).any(axis=0) for part in _blocks(order)])
+        self.repeats = np.zeros(len(order) // batch + 1, dtype=np.bool_)
+        self._seen, self._rest = _Seen(groups), _Seen(groups)
+        self._held: dict[int, tuple[set[int], set[int]]] = {}  # of batches near the end: first place → texts
+        step = max(_BLOCK // batch, 1) * batch
+        for first in range(0, len(order) - batch + 1, step):
+            whole = order[first : min(first + step, len(order) // batch * batch)].reshape(-1, batch)
+            number = first // batch
+            for column in groups:
+                self.repeats[number : number + len(whole)] |= _any_twice(column[whole])
+
+    def mend(self, number: int) -> None:
+        """Put others in the places of the examples whose texts the batch holds already."""
+        first = number * self._batch
+        following, reach = first + self._batch, first + (1 + REACH) * self._batch
+        places = first + np.flatnonzero(self._special[first:following])
+        texts = self._groups[:, self.order[places]].T.tolist()
+        self._seen.clear()
+        later = self._later_that_fit(following, reach)
+        hopeless: set[tuple[int, int]] = set()  # texts for which the batches before have no place
+        for place, (query, positive) in zip(places.tolist(), texts, strict=True):
+            if self._seen.fits(query, positive):
+                self._seen.add(query, positive)
                 continue
-            other = -1
-            if not stuck:
-                other = _later_that_fits(order, special, first + batch, end, seen)
-            if other < 0 and end >= len(order):
-                other = _earlier_that_fits(order, place, batch, groups)
-            stuck = other < 0
-            if not stuck:
-                order[[place, other]] = order[[other, place]]
-                special[[place, other]] = special[[other, place]]
-                seen.add(order[place])
-    return order
+            other = next(later, -1)
+            if other < 0 and reach >= len(self.order) and (query, positive) not in hopeless:
+                other = self._earlier_that_fits(place)
+                if other < 0:
+                    hopeless.add((query, positive))
+                else:
+                    hopeless.clear()  # a batch before has changed
+            if other >= 0:
+                self._swap(place, other)
+                self._seen.add(*self._groups[:, self.order[place]].tolist())
+
+    def _swap(self, place: int, other: int) -> None:
+        for values in (self.order, self._special):
+            values[place], values[other] = values[other], values[place]
+        self.repeats[other // self._batch] = True
+        for changed in (place, other):
+            self._held.pop(changed - changed % self._batch, None)
+
+    def _later_that_fit(self, first: int, last: int) -> Iterator[int]:
+        """Places whose examples fit when they are asked for: those that share nothing with any, then the others.
+
+        What did not fit once does not fit later, for a batch only gains texts: no place is looked at again.
+        """
+        yield from (first + np.flatnonzero(~self._special[first:last])).tolist()
+        yield from self._that_fit(first, min(last, len(self.order)), self._seen)
+
+    def _that_fit(self, first: int, last: int, seen: _Seen) -> Iterator[int]:
+        step = 32
+        while first < last:  # the first that fits is mostly among the next few: ever larger blocks
+            groups = self._groups[:, self.order[first : min(first + step, last)]]
+            for at in np.flatnonzero(seen.fit(groups)).tolist():
+                if seen.fits(*groups[:, at].tolist()):
+                    yield first + at
+            first, step = first + step, 2 * step
+
+    def _earlier_that_fits(self, place: int) -> int:
+        """A place in an earlier batch whose example and the one at ``place`` can change places."""
+        batch, start = self._batch, place - place % self._batch
+        query, positive = self._groups[:, self.order[place]].tolist()
+        self._rest.clear()
+        for first in range(start - batch, max(start - (1 + REACH) * batch, 0) - 1, -batch):
+            queries, positives = self._texts(first)
+            if query in queries or positive in positives:
+                continue
+            if self._rest.empty:  # the other texts of the example's own batch: seldom needed
+                self._rest.add_all(self._groups[:, np.delete(self.order[start : start + batch], place - start)])
+            found = next(self._that_fit(first, first + batch, self._rest), -1)
+            if found >= 0:
+                return found
+        return -1
+
+    def _texts(self, first: int) -> tuple[set[int], set[int]]:
+        """The shared queries and positives that a batch holds."""
+        if first not in self._held:
+            queries, positives = self._groups[:, self.order[first : first + self._batch]]
+            self._held[first] = set(queries[queries >= 0].tolist()), set(positives[positives >= 0].tolist())
+        return self._held[first]
 
 
 class _Seen:
-    """The texts of a batch."""
+    """The texts of a batch: a flag a group, asked for one example or for many at once."""
 
     def __init__(self, groups: np.ndarray) -> None:
-        self._groups = groups
-        self._sets: tuple[set[int], set[int]] = (set(), set())
+        # One flag more than there are groups, never set: the last, which −1 asks for.
+        self._flags = [bytearray(int(column.max()) + 2) for column in groups]
+        self._arrays = [np.frombuffer(flags, dtype=np.bool_) for flags in self._flags]
+        self._added: tuple[list[int], list[int]] = ([], [])
 
-    def fits(self, example: int) -> bool:
-        query, positive = self._groups[:, example].tolist()
-        return query not in self._sets[0] and positive not in self._sets[1]
+    def clear(self) -> None:
+        for flags, added in zip(self._arrays, self._added, strict=True):
+            flags[added] = False
+            added.clear()
 
-    def add(self, example: int) -> None:
-        for texts, group in zip(self._sets, self._groups[:, example].tolist(), strict=True):
-            if group >= 0:
-                texts.add(group)
+    @property
+    def empty(self) -> bool:
+        return not any(self._added)
+
+    def fits(self, query: int, positive: int) -> bool:
+        return not (self._flags[0][query] or self._flags[1][positive])
+
+    def fit(self, groups: np.ndarray) -> np.ndarray:
+        """:meth:`fits` of ``[2, n]``, as ``[n]`` bool."""
+        return ~(self._arrays[0][groups[0]] | self._arrays[1][groups[1]])
+
+    def add(self, query: int, positive: int) -> None:
+        if query >= 0:
+            self._flags[0][query] = True
+            self._added[0].append(query)
+        if positive >= 0:
+            self._flags[1][positive] = True
+            self._added[1].append(positive)
+
+    def add_all(self, groups: np.ndarray) -> None:
+        """:meth:`add` of ``[2, n]``."""
+        for flags, added, column in zip(self._arrays, self._added, groups, strict=True):
+            flags[column[column >= 0]] = True
+            added.extend(column[column >= 0].tolist())
 
 
-def _later_that_fits(order: np.ndarray, special: np.ndarray, first: int, last: int, seen: _Seen) -> int:
-    free = np.flatnonzero(~special[first:last])
-    return first + int(free[0]) if len(free) else _next_that_fits(order, first, min(last, len(order)), seen)
+def _blocks(order: np.ndarray) -> list[np.ndarray]:
+    return np.split(order, range(_BLOCK, len(order), _BLOCK))
 
 
-def _next_that_fits(order: np.ndarray, first: int, last: int, seen: _Seen) -> int:
-    return next((place for place in range(first, last) if seen.fits(order[place])), -1)
-
-
-def _earlier_that_fits(order: np.ndarray, place: int, batch: int, groups: np.ndarray) -> int:
-    """A place in an earlier batch whose example and the one at ``place`` can change places."""
-    start = place - place % batch
-    others = np.delete(order[start : start + batch], place - start)
-    rest = _Seen(groups)
-    for example in others:
-        rest.add(example)
-    for first in range(start - batch, max(start - (1 + REACH) * batch, 0) - 1, -batch):
-        held = groups[:, order[first : first + batch]]
-        if ((held == groups[:, order[place], None]) & (held >= 0)).any():
-            continue
-        found = _next_that_fits(order, first, first + batch, rest)
-        if found >= 0:
-            return found
-    return -1
+def _any_twice(groups: np.ndarray) -> np.ndarray:
+    """Whether a row of ``[n, batch]`` holds a group twice."""
+    ordered = np.sort(groups, axis=1)
+    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)

@@ -16,12 +16,15 @@ import numpy as np
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import document_text
 from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.data_index import Index, indexed
 from megatron_embed.recipes.pairs import Pair, kind_of, parse_pair
 from megatron_embed.recipes.rows import JsonObjectRows, RowError, Rows, read_json
 from megatron_embed.recipes.targets import text_id
 
 #: (corpus id or None, document id) → text
 Lookup = Callable[[Any, Any], str]
+
+_NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Form:
 
 def _columns(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
     """``negative``, ``negative_1``, … as well as ``negatives``: columns of sentence-transformers."""
-    numbered = [key for key in row if isinstance(key, str) and re.fullmatch(r"negative(_\d+)?", key)]
+    numbered = [key for key in row if isinstance(key, str) and _NEGATIVE.fullmatch(key)]
     numbered.sort(key=lambda key: int(key.partition("_")[2] or 0))
     found = dict(row)
     if "anchor" in row:
@@ -139,31 +142,42 @@ FORMS = (
     Form("sentence-transformers columns", "anchor", _columns, {"query": "anchor", "negatives": "negative_1, …"}),
     Form("query, positive, negatives", "positive", _columns),
 )
-_OWN = FORMS[-1]
 
 
 def form_of(row: Any) -> Form | None:
     """The form of a row, or None if it has the keys of none."""
     if not isinstance(row, Mapping):
         return None
-    return next((form for form in FORMS if form.key in row), None)
+    for form in FORMS:  # a generator is slower, and this is asked of every row
+        if form.key in row:
+            return form
+    return None
+
+
+def _first_form(rows: Rows) -> Index:
+    """The form of the first row that has one, and the row's line."""
+    for index, value in enumerate(rows.scan()):
+        if (found := form_of(value)) is not None:
+            return Index(facts={"key": found.key, "line": rows.line(index)})
+    return Index(facts={"key": FORMS[-1].key, "line": 0})
 
 
 class PairReader:
     """Reads the rows of one file, all in the form of the first row that has one."""
 
     def __init__(self, rows: Rows) -> None:
-        self.form, self.line = _OWN, 0
-        for index, value in enumerate(rows.scan()):
-            if (found := form_of(value)) is not None:
-                self.form, self.line = found, rows.line(index)
-                break
+        found = indexed("form", rows.files, lambda: _first_form(rows)).facts
+        self.form = next(form for form in FORMS if form.key == found["key"])
+        self.line: int = found["line"]
+        #: where the documents that rows name by id lie
+        self.files: list[Path] = []
         self._documents: dict[str, Documents] = {}
         self._all: Documents | None = None
         if isinstance(rows, JsonObjectRows):
-            self._documents = automodel_corpora(rows)
+            self._documents, self.files = automodel_corpora(rows)
         elif self.form.key == "positive_document_ids":
-            self._all = Documents(_corpus_beside(Path(rows.path)))
+            self.files = _corpus_beside(Path(rows.path))
+            self._all = Documents(self.files)
 
     def pair(self, value: Any) -> Pair:
         """What a row says.
@@ -198,19 +212,25 @@ class PairReader:
 
 
 class Documents:
-    """Documents by id: 24 bytes of memory a document, texts stay on the disk."""
+    """Documents by id: 16 bytes a document, mapped into memory where they are kept; texts stay on the disk."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.corpora = [Corpus(path) for path in paths]
+        arrays = indexed("documents", paths, self._sorted).arrays
+        self._ids, self._order = arrays["ids"], arrays["order"]
+
+    def _sorted(self) -> Index:
+        """``ids``, sorted, and the numbers of their documents, ``order``."""
         ids = (text_id(corpus.read_id(row)) for corpus in self.corpora for row in range(len(corpus)))
         found = np.fromiter(ids, dtype=np.uint64)
-        self._order = np.argsort(found, kind="stable")
-        self._ids = found[self._order]
-        again = np.flatnonzero(self._ids[1:] == self._ids[:-1])
+        order = np.argsort(found, kind="stable")
+        found = found[order]
+        again = np.flatnonzero(found[1:] == found[:-1])
         if len(again):
-            corpus, row = self._place(int(self._order[again + 1].min()))
+            corpus, row = self._place(int(order[again + 1].min()))
             where = f"{corpus.path}, line {corpus.rows.line(row)}"
             raise UserError(f"{where}: _id {corpus.read_id(row)!r} stands in the corpus twice")
+        return Index({"ids": found, "order": order})
 
     def text(self, id_: Any) -> str:
         """The document, title first."""
@@ -247,10 +267,11 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for end in ("parquet", "jsonl") for file in folder.glob(f"*.{end}"))
 
 
-def automodel_corpora(rows: JsonObjectRows) -> dict[str, Documents]:
-    """Corpus id → documents, of the folders that ``"corpus"`` names, relative to the file."""
+def automodel_corpora(rows: JsonObjectRows) -> tuple[dict[str, Documents], list[Path]]:
+    """Corpus id → documents, of the folders that ``"corpus"`` names, relative to the file; and all files of these."""
     named = rows.head.get("corpus")
     found: dict[str, Documents] = {}
+    read: list[Path] = []
     for entry in named if isinstance(named, list) else [named]:
         path = entry.get("path") if isinstance(entry, Mapping) else entry
         if not isinstance(path, str):
@@ -268,4 +289,5 @@ def automodel_corpora(rows: JsonObjectRows) -> dict[str, Documents]:
         if not files:
             raise UserError(f"{folder}: no *.parquet or *.jsonl with the documents' id and text")
         found[str(value["corpus_id"])] = Documents(files)
-    return found
+        read += [metadata, *files]
+    return found, read

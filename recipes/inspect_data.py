@@ -12,9 +12,10 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config import DataSection
-from megatron_embed.recipes.data import checked, open_source
+from megatron_embed.recipes.data import open_source
 from megatron_embed.recipes.formats import PairReader
 from megatron_embed.recipes.pairs import Pair
+from megatron_embed.recipes.read_through import checked
 from megatron_embed.recipes.rows import Rows
 
 _SHOWN = 20  # problems named one by one

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.data_index import Index, indexed
 
 
 class RowError(ValueError):
@@ -23,10 +25,11 @@ class RowError(ValueError):
 
 
 class Rows(Protocol):
-    """A file's rows. ``form`` names what was recognised."""
+    """A file's rows. ``form`` names what was recognised, ``files`` are those that they lie in."""
 
     path: str
     form: str
+    files: list[Path]
 
     def __len__(self) -> int: ...
 
@@ -67,22 +70,20 @@ def open_rows(path: str) -> Rows:
     return rows
 
 
+_SCANNED = 1 << 20  # bytes read at once where all rows are read
 _BOM = b"\xef\xbb\xbf"
 
 
 class JsonLineRows:
-    """JSON lines through an index of byte offsets: 16 bytes of memory a row, whatever the file's size."""
+    """JSON lines through an index of byte offsets: 16 bytes a row, mapped into memory where it is kept."""
 
     form = "JSON lines"
 
     def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+        self.path, self.files = str(path), [Path(path)]
         self._file = os.open(self.path, os.O_RDONLY)
-        starts, ends = _line_offsets(self._file)
-        lines = np.flatnonzero(ends > starts)
-        self._starts, self._ends = starts[lines], ends[lines]
-        # Only a file with blank lines needs a map from row to line.
-        self._lines = None if len(lines) == len(starts) else lines
+        arrays = indexed("lines", self.files, lambda: _filled_lines(self._file)).arrays
+        self._starts, self._ends, self._lines = arrays["starts"], arrays["ends"], arrays.get("lines")
 
     def __del__(self) -> None:
         if (file := self.__dict__.pop("_file", None)) is not None:
@@ -103,21 +104,43 @@ class JsonLineRows:
         return int(index if self._lines is None else self._lines[index]) + 1
 
     def scan(self) -> Iterator[Any]:
-        for index in range(len(self)):
-            try:
-                yield self[index]
-            except RowError as error:
-                yield error
+        first = 0
+        while first < len(self):  # a read for many rows: one for each takes as long as parsing them
+            start = int(self._starts[first])
+            last = max(first + 1, int(np.searchsorted(self._ends, start + _SCANNED, side="right")))
+            data = os.pread(self._file, int(self._ends[last - 1]) - start, start)
+            bounds = ((offsets[first:last] - start).tolist() for offsets in (self._starts, self._ends))
+            for begin, end in zip(*bounds, strict=True):
+                try:
+                    yield parse_json(data[begin:end])
+                except RowError as error:
+                    yield error
+            first = last
+
+
+def _filled_lines(file: int) -> Index:
+    """``starts`` and ``ends`` of the lines that are not blank, and ``lines``, which these are (from 0).
+
+    Only a file with blank lines needs the last.
+    """
+    starts, ends = _line_offsets(file)
+    filled = ends > starts
+    if filled.all():
+        return Index({"starts": starts, "ends": ends})
+    return Index({"starts": starts[filled], "ends": ends[filled], "lines": np.flatnonzero(filled)})
 
 
 def _line_offsets(file: int, chunk: int = 1 << 22) -> tuple[np.ndarray, np.ndarray]:
     """(first byte, end) of every line, as int64; blank lines come out empty, a BOM belongs to no line."""
-    breaks, position = [], 0
+    breaks, position = array("q"), 0
     while data := os.pread(file, chunk, position):
-        breaks.append(np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n")) + position)
+        found = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n")) + position
+        breaks.frombytes(found.astype(np.int64).tobytes())
         position += len(data)
-    ends = np.concatenate([*breaks, [position]]).astype(np.int64)
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+    breaks.append(position)
+    ends = np.frombuffer(breaks, dtype=np.int64)
+    starts = np.zeros_like(ends)
+    np.add(ends[:-1], 1, out=starts[1:])
     if os.pread(file, len(_BOM), 0) == _BOM:
         starts[0] = len(_BOM)
     for line in np.flatnonzero(ends - starts == 1):  # "\r\n" alone is blank too
@@ -169,7 +192,7 @@ class JsonArrayRows:
     form = "JSON array"
 
     def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+        self.path, self.files = str(path), [Path(path)]
         self._values = self._entries(read_json(Path(path)))
         if not self._values:
             raise UserError(f"{path}: the array is empty; wanted training pairs")
@@ -221,8 +244,8 @@ def read_json(path: Path) -> Any:
 class TableRows:
     """Rows of an Arrow table that `datasets` keeps on disk and maps into memory."""
 
-    def __init__(self, path: str, table: Any, form: str) -> None:
-        self.path, self.form, self._table = path, form, table
+    def __init__(self, path: str, table: Any, form: str, files: list[Path]) -> None:
+        self.path, self.form, self.files, self._table = path, form, files, table
         if not len(table):
             raise UserError(f"{path}: no rows; wanted training pairs")
 
@@ -234,7 +257,7 @@ class TableRows:
 
         try:
             pyarrow.parquet.read_metadata(path)  # the footer: where a file cut short shows
-            return cls(path, _quiet_datasets().Dataset.from_parquet(path), "Parquet")
+            return cls(path, _quiet_datasets().Dataset.from_parquet(path), "Parquet", [Path(path)])
         except (pyarrow.ArrowException, _datasets_error()) as error:
             raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
 
@@ -248,7 +271,7 @@ class TableRows:
             table = _quiet_datasets().load_dataset("/".join(parts[:2]), *parts[2:], split="train")
         except Exception as error:  # network, absent repository, absent split, …: datasets has no common base class
             raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from None
-        return cls(path, table, "datasets")
+        return cls(path, table, "datasets", [Path(file["filename"]) for file in table.cache_files])
 
     def __len__(self) -> int:
         return len(self._table)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
-from megatron_embed.recipes.duplicates import TextIds, spread
+from megatron_embed.recipes.duplicates import REACH, TextIds, spread
 
 
 def groups_of(queries: list[int], positives: list[int]) -> np.ndarray | None:
@@ -84,6 +84,51 @@ def test_what_shares_nothing_stays_where_it_is() -> None:
     assert spread(last[4:], 5, groups).tolist() == [*range(6, 18), 18, 0, 19, 1]
     tail = np.array([2, 3, 0, 1, 4])
     assert spread(tail, 4, groups).tolist() == [2, 3, 0, 4, 1]
+
+
+def spread_as_written(order: np.ndarray, batch: int, groups: np.ndarray) -> list[int]:
+    """What :func:`spread` says, place by place: no sets kept, nothing passed over, nothing remembered."""
+    found, count = order.tolist(), len(order)
+
+    def clash(example: int, others: list[int]) -> bool:
+        return any(((groups[:, example] == groups[:, x]) & (groups[:, x] >= 0)).any() for x in others)
+
+    for place in range(count // batch * batch):
+        first = place - place % batch
+        if place == first:
+            stays: set[int] = set()  # left where their batch holds the text already
+        here = [x for at, x in enumerate(found[first:place], first) if at not in stays]
+        if not clash(found[place], here):
+            continue
+        window = range(first + batch, min(first + batch * (1 + REACH), count))
+        alone = [at for at in window if (groups[:, found[at]] < 0).all()]
+        fit = alone or [at for at in window if not clash(found[at], here)]
+        if not fit and first + batch * (1 + REACH) >= count:
+            rest = [x for at, x in enumerate(found[first : first + batch], first) if at != place]
+            for before in range(first - batch, max(first - batch * (1 + REACH), 0) - 1, -batch):
+                if not clash(found[place], found[before : before + batch]):
+                    fit = fit or [at for at in range(before, before + batch) if not clash(found[at], rest)]
+        if fit:
+            found[place], found[fit[0]] = found[fit[0]], found[place]
+        else:
+            stays.add(place)
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.integers(2, 90),
+    batch=st.integers(1, 9),
+    kinds=st.tuples(st.integers(1, 120), st.integers(1, 120)),
+    seed=st.integers(0, 2**32),
+)
+def test_the_order_is_the_one_described(size: int, batch: int, kinds: tuple[int, int], seed: int) -> None:
+    """A run resumed with a newer version must see the data that it would have seen."""
+    generator = np.random.default_rng(seed)
+    groups = groups_of(*(generator.integers(0, kind, size).tolist() for kind in kinds))
+    if groups is not None:
+        order = generator.permutation(size)
+        assert spread(order, batch, groups).tolist() == spread_as_written(order, batch, groups)
 
 
 def test_a_text_on_too_many_rows_stays_and_does_not_take_for_ever() -> None:

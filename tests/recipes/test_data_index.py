@@ -1,0 +1,352 @@
+"""The second start reads no row and trains on the same; whatever is amiss with the cache, a start goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes import beir_rows, corpus, data_index, formats, rows
+from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.data_index import Index, cache_folder, indexed
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder that keeps small files too."""
+    monkeypatch.setenv("MEGATRON_EMBED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_index, "LEAST_BYTES", 0)
+    return tmp_path / "cache"
+
+
+def write(path: Path, values: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def json_lines(folder: Path) -> Path:
+    return write(folder / "a.jsonl", [{"query": f"q{i}", "positive": f"p{i}"} for i in range(30)])
+
+
+def everything(folder: Path) -> Path:
+    """Blank lines, repeated texts, several positives, and the answers of a teacher on some rows."""
+    values: list[Any] = [{"query": f"q{i % 9}", "positive": [f"p{i}", f"p{i % 5}"]} for i in range(20)]
+    values += [{"query": f"r{i}", "positive": f"p{i}", "negatives": ["n", "m"], "scores": [1, 2, 3]} for i in range(9)]
+    path = write(folder / "a.jsonl", values)
+    with path.open("a") as file:
+        vector = [0.5] * 4
+        row = {"query": "v", "positive": "w", "query_embedding": vector, "positive_embedding": vector}
+        file.write("\n\r\n" + json.dumps(row) + "\n")
+    return path
+
+
+def array(folder: Path) -> Path:
+    path = folder / "a.json"
+    path.write_text(json.dumps([{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(30)]))
+    return path
+
+
+def documents_by_id(folder: Path) -> Path:
+    write(folder / "corpus.jsonl", [{"docid": f"d{i}", "text": f"p{i}"} for i in range(40)])
+    return write(
+        folder / "a.jsonl", [{"query_text": f"q{i}", "positive_document_ids": [f"d{39 - i}"]} for i in range(30)]
+    )
+
+
+def named_corpora(folder: Path) -> Path:
+    for name in "ab":
+        write(folder / name / "merlin_metadata.json", [{"corpus_id": name}])
+        write(folder / name / "x.jsonl", [{"id": f"d{i}", "text": f"{name} {i}"} for i in range(40)])
+    data = [{"question": f"q{i}", "corpus_id": "ab"[i % 2], "pos_doc": [{"id": f"d{i}"}]} for i in range(30)]
+    path = folder / "a.json"
+    path.write_text(json.dumps({"corpus": [{"path": "a"}, {"path": "b"}], "data": data}))
+    return path
+
+
+def beir(folder: Path) -> Path:
+    write(folder / "beir" / "corpus.jsonl", [{"_id": f"d{i}", "text": f"p{i}"} for i in range(40)])
+    write(folder / "beir" / "queries.jsonl", [{"_id": f"q{i}", "text": f"q{i}"} for i in range(30)])
+    (folder / "beir" / "qrels").mkdir()
+    lines = [f"q{i}\td{(i + more) % 40}\t1\n" for i in range(30) for more in range(1 + i % 2)]
+    (folder / "beir" / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return folder / "beir"
+
+
+FORMS = (json_lines, everything, array, documents_by_id, named_corpora, beir)
+
+
+def start(path: Path) -> PairDataset:
+    return PairDataset([DataSource(path=str(path), query_prompt="q: ")])
+
+
+def seen(data: PairDataset) -> list[Any]:
+    """All that training takes from a dataset."""
+    source, sampler = data.sources[0], GlobalBatchSampler(data, 4, 1)
+    facts = [source.max_negatives, source.no_scores, source.no_vectors, source.vector_widths]
+    facts += [source.reader.form.name, source.reader.line]
+    return facts + [[data[i] for i in sampler.batch(step)] for step in range(2 * sampler.steps_per_epoch)]
+
+
+def entries(cache: Path, kind: str = "*") -> list[Path]:
+    return sorted(path.parent for path in cache.glob(f"index-*/{kind}-*/*/digests.json"))
+
+
+@contextmanager
+def nothing_is_read() -> Iterator[None]:
+    """Whoever parses a line or looks for line ends, ids or a row's form fails."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("read")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "parse_json", fail)
+        patch.setattr(rows, "_line_offsets", fail)
+        patch.setattr(formats, "form_of", fail)
+        patch.setattr(corpus.Corpus, "read_id", fail)
+        patch.setattr(beir_rows, "read_texts", fail)
+        yield
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_the_second_start_reads_no_row_and_gives_the_same(
+    form: Callable[[Path], Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = form(tmp_path)
+    first = seen(start(path))
+    kept = entries(cache)
+    with nothing_is_read():
+        second = start(path)
+    assert seen(second) == first
+    assert entries(cache) == kept
+    monkeypatch.setattr(data_index, "LEAST_BYTES", 1 << 40)
+    with pytest.raises(AssertionError, match="read"), nothing_is_read():
+        start(path)
+    assert seen(start(path)) == first
+
+
+def test_what_is_kept_is_mapped(tmp_path: Path) -> None:
+    path = everything(tmp_path)
+    for _ in range(2):  # at the first start too: what was built is let go
+        source = start(path).sources[0]
+        arrays = [source.groups, source._ends, *(getattr(source.rows, name) for name in ("_starts", "_ends", "_lines"))]
+        assert all(isinstance(found.base, np.memmap) and not found.flags.writeable for found in arrays)
+
+
+def test_small_files_leave_nothing_behind(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_index, "LEAST_BYTES", 16 << 20)
+    start(json_lines(tmp_path))
+    assert not cache.exists()
+
+
+def test_a_changed_file_is_read_again_and_its_old_entries_go(tmp_path: Path, cache: Path) -> None:
+    path = json_lines(tmp_path)
+    start(path)
+    kept = entries(cache)
+    path.write_text(path.read_text() + json.dumps({"query": "new", "positive": ["p", "o"]}) + "\n")
+    assert len(start(path)) == 32
+    changed = entries(cache)
+    assert len(changed) == len(kept) == 3
+    assert not {*changed} & {*kept}
+
+
+def test_the_time_and_the_bytes_at_either_end_count(tmp_path: Path) -> None:
+    path = json_lines(tmp_path)
+    start(path)
+    state = path.stat()
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    with pytest.raises(AssertionError, match="read"), nothing_is_read():
+        start(path)
+    start(path)
+    for old, new in (("q0", "x0"), ("p29", "x29")):  # of the same size, and the time set back
+        path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+        with pytest.raises(AssertionError, match="read"), nothing_is_read():
+            start(path)
+        start(path)
+
+
+@pytest.mark.parametrize("form", [documents_by_id, named_corpora, beir], ids=lambda form: form.__name__)
+def test_a_changed_corpus_is_noticed(form: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = form(tmp_path)
+    start(path)
+    name = {documents_by_id: "corpus.jsonl", named_corpora: "b/x.jsonl", beir: "beir/corpus.jsonl"}[form]
+    documents = (tmp_path / name).read_text().splitlines()
+    (tmp_path / name).write_text("\n".join(documents[::-1]) + "\n")
+    data = start(path)
+    assert {data[i].positive for i in range(30)} & {"p39", "p1", "b 1"}
+    (tmp_path / name).write_text("\n".join(documents[:5]) + "\n")
+    with pytest.raises(UserError, match="is not in"):
+        start(path)
+
+
+def test_an_unusable_row_is_reported_at_every_start(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"query": "q", "positive": "p"}, {"query": "", "positive": "p"}])
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"a.jsonl, line 2: 'query' holds an empty text"):
+            start(path)
+
+
+def damages() -> dict[str, Callable[[Path], object]]:
+    def flipped(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1
+        path.write_bytes(content)
+
+    return {
+        "cut short": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+        "empty": lambda path: path.write_bytes(b""),
+        "one bit": flipped,
+        "absent": lambda path: path.unlink(),
+        "other JSON": lambda path: path.write_text("[1]"),
+        "no text": lambda path: path.write_bytes(b"\xff\xfe"),
+    }
+
+
+@pytest.mark.parametrize("damage", damages())
+def test_a_damaged_entry_is_built_again(damage: str, tmp_path: Path, cache: Path) -> None:
+    path = everything(tmp_path)
+    first = seen(start(path))
+    files = sorted(file for entry in entries(cache) for file in entry.iterdir())
+    assert len(files) == 6 + 3 + 2  # facts and digests of three kinds; starts, ends, lines; ends, groups
+    for file in files:
+        damages()[damage](file)
+        assert seen(start(path)) == first, file
+        with nothing_is_read():
+            start(path)
+    assert sorted(file for entry in entries(cache) for file in entry.iterdir()) == files
+
+
+class Trap:
+    """Unpickled, it leaves a folder behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["object array", "plain pickle"])
+def test_no_pickle_is_read(form: str, tmp_path: Path, cache: Path) -> None:
+    path = everything(tmp_path)
+    first = seen(start(path))
+    trap = np.array([Trap(tmp_path / "sprung")] * 40, dtype=object)
+    for file in cache.glob("*/*/*/*.npy"):
+        if form == "object array":
+            np.save(file, trap, allow_pickle=True)
+        else:
+            file.write_bytes(pickle.dumps(trap))
+        digests = json.loads((file.parent / "digests.json").read_text())
+        digests[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        (file.parent / "digests.json").write_text(json.dumps(digests))
+    assert seen(start(path)) == first
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_without_a_writable_folder_a_start_goes_on_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MEGATRON_EMBED_CACHE", str(tmp_path / "file" / "cache"))
+    path = json_lines(tmp_path)
+    assert [len(start(path)) for _ in range(2)] == [30, 30]
+    message = capsys.readouterr().err
+    assert message.startswith(f"not kept in {tmp_path}/file/cache ($MEGATRON_EMBED_CACHE), so every start reads all")
+    assert message.count("\n") == 1
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    assert len(start(json_lines(tmp_path))) == 30
+    assert "No space left" in capsys.readouterr().err
+    assert not [name for entry in cache.glob("*/lines-*") for name in os.listdir(entry) if name != ".lock"]
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("MEGATRON_EMBED_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/megatron-embed")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/h")
+    assert cache_folder() == Path("/h/.cache/megatron-embed")
+
+
+def of(number: int) -> Index:
+    return Index({"a": np.full(9, number)}, {"b": number})
+
+
+def number_of(index: Index) -> int:
+    assert {int(number) for number in index.arrays["a"]} == {index.facts["b"]}
+    return index.facts["b"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_others_wait_for_the_first(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [json_lines(tmp_path)]
+    building, waiting = threading.Event(), threading.Event()
+    found: dict[str, Any] = {}
+    flock = data_index.fcntl.flock
+
+    def watched(lock: int, how: int) -> None:
+        if how == data_index.fcntl.LOCK_SH:
+            waiting.set()
+        flock(lock, how)
+
+    def first() -> Index:
+        building.set()
+        assert waiting.wait(60)
+        if fails:
+            raise UserError("a bad row")
+        return of(1)
+
+    def run(name: str, build: Callable[[], Index]) -> None:
+        try:
+            found[name] = number_of(indexed("kind", files, build))
+        except UserError as error:
+            found[name] = str(error)
+
+    monkeypatch.setattr(data_index.fcntl, "flock", watched)
+    threads = [threading.Thread(target=run, args=("first", first), daemon=True)]
+    threads[0].start()
+    assert building.wait(60)
+    threads.append(threading.Thread(target=run, args=("second", lambda: of(2)), daemon=True))
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    assert found == ({"first": "a bad row", "second": 2} if fails else {"first": 1, "second": 1})
+
+
+def test_where_nobody_waits_the_first_to_write_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [json_lines(tmp_path)]
+    monkeypatch.setattr(data_index, "_turn", lambda _: nullcontext())
+    assert number_of(indexed("kind", files, lambda: of(number_of(indexed("kind", files, lambda: of(1))) + 1))) == 1
+    assert number_of(indexed("kind", files, lambda: of(3))) == 1
+
+
+def test_a_file_written_to_meanwhile_is_not_kept(tmp_path: Path, cache: Path) -> None:
+    path = json_lines(tmp_path)
+
+    def build() -> Index:
+        path.write_text(path.read_text() + "\n")
+        return of(1)
+
+    assert number_of(indexed("kind", [path], build)) == 1
+    assert not entries(cache)
