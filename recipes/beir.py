@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def is_beir(path: str | Path) -> bool:
 def document_text(row: dict[str, Any]) -> str:
     """Title and text as one text, as BEIR has it."""
     return f"{row.get('title') or ''} {row.get('text') or ''}".strip()
+
+
+def id_of(row: Mapping[str, Any], key: str) -> str:
+    """A row's id as text.
+
+    Raises:
+        RowError: it is neither text nor a whole number; ``null`` would become the id of every such row.
+    """
+    id_ = row[key]
+    if isinstance(id_, bool) or not isinstance(id_, str | int):
+        raise RowError(f"{key!r}: found {json.dumps(id_, default=str)[:60]}; wanted text or a whole number")
+    return str(id_)
 
 
 def load_beir(folder: str | Path, split: str = "test") -> Collection:
@@ -89,7 +102,10 @@ def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], i
         if not isinstance(row, dict) or "_id" not in row or not isinstance(row.get("text"), str):
             found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
             raise UserError(f"{where}: found {found}; wanted an object with _id, text and, for documents, title")
-        id_ = str(row["_id"])
+        try:
+            id_ = id_of(row, "_id")
+        except RowError as error:
+            raise UserError(f"{where}: {error}") from None
         if id_ in seen:
             raise UserError(f"{where}: _id {id_!r} stands in the file twice")
         seen.add(id_)

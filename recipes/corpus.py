@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import document_text, is_beir
+from megatron_embed.recipes.beir import document_text, id_of, is_beir
 from megatron_embed.recipes.rows import JsonLineRows, RowError, Rows, open_rows
 from megatron_embed.recipes.targets import text_id
 
@@ -42,10 +42,12 @@ class CorpusFacts:
 
     Attributes:
         empty: rows without any text.
+        nuls: rows with NUL characters; they are kept as they are.
         text_ids: ``[rows, 2]`` uint64: of title with text, and of the text alone.
     """
 
     empty: int
+    nuls: int
     text_ids: np.ndarray
 
 
@@ -103,16 +105,17 @@ class Corpus:
         """
         ids = np.empty(len(self), dtype=np.uint64)
         text_ids = np.empty((len(self), 2), dtype=np.uint64)
-        empty = 0
+        empty = nuls = 0
         for index in range(len(self)):
             id_, full, alone = self._parse(index)
             ids[index] = text_id(id_)
             text_ids[index] = text_id(full), text_id(alone)
             empty += not full.strip()
+            nuls += "\0" in full
         if empty == len(self):
             raise UserError(f"{self.path}: no row has any text")
         self._refuse_duplicates(ids)
-        return CorpusFacts(empty, text_ids)
+        return CorpusFacts(empty, nuls, text_ids)
 
     def _refuse_duplicates(self, ids: np.ndarray) -> None:
         order = np.argsort(ids, kind="stable")
@@ -139,7 +142,7 @@ def _parse_row(row: Any) -> tuple[str, str, str]:
     if key is None or not isinstance(row.get("text"), str) or not isinstance(row.get("title") or "", str):
         found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise RowError(f"found {found}; wanted an object with _id, text and, for documents, title")
-    return str(row[key]), document_text(row), row["text"]
+    return id_of(row, key), document_text(row), row["text"]
 
 
 def _decode(raw: bytes) -> str:

@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--kind", choices=("query", "passage"), default="passage", help="which prompt and length")
     parser.add_argument("--dim", type=int, help="keep the first DIM numbers of each vector (Matryoshka)")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--strict", action="store_true", help="a row without text is an error")
+    parser.add_argument("--strict", action="store_true", help="a row without text, or with NULs, is an error")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
 
@@ -299,16 +299,23 @@ def open_encoder(args: argparse.Namespace) -> Encoder:
 
 
 def check_corpus(texts: Corpus, *, strict: bool = False) -> None:
-    """Rank 0 reads all of it once.
+    """Rank 0 reads all of it once, and says what can be used and looks odd.
 
     Raises:
-        UserError: on every rank, what is wrong with the corpus.
+        UserError: on every rank, what is wrong with the corpus; with ``strict`` what looks odd, too.
     """
-    empty = on_first_rank(lambda: texts.check().empty)
-    if empty and strict:
-        raise UserError(f"{texts.path}: {empty} rows have no text")
-    if empty and dist.get_rank() == 0:
-        print(f"{texts.path}: {empty} rows have no text; their vectors are the prompt's", file=sys.stderr)
+
+    def check() -> list[str]:
+        facts = texts.check()
+        remarks = {"have no text; their vectors are the prompt's": facts.empty, "hold NUL characters": facts.nuls}
+        found = [f"{texts.path}: {count} rows {remark}" for remark, count in remarks.items() if count]
+        if found and strict:
+            raise UserError("; ".join(found))
+        return found
+
+    remarks = on_first_rank(check)
+    if dist.get_rank() == 0:
+        print("\n".join(remarks), end="\n" if remarks else "", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -1,0 +1,122 @@
+"""Bad and odd corpora, as the encoding program meets them: named by line, or counted and used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_models import save_model
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes import Encoder, encode_corpus
+from megatron_embed.recipes.beir import read_texts
+from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.data import PairDataset
+from megatron_embed.recipes.inspect_data import look_through
+from megatron_embed.recipes.vectors import VectorFolder
+
+LONG = 100_000_000
+ODD = ["plain", "a\0b", "</s> [INST] <pad> inside", "﻿ a BOM inside", "\u2028 line separators \u0085 stay"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def encoder(model: Path) -> Iterator[Encoder]:
+    with Encoder.from_pretrained(model, device="cpu") as encoder:
+        yield encoder
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def write_parquet(path: Path, rows: list[Any]) -> Path:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def documents(texts: list[str]) -> list[dict[str, Any]]:
+    return [{"_id": str(i), "title": "", "text": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(("strict", "status"), [(False, 0), (True, 1)])
+def test_odd_texts_are_kept_counted_and_refused_only_by_strict(
+    strict: bool, status: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "c.jsonl", documents([*ODD, " ", ""]))
+    arguments = ["--model", str(model), "--input", str(path), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    with pytest.raises(SystemExit) as ended:
+        encode_corpus.main([*arguments, *(["--strict"] if strict else [])])
+    err = capsys.readouterr().err
+    assert int(ended.value.code or 0) == status, err
+    assert f"{path}: 2 rows have no text; their vectors are the prompt's" in err
+    assert f"{path}: 1 rows hold NUL characters" in err
+    assert err.startswith("error: ") == strict
+    assert (tmp_path / "out").exists() != strict
+
+
+def test_control_tokens_and_nuls_are_encoded_as_text(encoder: Encoder, tmp_path: Path) -> None:
+    corpus = Corpus(write(tmp_path / "c.jsonl", documents(ODD)))
+    assert corpus.read(0, len(ODD))[1] == [text.strip() for text in ODD]
+    ids = encoder.tokenizer.encode([text.strip() for text in ODD], "passage")
+    assert all(not set(row[1:-1]) & set(range(14)) for row in ids), "a control token inside a text"
+    folder = encode_corpus.encode_texts(encoder, corpus, tmp_path / "out")
+    assert isinstance(folder, VectorFolder)
+    wanted = encoder.encode([text.strip() for text in ODD], kind="passage")
+    np.testing.assert_allclose(folder.rows(0, len(ODD)), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("id_", [None, True, 1.5, ["a"], {"$oid": "5"}])
+def test_ids_of_another_type_are_named(id_: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "corpus.jsonl", [*documents(["a"]), {"_id": id_, "text": "b"}])
+    message = r"corpus.jsonl, line 2: '_id': found .*; wanted text or a whole number"
+    with pytest.raises(UserError, match=message):
+        Corpus(path).check()
+    with pytest.raises(UserError, match=message):
+        list(read_texts(tmp_path, "corpus.jsonl"))
+    assert Corpus(write(path, [{"_id": 7, "text": "a"}])).read(0, 1)[0] == ["7"]
+
+
+def test_a_parquet_corpus_cut_short_or_of_other_columns(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "c.parquet", documents(["a", "b"]))
+    assert Corpus(path).read(0, 2) == (["0", "1"], ["a", "b"])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"c.parquet: not a readable Parquet file"):
+        Corpus(path)
+    write_parquet(path, [{"_id": "a", "text": 5}])
+    with pytest.raises(UserError, match=r"c.parquet, line 1: found _id, text; wanted an object with _id, text"):
+        Corpus(path).check()
+    write_parquet(path, [{"_id": "a", "body": "b"}])
+    with pytest.raises(UserError, match=r"c.parquet, line 1: found _id, body; wanted an object with _id, text"):
+        Corpus(path).check()
+
+
+def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(tmp_path: Path) -> None:
+    text = "word " * (LONG // 5)
+    pairs = write(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}, {"query": "q", "positive": text}])
+    assert len(PairDataset([DataSource(path=str(pairs))])[1].positive) == LONG
+    assert look_through(str(pairs)).lengths["positive"] == [1, LONG]
+    corpus = Corpus(write(tmp_path / "corpus.jsonl", documents(["a", text])))
+    assert corpus.check().empty == 0
+    assert len(corpus.read(1, 2)[1][0]) == LONG - 1  # stripped
+    for path in (pairs, tmp_path / "corpus.jsonl"):
+        path.write_bytes(path.read_bytes()[: -LONG // 2])
+    with pytest.raises(UserError, match=r"pairs.jsonl, line 2: not JSON: Unterminated string") as of_pairs:
+        PairDataset([DataSource(path=str(pairs))])
+    with pytest.raises(UserError, match=r"corpus.jsonl, line 2: not JSON: Unterminated string") as of_corpus:
+        Corpus(tmp_path / "corpus.jsonl").check()
+    assert max(len(str(error.value)) for error in (of_pairs, of_corpus)) < 400
