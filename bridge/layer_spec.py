@@ -49,11 +49,11 @@ class RMSNorm(torch.nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """The MLP's activation where megatron-core's own fused one cannot be had, see :func:`transformer_config`."""
 
     def __init__(self, config: TransformerConfig):
-        super().__init__()
+        super().__init__(config=config)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., 2 n]``, gate then up, → ``[..., n]``."""
