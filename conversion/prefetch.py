@@ -59,9 +59,10 @@ def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
 
 
 def fault_in(values: Values) -> Values:
-    """Have the bytes of a tensor that lies in a file, or may be a view of a mapped one, in memory."""
-    if isinstance(values, Stored):
-        values.read_ahead()
-    elif values.numel() and values.is_contiguous():
+    """Touch every page of a tensor that may be a view of a mapped file, so that its bytes are in memory.
+
+    What the kernel copies it reads ahead by itself; a thread that did so too only took processor time from it.
+    """
+    if not isinstance(values, Stored) and values.numel() and values.is_contiguous():
         values.reshape(-1).view(torch.uint8)[::_PAGE].max()
     return values

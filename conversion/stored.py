@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.page_cache import read_ahead
 
 #: an address is the file's number times this, plus the position in the file
 _FILE = 1 << 44
@@ -54,11 +53,6 @@ class Stored:
                         raise UserError(f"{file}: ends within its tensors; fetch or write it again")
                     position, left = position + done, left - done
         stream.seek(os.lseek(stream.fileno(), 0, os.SEEK_CUR))  # past what the stream does not know of
-
-    def read_ahead(self) -> None:
-        """Have them in the page cache."""
-        for run in self.runs():
-            read_ahead(*run)
 
 
 def _copy(target: int, source: int, position: int, count: int) -> int:

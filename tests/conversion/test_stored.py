@@ -76,7 +76,6 @@ def test_neighbours_in_one_file_are_one_run(files: list[Path]) -> None:
 def test_a_file_that_became_shorter(files: list[Path], tmp_path: Path) -> None:
     values = Stored(files, addresses(0, 0, (1500,), torch.int16), (1500,), torch.int16)
     os.truncate(files[0], 100)
-    values.read_ahead()
     with pytest.raises(UserError, match="ends within its tensors"):
         written(values, tmp_path / "out")
 
