@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -191,7 +190,9 @@ def peak_memory(folder: Path, data: Path, side: str, dtype: str, threads: int) -
             model = Theirs(folder, builder, DTYPES[dtype], form, int(size))
         for number in range(2):
             model.step(number)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # not ru_maxrss, which a process inherits from the one that started it
+    (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return int(peak) / 2**20
 
 
 def peak_memories(folder: Path, data: Path, args: dict[str, Any], threads: int) -> str:
