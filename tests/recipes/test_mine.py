@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.tiny_models import save_model
 from support.worlds import run_world
 
@@ -56,8 +57,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(folder: Path) -> Iterator[Encoder]:
+    # as in the processes of run_world: a sum over a row is rounded otherwise where threads share it
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with Encoder.from_pretrained(folder / "model", device="cpu") as encoder:
         yield encoder
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
