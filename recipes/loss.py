@@ -69,8 +69,10 @@ class ContrastiveLoss:
         temperature = self.config.temperature if temperature is None else temperature
         queries_QD = embeddings[: targets.queries]
         # Empty slots become zero vectors and are masked; with fixed slots every rank gathers the same shape.
-        passages = embeddings.new_zeros(targets.valid.numel(), embeddings.shape[1])
-        passages = passages.masked_scatter(targets.valid.reshape(-1, 1), embeddings[targets.queries :])
+        passages = embeddings[targets.queries :]
+        if len(passages) < targets.valid.numel():
+            zeros = embeddings.new_zeros(targets.valid.numel(), embeddings.shape[1])
+            passages = zeros.masked_scatter(targets.valid.reshape(-1, 1), passages)
         passages_QKD = passages.view(*targets.valid.shape, -1)
         total = embeddings.new_zeros(())
         for dim in self.config.matryoshka_dims or [embeddings.shape[1]]:
@@ -108,7 +110,9 @@ class ContrastiveLoss:
         total = queries.new_zeros(())
         for start in range(0, targets.queries, rows):
             chunk = slice(start, min(start + rows, targets.queries))
-            arguments = (queries[chunk], slots[chunk, 0], pool, targets, chunk, temperature)
+            # a view kept for recomputation would keep all slots alive beside their gathered copy
+            positives = slots[chunk, 0].clone() if pool.needs_positives else None
+            arguments = (queries[chunk], positives, pool, targets, chunk, temperature)
             if rows >= targets.queries:
                 total = total + self._rows(*arguments)
             else:
@@ -121,18 +125,21 @@ class ContrastiveLoss:
         config = self.config
         needs_queries = config.symmetric or config.query_query_negatives
         first = self.rank * targets.queries if group is not None else 0
+        gradient: list[Tensor] = []
         return _Pool(
-            passages=_gather(slots.flatten(0, 1), group),
+            passages=_Collect.apply(_gather(slots.flatten(0, 1), group), gradient),
+            gradient=gradient,
             queries=_gather(queries, group) if needs_queries else None,
             targets=targets.gathered(group),
             first=first,
+            needs_positives=config.symmetric or config.passage_passage_negatives,
             directions=1 + config.symmetric + config.query_query_negatives + config.passage_passage_negatives,
         )
 
     def _rows(
         self,
         queries_RD: Tensor,
-        positives_RD: Tensor,
+        positives_RD: Tensor | None,
         pool: _Pool,
         targets: Targets,
         chunk: slice,
@@ -145,13 +152,13 @@ class ContrastiveLoss:
         )  # as the pool numbers queries
         same_RN, same_RG = pool.targets.false_negatives(targets, chunk, own)
         invalid = ~pool.targets.valid.flatten()
-        scores_RN = queries_RD @ pool.passages.T
+        scores_RN = pool.score(queries_RD)
         labels = own * targets.slots
         positive_R1 = scores_RN.gather(1, labels[:, None])
         doubtful = same_RN | invalid | self._above_margin(scores_RN, positive_R1)
         directions = [_mask(scores_RN / temperature, doubtful, labels[:, None], False)]
         if config.symmetric:
-            scores_RG = positives_RD @ pool.queries.T  # type: ignore[union-attr]
+            scores_RG = positives_RD @ pool.queries.T  # type: ignore[operator, union-attr]
             doubtful = same_RG | self._above_margin(scores_RG, positive_R1)
             directions.append(_mask(scores_RG / temperature, doubtful, own[:, None], False))
         if config.query_query_negatives:
@@ -159,7 +166,7 @@ class ContrastiveLoss:
             doubtful = same_RG | self._above_margin(scores_RG, positive_R1)
             directions.append(_mask(scores_RG / temperature, doubtful, own[:, None], True))
         if config.passage_passage_negatives:
-            scores_RN = positives_RD @ pool.passages.T
+            scores_RN = pool.score(positives_RD)  # type: ignore[arg-type]
             mine = labels[:, None] + torch.arange(targets.slots, device=labels.device)
             doubtful = same_RN | invalid | self._above_margin(scores_RN, positive_R1)
             directions.append(_mask(scores_RN / temperature, doubtful, mine, True))
@@ -194,16 +201,64 @@ class _Pool:
     """Candidates of a batch, gathered."""
 
     passages: Tensor
+    #: where chunks of rows add up the gradient of the passages
+    gradient: list[Tensor]
     queries: Tensor | None
     targets: Targets
     #: number of this rank's first query among the pool's
     first: int
+    #: whether this rank's positives are scored too
+    needs_positives: bool
     directions: int
 
     @property
     def width(self) -> int:
         """Scores of a row, all directions; three matrices of that size are alive at a time."""
         return 3 * self.directions * self.passages.shape[0]
+
+    def score(self, rows_RD: Tensor) -> Tensor:
+        """``[R, N]``: rows against all passages."""
+        return _Score.apply(rows_RD, self.passages, self.gradient)
+
+
+class _Collect(torch.autograd.Function):
+    """The identity, whose gradient is what :class:`_Score` has added up.
+
+    Autograd itself would hold three matrices of the passages' size: the sum so far, a chunk's part, and the new sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        (other,) = grads
+        found = ctx.gradient.pop() if ctx.gradient else None
+        if other is None or found is None:
+            return (found if other is None else other), None
+        return found.add_(other), None
+
+
+class _Score(torch.autograd.Function):
+    """``rows @ passages.T``; backward adds the passages' gradient up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, passages: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(rows, passages)
+        ctx.gradient = gradient
+        return rows @ passages.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (rows, passages), (grad,) = ctx.saved_tensors, grads
+        if ctx.gradient:
+            ctx.gradient[0].addmm_(grad.T, rows)
+        else:
+            ctx.gradient.append(grad.T @ rows)
+        return grad @ passages, None, None
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
