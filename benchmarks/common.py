@@ -80,6 +80,15 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def resident(field: str) -> int:
+    """Bytes of this process by ``/proc``: ``VmRSS`` now, ``VmHWM`` at most.
+
+    Not ``ru_maxrss``: a process inherits that from the one that started it.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+
+
 def machine() -> str:
     """Processor, cores, threads, memory."""
     import psutil

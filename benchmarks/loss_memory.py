@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import sys
 from pathlib import Path
 
 import torch
-from common import write_result
+from common import resident, write_result
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support.worlds import run_world
@@ -37,10 +36,10 @@ def measure(width: int) -> tuple[float, float]:
     loss = ContrastiveLoss(LossSection(), group=dist.group.WORLD)
     targets = Targets(mine, torch.ones(mine, SLOTS, dtype=torch.bool))
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     value = loss(leaf, targets)
     value.backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0, value.item()
+    return float(resident("VmHWM") - before), value.item()
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SMALL, make_embedder, matmul_flops, timed, write_result
+from common import SMALL, make_embedder, matmul_flops, resident, timed, write_result
 
 from megatron_embed.bridge.parallel import Layout, parallel_world, select_device
 from megatron_embed.recipes.batching import BatchingPlan
@@ -190,9 +190,7 @@ def peak_memory(folder: Path, data: Path, side: str, dtype: str, threads: int) -
             model = Theirs(folder, builder, DTYPES[dtype], form, int(size))
         for number in range(2):
             model.step(number)
-    # not ru_maxrss, which a process inherits from the one that started it
-    (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    return int(peak) / 2**20
+    return resident("VmHWM") / 2**30
 
 
 def peak_memories(folder: Path, data: Path, args: dict[str, Any], threads: int) -> str:

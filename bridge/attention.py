@@ -35,6 +35,7 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # older than torch 2.10
     varlen_attn = None  # type: ignore[assignment]
+_VARLEN_TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class Run(NamedTuple):
@@ -165,8 +166,7 @@ def gather_keys_and_values(key: Tensor, value: Tensor, info: SequenceInfo) -> tu
 
 def ragged_kernel_takes(query: Tensor) -> bool:
     """Whether torch's FlashAttention for ragged sequences can compute this: on CUDA, in 16 bits."""
-    known = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return known and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return _VARLEN_TAKES_GROUPS and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 class BidirectionalAttention(MegatronModule):
