@@ -21,14 +21,14 @@ def read_ahead(file: Path, position: int, count: int) -> int:
 
 def begin_reading(folder: str | os.PathLike[str], pattern: str) -> None:
     """Read the files below ``folder`` that match (those of the last folder that has any) while a program still loads
-    its libraries, as far as a quarter of the available memory takes them."""
+    its libraries, as far as half of the available memory takes them."""
     threading.Thread(target=_read, args=(Path(folder).expanduser(), pattern), daemon=True).start()
 
 
 def _read(folder: Path, pattern: str) -> None:
     with contextlib.suppress(OSError):
         files = sorted(path for path in folder.rglob(pattern) if path.is_file())
-        left = psutil.virtual_memory().available // 4
+        left = psutil.virtual_memory().available // 2
         for file in files:
             if file.parent == files[-1].parent:
                 left -= read_ahead(file, 0, min(left, file.stat().st_size))

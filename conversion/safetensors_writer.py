@@ -6,14 +6,15 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.block_writer import BlockWriter
 from megatron_embed.conversion.hf_folder import DTYPES, INDEX, SINGLE
 from megatron_embed.conversion.prefetch import fault_in, one_ahead
 from megatron_embed.conversion.sentence_files import write_json
@@ -75,8 +76,11 @@ def write_sharded(
         if len(shards) == 1
         else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     )
-    with closing(one_ahead((name, fault_in(values)) for name, values in tensors)) as source:
-        _write_files(out, files, shards, source, on_tensor)
+    with (
+        ThreadPoolExecutor(1, "disk") as disk,
+        closing(one_ahead((name, fault_in(values)) for name, values in tensors)) as source,
+    ):
+        _write_files(out, files, shards, source, disk, on_tensor)
     total = sum(spec.nbytes for spec in specs)
     if len(shards) > 1:
         weight_map = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
@@ -91,15 +95,16 @@ def _write_files(
     files: Sequence[str],
     shards: Sequence[Sequence[TensorSpec]],
     source: Iterator[tuple[str, Values]],
+    disk: ThreadPoolExecutor,
     on_tensor: Callable[[TensorSpec], object] | None,
 ) -> None:
     for file, shard in zip(files, shards, strict=True):
-        with (out / file).open("wb") as stream:
+        with BlockWriter(out / file, disk) as stream:
             stream.write(_header(shard))
             for spec in shard:
                 name, values = next(source)
                 assert name == spec.name, (name, spec.name)
-                _write_tensor(stream, spec, values)
+                write_values(stream, values, spec.shape, spec.dtype)
                 del values
                 if on_tensor is not None:
                     on_tensor(spec)
@@ -130,7 +135,3 @@ def _header(shard: Sequence[TensorSpec]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_tensor(stream: BinaryIO, spec: TensorSpec, values: Values) -> None:
-    write_values(stream, values, spec.shape, spec.dtype)

@@ -13,7 +13,8 @@ import mmap
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.block_writer import BlockWriter
 from megatron_embed.conversion.checkpoint_folder import safe_metadata
 from megatron_embed.conversion.prefetch import fault_in, one_ahead
 from megatron_embed.conversion.stored import Stored, Values, addresses, write_values
@@ -65,12 +67,15 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
     """
     state: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
-    streams: dict[int, Any] = {}
-    read = one_ahead((chunk, fault_in(chunk.read())) for chunk in chunks)  # the thread ends with the iterator
-    try:
+    streams: dict[int, BlockWriter] = {}
+    with ExitStack() as open_files:
+        disk = open_files.enter_context(ThreadPoolExecutor(1, "disk"))
+        # the thread that reads ends with the iterator
+        read = open_files.enter_context(closing(one_ahead((chunk, fault_in(chunk.read())) for chunk in chunks)))
         for chunk, values in read:
             if chunk.rank not in streams:
-                streams[chunk.rank] = (folder / f"__{chunk.rank}_0.distcp").open("wb")
+                file = BlockWriter(folder / f"__{chunk.rank}_0.distcp", disk)
+                streams[chunk.rank] = open_files.enter_context(file)
             entry = state.setdefault(
                 chunk.key, TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(chunk.global_shape), [])
             )
@@ -81,10 +86,6 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
             del values
             if on_chunk is not None:
                 on_chunk(chunk)
-    finally:
-        read.close()
-        for stream in streams.values():
-            stream.close()
     for key, entry in state.items():
         held = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
         assert held == math.prod(entry.size), f"{key}: chunks hold {held} of {math.prod(entry.size)} values"
@@ -92,21 +93,24 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _save(stream: Any, chunk: Chunk, values: Values) -> _StorageInfo:
+def _save(stream: BlockWriter, chunk: Chunk, values: Values) -> _StorageInfo:
     # torch.save aligns the values to its own start; aligned as a whole, they can be mapped
     stream.write(b"\0" * (-stream.tell() % _ALIGNED))
     start = stream.tell()
     around = _Around(stream, lambda: write_values(stream, values, chunk.shape, chunk.dtype))
     with _without_checksums(), torch.serialization.skip_data():
         torch.save(torch.empty(chunk.shape, dtype=chunk.dtype), around)
-    return _StorageInfo(Path(stream.name).name, start, stream.tell() - start)
+    return _StorageInfo(stream.path.name, start, stream.tell() - start)
 
 
 class _Around:
     """What ``torch.save`` writes around a tensor's values goes to a stream; where it skips them, they are written."""
 
-    def __init__(self, stream: BinaryIO, write_values: Callable[[], None]) -> None:
-        self.write, self.flush, self.tell, self._values = stream.write, stream.flush, stream.tell, write_values
+    def __init__(self, stream: BlockWriter, write_values: Callable[[], None]) -> None:
+        self.write, self.tell, self._values = stream.write, stream.tell, write_values
+
+    def flush(self) -> None:
+        """torch asks for it at the end of each tensor; the blocks go on being filled."""
 
     def seek(self, skipped: int, whence: int) -> int:
         assert whence == os.SEEK_CUR

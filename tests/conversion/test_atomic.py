@@ -103,6 +103,7 @@ import os, signal, sys
 from pathlib import Path
 from transformers import Ministral3Config  # once for all children
 from megatron_embed.conversion import convert_checkpoints, exporting, importing, safetensors_writer, tensor_stream
+from megatron_embed.conversion import block_writer
 
 number, below, steps, taken, args = getattr(signal, sys.argv[1]), sys.argv[2], sys.argv[3].split(","), 0, sys.argv[4:]
 
@@ -118,13 +119,13 @@ def step(event, values):
 
 def counted(function):
     def write(stream, *args):
-        stream.flush()
         sys.audit("tensor")
         return function(stream, *args)
     return write
 
 tensor_stream._save = counted(tensor_stream._save)
-safetensors_writer._write_tensor = counted(safetensors_writer._write_tensor)
+safetensors_writer.write_values = counted(safetensors_writer.write_values)
+block_writer.BLOCK = 4096  # small tensors, too, are in the file soon after
 sys.addaudithook(step)
 for at in map(int, steps):
     taken = 0

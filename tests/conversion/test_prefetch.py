@@ -78,7 +78,7 @@ def test_a_write_that_fails_ends_the_thread(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tensor_stream, "_save", full)
-    monkeypatch.setattr(safetensors_writer, "_write_tensor", full)
+    monkeypatch.setattr(safetensors_writer, "write_values", full)
 
     def run() -> None:
         if kind == "import":

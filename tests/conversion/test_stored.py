@@ -1,9 +1,10 @@
-"""Tensors written without being read: the rows that the kernel copies are the tensors' own bytes."""
+"""Tensors written without being read: the rows that are copied are the tensors' own bytes."""
 
 from __future__ import annotations
 
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from support.hf_files import Source
 
 from megatron_embed.bridge import transforms
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion import page_cache, stored
+from megatron_embed.conversion import page_cache
+from megatron_embed.conversion.block_writer import BlockWriter
 from megatron_embed.conversion.checkpoint_weights import chunks
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.stored import Stored, addresses, write_values
@@ -35,7 +37,7 @@ def tensor_at(path: Path, position: int, shape: tuple[int, ...]) -> torch.Tensor
 
 
 def written(values: Stored, path: Path) -> bytes:
-    with path.open("wb") as stream:
+    with ThreadPoolExecutor(1) as disk, BlockWriter(path, disk) as stream:
         stream.write(b"before")
         write_values(stream, values, values.shape, values.dtype)
         assert stream.tell() == 6 + torch.Size(values.shape).numel() * values.dtype.itemsize
@@ -43,17 +45,7 @@ def written(values: Stored, path: Path) -> bytes:
     return path.read_bytes().removeprefix(b"before").removesuffix(b"after")
 
 
-@pytest.mark.parametrize("sendfile", [True, False])
-def test_packed_rows_of_two_files(
-    sendfile: bool, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not sendfile:
-
-        def refused(*_: object) -> int:
-            raise OSError(22, "Invalid argument")
-
-        monkeypatch.setattr(os, "sendfile", refused)
-        monkeypatch.setattr(stored, "_STEP", 7)
+def test_packed_rows_of_two_files(files: list[Path], tmp_path: Path) -> None:
     shapes, places = [(16, 6), (4, 6), (4, 6)], [(0, 10), (1, 0), (1, 48)]
     parts = [tensor_at(files[file], at, shape) for (file, at), shape in zip(places, shapes, strict=True)]
     rows = [addresses(*place, shape, torch.int16) for place, shape in zip(places, shapes, strict=True)]
