@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -30,6 +29,7 @@ from megatron_embed.bridge.attention import (
     place_queries_and_keys,
 )
 from megatron_embed.bridge.kernels import rms_norm, swiglu
+from megatron_embed.bridge.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_embed.bridge.mapping import LOCAL_ALIASES
 
 

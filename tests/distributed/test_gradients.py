@@ -27,10 +27,13 @@ class Case:
     packed: bool = False
     sequence_parallel: bool | None = None
     recompute: str = "none"
+    #: every product by oneDNN, however small
+    onednn: bool = False
 
     def __str__(self) -> str:
         form = "packed" if self.packed else "padded"
         sequence = {None: "", True: "", False: "-no_sp"}[self.sequence_parallel]
+        form += "-onednn" * self.onednn
         return f"{self.layout}-{self.mode}-{str(self.dtype)[6:]}-{form}{sequence}-{self.recompute}".replace(" ", "")
 
 
@@ -62,6 +65,7 @@ def matrix(world: int) -> list[Case]:
     in_fp64 = [replace(case, dtype=torch.float64) for case in cases if case.packed == (case.mode == "cached")]
     extra = Case(layouts[1] if world == 2 else layouts[0], "cached", torch.float32, packed=True)
     options = [{"sequence_parallel": False}, {"recompute": "selective"}, {"recompute": "full"}]
+    options += [{"onednn": True}, {"onednn": True, "sequence_parallel": False}]
     return [*cases, *in_fp64, *(replace(extra, **option) for option in options)]
 
 
@@ -101,6 +105,7 @@ def run_cases(cases: list[Case], states: dict[torch.dtype, dict[str, torch.Tenso
 def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
     from megatron.core import parallel_state
 
+    from megatron_embed.bridge import linear
     from megatron_embed.recipes import plan_state
     from megatron_embed.recipes.batching import BatchingPlan
     from megatron_embed.recipes.config import LossSection
@@ -120,6 +125,7 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
             sequence_parallel=case.sequence_parallel,
             recompute=case.recompute,
         )
+        linear.onednn_takes = lambda x, weight: case.onednn
         plan_state.BUCKET = (2000, 0)  # many buckets, reduced while backward goes on
         stages = wrap_ddp(encoders, overlap=case.packed)
         for stage in stages:

@@ -1,0 +1,47 @@
+"""oneDNN's product and its gradients against fp64, and when it is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_embed.bridge import linear as module
+from megatron_embed.bridge.linear import linear, onednn_takes
+
+TOKENS, ROWS, FEATURES, OUTPUTS = 37, 3, 130, 66
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_product_and_its_gradients(transposed: bool, wanted: tuple[bool, bool]) -> None:
+    x, weight = random(TOKENS, ROWS, FEATURES, seed=0), random(OUTPUTS, FEATURES, seed=1)
+    if transposed:  # what a slice or a transposed view brings
+        x, weight = x.transpose(0, 1), weight.t().contiguous().t()
+    x, weight = (v.requires_grad_(want) for v, want in zip((x, weight), wanted, strict=True))
+    output = linear(x, weight)
+    share = random(*output.shape, seed=2)
+    output.backward(share)
+    exact = x.detach().double(), weight.detach().double()
+    torch.testing.assert_close(output.double(), exact[0] @ exact[1].t(), rtol=1e-5, atol=1e-5)
+    of_x = share.double() @ exact[1]
+    of_weight = share.double().flatten(0, 1).t() @ exact[0].flatten(0, 1)
+    for value, want, gradient in zip((x, weight), wanted, (of_x, of_weight), strict=True):
+        assert (value.grad is not None) == want
+        if value.grad is not None:
+            torch.testing.assert_close(value.grad.double(), gradient, rtol=1e-5, atol=2e-5)
+
+
+def test_what_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.zeros(64, 2, 256), torch.zeros(512, 256)
+    for faster in (True, False):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda faster=faster: faster)
+        assert onednn_takes(x, weight) == faster
+        for dtype in (torch.float64, torch.bfloat16):
+            assert not onednn_takes(x.to(dtype), weight.to(dtype))
+        assert not onednn_takes(x.to("meta"), weight)
+        assert not onednn_takes(x[:4], weight)  # too small
