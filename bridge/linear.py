@@ -1,12 +1,14 @@
-"""megatron-core's parallel linear layers with oneDNN's fp32 product where MKL, which torch calls, has no good one.
+"""megatron-core's parallel linear layers with oneDNN's products on a CPU, where these are the faster ones.
 
-MKL takes its fast kernels on Intel's processors only. On an AMD processor with AVX-512 oneDNN, which torch carries as
-well (and itself uses for 16-bit types), multiplies fp32 matrices about twice as fast, in the same precision.
+torch multiplies fp32 matrices with MKL, which takes its fast kernels on Intel's processors only. On an AMD processor
+with AVX-512 oneDNN, which torch carries as well, does it about twice as fast, in the same precision. And whoever only
+encodes can have the weights laid out once as oneDNN wants them, in place of once a product.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,15 @@ import torch
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
+from torch.nn import Module
 
 #: multiplications from which oneDNN's product is worth its start (some 20 µs)
 _LARGE = 1 << 22
+
+
+def onednn_is_there() -> bool:
+    """Whether torch has oneDNN's linear layers."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache
@@ -26,8 +34,7 @@ def onednn_is_faster() -> bool:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return amd and has_it and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return amd and onednn_is_there() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def onednn_takes(x: Tensor, weight: Tensor) -> bool:
@@ -42,7 +49,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """``a bᵀ``; either may be a transposed view."""
+    """``a bᵀ``; either may be the transposed view of a contiguous matrix."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return product
 
@@ -50,13 +57,15 @@ def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        # slices of wider matrices would be multiplied by a reference kernel, a thousand times slower
+        x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         return _times_transposed(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
+        grad = grads[0].flatten(0, -2).contiguous()
         of_x, of_weight = ctx.needs_input_grad
         return (
             _times_transposed(grad, weight.t()).view_as(x) if of_x else None,
@@ -67,8 +76,17 @@ class _Linear(torch.autograd.Function):
 class _OneDNN:
     """What both layers change. Sequence-parallel layers stay megatron-core's, which keep only their own tokens."""
 
+    weight: Tensor
+    sequence_parallel: bool
+    #: the weight as oneDNN wants it, see :func:`pack_weights`
+    packed: Tensor | None = None
+
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = kwargs.get("bias") is None and not kwargs["sequence_parallel"]
+        if self.packed is not None:
+            assert not torch.is_grad_enabled(), "packed weights are for encoding only"
+            rows = input.contiguous().flatten(0, -2)
+            return _times_transposed(rows, self.packed).unflatten(0, input.shape[:-1])
+        plain = kwargs["bias"] is None and not kwargs["sequence_parallel"]
         if not plain or not onednn_takes(input, weight):
             return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
         if kwargs["allreduce_dgrad"]:
@@ -82,3 +100,23 @@ class ColumnParallelLinear(_OneDNN, layers.ColumnParallelLinear):
 
 class RowParallelLinear(_OneDNN, layers.RowParallelLinear):
     """megatron-core's; its weight is cut by input features."""
+
+
+def pack_weights(stages: Iterable[Module]) -> None:
+    """Lay out the linear layers' weights as oneDNN wants them, where that is faster; from then on they only encode.
+
+    The plain weights' memory is given back, so that none is in memory twice.
+    """
+    for stage in stages:
+        for layer in stage.modules():
+            if isinstance(layer, _OneDNN) and not layer.sequence_parallel and _packing_helps(layer.weight):
+                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+                layer.weight.untyped_storage().resize_(0)
+
+
+def _packing_helps(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not onednn_is_there():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 and onednn_is_faster()

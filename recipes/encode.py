@@ -17,6 +17,7 @@ from megatron_embed.bridge import host, parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.linear import pack_weights
 from megatron_embed.conversion.sentence_files import SentenceSettings
 from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
 from megatron_embed.recipes.source import ModelSource
@@ -77,6 +78,7 @@ class Encoder:
             wanted = dtype or getattr(torch, source.config.dtype)
             stages = build_stages(source.config, transformer_config(source.config, layout, dtype=wanted))
             source.fill(stages, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
+            pack_weights(stages)
             settings = source.settings or SentenceSettings(query_prompt="", passage_prompt="")
             tokenizer = TextTokenizer.from_folder(
                 source.files,
