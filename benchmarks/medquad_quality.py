@@ -19,105 +19,37 @@ from typing import Any
 
 import torch
 from common import SMALL, make_embedder, timed, write_result
+from quality import OPTIMIZER, load_theirs, recipe, scores, train_theirs
 
 from megatron_embed.bridge import host
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.recipes import train
-from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
-from megatron_embed.recipes.evaluate import evaluate, load_beir
-from megatron_embed.recipes.ministral3 import ministral3_tiny_embed_config
-from megatron_embed.recipes.overrides import apply_overrides
-
-
-def recipe(folder: Path, model: Path, options: argparse.Namespace, seed: int) -> RecipeConfig:
-    return apply_overrides(
-        ministral3_tiny_embed_config(),
-        [
-            f"model.hf_model={model}",
-            f"data.train={options.data}",
-            f"data.query_max_length={options.length}",
-            f"data.passage_max_length={options.length}",
-            f"train.global_batch_size={options.batch}",
-            "train.micro_batch_tokens=16384",
-            f"train.train_iters={options.steps}",
-            "train.save_interval=100000",
-            f"train.save_dir={folder / 'run'}",
-            f"train.seed={seed}",
-            f"optimizer.lr={options.lr}",
-            f"loss.temperature={options.temperature}",
-            "optimizer.weight_decay=0",
-            "logger.tensorboard=false",
-            "device=cpu",
-        ],
-    )
-
-
-def train_theirs(cfg: RecipeConfig, model_folder: Path) -> Any:
-    """The textbook loop around MultipleNegativesRankingLoss: same order, schedule, clipping, optimizer."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
-
-    model = SentenceTransformer(str(model_folder), device="cpu")
-    model.max_seq_length = cfg.data.passage_max_length
-    loss_function = MultipleNegativesRankingLoss(model, scale=1 / cfg.loss.temperature)
-    dataset = PairDataset(cfg.data.sources())
-    sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optimizer.lr, weight_decay=0.0, fused=True)
-    steps, warmup = cfg.train.train_iters, cfg.train.train_iters // 10
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: k / warmup if k < warmup else (steps - k) / (steps - warmup)
-    )
-    model.train()
-    for step in range(steps):
-        examples = [dataset[i] for i in sampler.batch(step)]
-        columns = [["query: " + e.query for e in examples], ["passage: " + e.positive for e in examples]]
-        loss = loss_function([model.preprocess(column) for column in columns], None)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optimizer.clip_grad)
-        optimizer.step()
-        schedule.step()
-    return model
-
-
-def score(model: Any, collection: Any) -> float:
-    """nDCG@10 of a sentence-transformers model."""
-
-    def encode(texts: list[str], kind: str) -> Any:
-        return (model.encode_query if kind == "query" else model.encode_document)(texts, batch_size=64)
-
-    scores = evaluate(encode, [collection], bm25=False)
-    return scores[collection.name]["ndcg@10"]
+from megatron_embed.recipes.evaluate import load_beir
 
 
 def run_side(options: argparse.Namespace, seed: int, side: str) -> dict[str, float]:
     """One of the six jobs: ``ours`` or ``theirs`` from a seed's weights."""
-    from sentence_transformers import SentenceTransformer
-
     torch.set_num_threads(options.threads)
     host.run_on_cpu()
     collection = load_beir(options.eval)
 
-    def loaded(folder: Path) -> Any:
-        model = SentenceTransformer(str(folder), device="cpu")
-        model.max_seq_length = options.length
-        return model
+    def score(folder: Path) -> float:
+        return scores(load_theirs(folder, options.length), collection)["ndcg@10"]
 
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = make_embedder(folder / "model", options.tokenizer, seed=seed, embedding_std=0.02)
-        cfg = recipe(folder, model, options, seed)
+        cfg = recipe(folder / "run", model, [options.data], options, seed=seed, steps=options.steps)
         if side == "ours":
-            found["before"] = score(loaded(model), collection)
+            found["before"] = score(model)
             found["our seconds"] = timed(lambda: train(cfg))
             export_hf(folder / "run", folder / "export", progress=False)
-            found["ours"] = score(loaded(folder / "export"), collection)
+            found["ours"] = score(folder / "export")
         else:
             trained: list[Any] = []
             found["their seconds"] = timed(lambda: trained.append(train_theirs(cfg.resolved(), model)))
-            found["theirs"] = score(trained[0], collection)
+            found["theirs"] = scores(trained[0], collection)["ndcg@10"]
     print(seed, found, flush=True)
     return found
 
@@ -165,7 +97,7 @@ def main() -> None:
     }
     settings["initial weights"] = "normal, std 0.02, embeddings too (transformers' own)"
     settings |= {"data": options.data.name, "evaluated on": options.eval.name, "precision": "fp32"}
-    settings["optimizer"] = "AdamW 0.9/0.999, no weight decay, clipping at 1.0, 10 % warm-up, linear decay to 0"
+    settings["optimizer"] = OPTIMIZER
     write_result(
         "medquad-quality", "Training from random weights beside sentence-transformers", "\n".join(table), settings
     )
