@@ -205,9 +205,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=24, help="short: an answer names its subject at the beginning")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--temperature", type=float, default=0.05)
-    parser.add_argument(
-        "--their-form", choices=tuple(FORMS), default="trainer", help="how sentence-transformers trains"
-    )
+    parser.add_argument("--their-form", choices=tuple(FORMS), default="loop", help="how sentence-transformers trains")
     parser.add_argument("--negatives", type=int, default=1, help="mined for, and used with, each query")
     parser.add_argument("--rank-range", default="5:100")
     parser.add_argument("--max-score-ratio", type=float, default=0.95)

@@ -109,9 +109,11 @@ def test_packed_states_equal_hugging_face_text_by_text(name: str) -> None:
         start += len(text)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("side", ["none", "right", "left"])
-def test_bf16_error_is_no_larger_than_hugging_faces_own(side: str) -> None:
+def test_bf16_error_is_no_larger_than_hugging_faces_own(side: str, training: bool) -> None:
     _, encoder = build({"num_hidden_layers": 4, "hidden_size": 128}, torch.bfloat16)
+    encoder.train(training)
     half = oracle.hf_model(tiny_config(num_hidden_layers=4, hidden_size=128), dtype=torch.bfloat16)
     exact = oracle.hf_model(tiny_config(num_hidden_layers=4, hidden_size=128), dtype=torch.bfloat16).float()
     ids, mask = ids_and_mask(side)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.megatron import filled_stages
+from support.oracle import hf_model
+from support.tiny_models import tiny_config
 from torch import Tensor
 
+from megatron_embed.bridge import EncoderConfig, host
 from megatron_embed.bridge import linear as module
-from megatron_embed.bridge.linear import linear, onednn_takes
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.linear import ColumnParallelLinear, RowParallelLinear, linear, onednn_takes, pack_weights
+from megatron_embed.bridge.parallel import parallel_world
 
 TOKENS, ROWS, FEATURES, OUTPUTS = 37, 3, 130, 66
 
@@ -45,3 +51,28 @@ def test_what_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not onednn_takes(x.to(dtype), weight.to(dtype))
         assert not onednn_takes(x.to("meta"), weight)
         assert not onednn_takes(x[:4], weight)  # too small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_packed_weights_compute_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.run_on_cpu()
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    config = tiny_config()
+    with parallel_world(Layout()):
+        (encoder,) = filled_stages(EncoderConfig.from_hf(config), Layout(), hf_model(config).state_dict(), dtype)
+        layers = [m for m in encoder.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+        assert len(layers) == 4 * config.num_hidden_layers
+        inputs = [random(5, 2, layer.weight.shape[1], seed=i).to(dtype) for i, layer in enumerate(layers)]
+        before = [layer(x)[0].detach() for layer, x in zip(layers, inputs, strict=True)]
+        pack_weights([encoder])
+        for layer, x, wanted in zip(layers, inputs, before, strict=True):
+            assert (layer.packed is None) == (dtype == torch.float64)
+            if layer.packed is None:
+                continue
+            assert layer.weight.untyped_storage().nbytes() == 0  # not in memory twice
+            with pytest.raises(AssertionError, match="for encoding only"):
+                layer(x)
+            with torch.no_grad():
+                found = layer(x)[0]
+            limit = 2**-7 if dtype == torch.bfloat16 else 1e-6
+            torch.testing.assert_close(found, wanted, rtol=limit, atol=limit)
