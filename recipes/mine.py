@@ -27,52 +27,18 @@ from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.corpus import Corpus, Texts
 from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.encode import Encoder
-from megatron_embed.recipes.encode_corpus import (
-    add_model_arguments,
-    encode_texts,
-    fingerprint,
-    model_fingerprint,
-    on_first_rank,
-    open_encoder,
-)
-from megatron_embed.recipes.mining import BINS, REASONS, Audit, KnownPositives, MiningRules, choose
+from megatron_embed.recipes.encode_corpus import encode_texts
+from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
+from megatron_embed.recipes.first_rank import on_first_rank
+from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose
+from megatron_embed.recipes.mining_report import describe, write_audit
+from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
 from megatron_embed.recipes.search import Searcher
 from megatron_embed.recipes.tokenization import Kind
+from megatron_embed.recipes.training_texts import TrainingTexts
 from megatron_embed.recipes.vectors import VectorFolder, write_array, write_file
 
 _BLOCK = 4096  # queries searched together
-
-
-class TrainingTexts:
-    """The queries of training data, a row each, or their positives, an example each, as texts to encode."""
-
-    def __init__(self, source: PairSource, kind: Kind, prompt: str) -> None:
-        self.source, self.kind, self.path, self.prompt = source, kind, source.rows.path, prompt
-
-    def __len__(self) -> int:
-        return len(self.source.rows) if self.kind == "query" else len(self.source)
-
-    def read(self, first: int, last: int) -> tuple[list[str], list[str]]:
-        """Numbers and texts."""
-        return [str(index) for index in range(first, last)], [self._text(index) for index in range(first, last)]
-
-    def prompts(self, first: int, last: int) -> list[str] | None:
-        """Some rows have prompts of their own."""
-        if self.kind != "query":
-            return None
-        own = (self.source.pair(index).query_prompt for index in range(first, last))
-        return [self.prompt if prompt is None else prompt for prompt in own]
-
-    def digest(self) -> str:
-        """SHA-256 of the texts and prompts."""
-        total = hashlib.sha256()
-        for index in range(len(self)):
-            text = "".join([*(self.prompts(index, index + 1) or ()), self._text(index)]).encode()
-            total.update(b"%d\0%b" % (len(text), text))
-        return total.hexdigest()
-
-    def _text(self, index: int) -> str:
-        return self.source.pair(index).query if self.kind == "query" else self.source[index].positive
 
 
 def mine(
@@ -219,59 +185,6 @@ class _Miner:
         dist.all_reduce(numbers)
         self.audit.take(numbers.cpu().numpy())
         return self.audit
-
-
-# ---- the audit
-
-
-def describe(audit: Audit, rules: MiningRules) -> str:
-    """The audit as text."""
-    share = max(audit.candidates, 1)
-    lines = [
-        f"{audit.queries:,} queries, {audit.candidates:,} candidates at ranks {rules.ranks[0]} to {rules.ranks[1] - 1}"
-    ]
-    counted = dict(zip(REASONS, audit.dropped.tolist(), strict=True))
-    for reason, number in {**counted, "not needed": audit.spare, "kept as negatives": audit.kept}.items():
-        lines.append(f"  {reason:32} {number:>12,}  {number / share:6.1%}")
-    lines.append(
-        f"{audit.short:,} queries have fewer than {rules.negatives} negatives, {audit.without:,} of them none"
-        + ("; a wider --rank-range or a higher --max-score-ratio gives more" if audit.short else "")
-    )
-    return "\n".join(lines)
-
-
-def write_audit(audit: Audit, rules: MiningRules, output: Path) -> None:
-    """``OUT.audit.json``, and the picture of the scores, ``OUT.scores.png``."""
-    value = {
-        "queries": audit.queries,
-        "candidates": audit.candidates,
-        "dropped": dict(zip(REASONS, audit.dropped.tolist(), strict=True)),
-        "not_needed": audit.spare,
-        "kept": audit.kept,
-        "queries_with_fewer": audit.short,
-        "queries_with_none": audit.without,
-        "rules": vars(rules),
-    }
-    text = json.dumps(value, indent=2) + "\n"
-    write_file(output.with_suffix(".audit.json"), lambda file: file.write(text.encode()))
-    write_file(output.with_suffix(".scores.png"), lambda file: _draw(audit, file))
-
-
-def _draw(audit: Audit, file: Any) -> None:
-    from matplotlib.figure import Figure
-
-    edges = np.linspace(-audit.bound, audit.bound, BINS + 1)
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for counts, label in zip(audit.histograms, ("positives", "negatives", "dropped for their score"), strict=True):
-        axes.stairs(counts / max(counts.sum(), 1), edges, fill=True, alpha=0.45, label=f"{label} ({counts.sum():,})")
-    seen = np.flatnonzero(audit.histograms.sum(axis=0))
-    if len(seen):
-        axes.set_xlim(edges[max(seen[0] - 1, 0)], edges[min(seen[-1] + 2, BINS)])
-    axes.set_xlabel("score")
-    axes.set_ylabel("share")
-    axes.legend()
-    figure.savefig(file, format="png", dpi=120)
 
 
 # ---- the command line

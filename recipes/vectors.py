@@ -40,7 +40,7 @@ class Manifest:
     """What a folder holds.
 
     Attributes:
-        fingerprint: everything the vectors depend on; see :func:`megatron_embed.recipes.encode_corpus.fingerprint`.
+        fingerprint: everything the vectors depend on; see :func:`megatron_embed.recipes.fingerprints.fingerprint`.
         dim: numbers of a vector, before binary ones are packed.
     """
 
