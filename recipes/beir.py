@@ -11,6 +11,8 @@ from typing import Any
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.rows import JsonLineRows, RowError
 
+_WANTED = "an object with _id, text and, for documents, title"
+
 
 @dataclass(frozen=True)
 class Collection:
@@ -63,8 +65,10 @@ def load_beir(folder: str | Path, split: str = "test") -> Collection:
     folder = Path(folder)
     corpus = {id_: document_text(row) for id_, row, _ in read_texts(folder, "corpus.jsonl")}
     if not any(corpus.values()):
-        raise UserError(f"{folder / 'corpus.jsonl'}: no document has any text")
+        raise UserError(f"{folder / 'corpus.jsonl'}: no document has any text; wanted {_WANTED}")
     texts = {id_: document_text(row) for id_, row, _ in read_texts(folder, "queries.jsonl")}
+    if not any(texts.values()):
+        raise UserError(f"{folder / 'queries.jsonl'}: no query has any text; wanted {_WANTED}")
     qrels: dict[str, dict[str, int]] = {}
     for query, document, grade, line in read_qrels(folder, split):
         if query not in texts:
@@ -101,7 +105,7 @@ def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], i
             raise UserError(f"{where}: {row}")
         if not isinstance(row, dict) or "_id" not in row or not isinstance(row.get("text"), str):
             found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{where}: found {found}; wanted an object with _id, text and, for documents, title")
+            raise UserError(f"{where}: found {found}; wanted {_WANTED}")
         try:
             id_ = id_of(row, "_id")
         except RowError as error:
@@ -111,7 +115,7 @@ def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], i
         seen.add(id_)
         yield id_, row, index
     if not seen:
-        raise UserError(f"{rows.path}: the file is empty")
+        raise UserError(f"{rows.path}: holds no rows; wanted {_WANTED}")
 
 
 def open_texts(folder: Path, name: str) -> JsonLineRows:

@@ -17,6 +17,7 @@ from megatron_embed.recipes.rows import JsonLineRows, RowError, Rows, open_rows
 from megatron_embed.recipes.targets import text_id
 
 _ID_KEYS = ("_id", "id", "docid")
+_WANTED = "texts: objects with _id, text and, for documents, title, or plain lines"
 
 
 class Texts(Protocol):
@@ -69,7 +70,7 @@ class Corpus:
         elif Path(path).is_dir():
             raise UserError(f"{path}: a folder, but no BEIR folder; wanted corpus.jsonl and queries.jsonl, or a file")
         self.path = str(path)
-        self.rows: Rows = open_rows(self.path)
+        self.rows: Rows = open_rows(self.path, _WANTED)
         self.form = self.rows.form
         if isinstance(self.rows, JsonLineRows) and not self.rows.raw(0).lstrip().startswith(b"{"):
             self.form = "plain lines"
@@ -113,7 +114,7 @@ class Corpus:
             empty += not full.strip()
             nuls += "\0" in full
         if empty == len(self):
-            raise UserError(f"{self.path}: no row has any text")
+            raise UserError(f"{self.path}: no row has any text; wanted {_WANTED}")
         self._refuse_duplicates(ids)
         return CorpusFacts(empty, nuls, text_ids)
 

@@ -43,20 +43,28 @@ class Rows(Protocol):
         """Every row in order: its value, or the :class:`RowError` that says why it has none."""
 
 
-def open_rows(path: str) -> Rows:
+def open_rows(path: str, wanted: str = "training pairs") -> Rows:
     """Open a JSONL, JSON or Parquet file, or ``hf://org/name[/config]``; the form is recognised.
+
+    Args:
+        wanted: what the rows are to hold, for the message about a file without any.
 
     Raises:
         UserError: no such file, no rows, or none of these forms.
     """
+    rows = _recognised(path)
+    if not len(rows):
+        raise UserError(f"{path}: holds no rows; wanted {wanted}")
+    return rows
+
+
+def _recognised(path: str) -> Rows:
     if path.startswith("hf://"):
         return TableRows.from_hub(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file or folder")
     with open(path, "rb") as file:
         head = file.read(4096)
-    if not head:
-        raise UserError(f"{path}: the file is empty; wanted training pairs")
     if head.startswith(b"PAR1"):
         return TableRows.from_parquet(path)
     head = head.removeprefix(_BOM).lstrip()
@@ -64,10 +72,7 @@ def open_rows(path: str) -> Rows:
         return JsonArrayRows(path)
     if re.match(rb'\{\s*"(corpus|data)"\s*:', head):
         return JsonObjectRows(path)
-    rows = JsonLineRows(path)
-    if not len(rows):
-        raise UserError(f"{path}: the file holds only blank lines; wanted training pairs")
-    return rows
+    return JsonLineRows(path)
 
 
 _SCANNED = 1 << 20  # bytes read at once where all rows are read
@@ -194,8 +199,6 @@ class JsonArrayRows:
     def __init__(self, path: str | Path) -> None:
         self.path, self.files = str(path), [Path(path)]
         self._values = self._entries(read_json(Path(path)))
-        if not self._values:
-            raise UserError(f"{path}: the array is empty; wanted training pairs")
 
     def _entries(self, value: Any) -> list[Any]:
         return value
@@ -246,8 +249,6 @@ class TableRows:
 
     def __init__(self, path: str, table: Any, form: str, files: list[Path]) -> None:
         self.path, self.form, self.files, self._table = path, form, files, table
-        if not len(table):
-            raise UserError(f"{path}: no rows; wanted training pairs")
 
     @classmethod
     def from_parquet(cls, path: str) -> TableRows:
@@ -256,8 +257,10 @@ class TableRows:
         import pyarrow.parquet
 
         try:
-            pyarrow.parquet.read_metadata(path)  # the footer: where a file cut short shows
-            return cls(path, _quiet_datasets().Dataset.from_parquet(path), "Parquet", [Path(path)])
+            rows = pyarrow.parquet.read_metadata(path).num_rows  # the footer: where a file cut short shows
+            # datasets cannot read a file without rows
+            table = _quiet_datasets().Dataset.from_parquet(path) if rows else []
+            return cls(path, table, "Parquet", [Path(path)])
         except (pyarrow.ArrowException, _datasets_error()) as error:
             raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
 

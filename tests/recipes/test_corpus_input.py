@@ -12,12 +12,13 @@ import pytest
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import Encoder, encode_corpus
-from megatron_embed.recipes.beir import read_texts
+from megatron_embed.recipes import Encoder, encode_corpus, mine
+from megatron_embed.recipes.beir import load_beir, read_texts
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.data import PairDataset
 from megatron_embed.recipes.inspect_data import look_through
+from megatron_embed.recipes.mining import MiningRules
 from megatron_embed.recipes.vectors import VectorFolder
 
 LONG = 100_000_000
@@ -45,6 +46,15 @@ def write_parquet(path: Path, rows: list[Any]) -> Path:
 
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def empty_parquet(path: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"_id": pyarrow.array([], pyarrow.string()), "text": pyarrow.array([], pyarrow.string())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
     return path
 
 
@@ -120,3 +130,33 @@ def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(tmp_path: Path
     with pytest.raises(UserError, match=r"corpus.jsonl, line 2: not JSON: Unterminated string") as of_corpus:
         Corpus(tmp_path / "corpus.jsonl").check()
     assert max(len(str(error.value)) for error in (of_pairs, of_corpus)) < 400
+
+
+EMPTY = {
+    "empty": "",
+    "blank": "\n\r\n",
+    "array": "[]",
+    "no text": '{"_id": "a", "text": ""}\n{"_id": "b", "text": " "}\n',
+}
+
+
+@pytest.mark.parametrize("kind", [*EMPTY, "parquet"])
+def test_a_corpus_without_text_is_named_and_what_is_wanted_there(kind: str, encoder: Encoder, tmp_path: Path) -> None:
+    """To encode, to mine from, to search: not "training pairs"."""
+    path = tmp_path / "corpus.jsonl"
+    if kind == "parquet":
+        empty_parquet(path)
+    else:
+        path.write_text(EMPTY[kind])
+    pairs = write(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}])
+    message = r"corpus.jsonl: (holds no rows|no row has any text); wanted texts: objects with _id, text"
+    with pytest.raises(UserError, match=message):
+        Corpus(path).check()
+    with pytest.raises(UserError, match=message):
+        mine.mine(encoder, str(pairs), Corpus(path), tmp_path / "out", rules=MiningRules(), cache=tmp_path / "cache")
+    assert not (tmp_path / "out").exists()
+    if kind not in ("array", "parquet"):  # BEIR folders know JSON lines only
+        write(tmp_path / "queries.jsonl", [{"_id": "q", "text": "q"}])
+        message = r"corpus.jsonl: (holds no rows|no document has any text); wanted an object with _id, text"
+        with pytest.raises(UserError, match=message):
+            load_beir(tmp_path)

@@ -198,13 +198,13 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "data: the file is empty; wanted training pairs"),
-        (b"\n\r\n\n", "data: the file holds only blank lines"),
-        (b"[]", "data: the array is empty"),
+        (b"", "data: holds no rows; wanted training pairs"),
+        (b"\n\r\n\n", "data: holds no rows"),
+        (b"[]", "data: holds no rows; wanted training pairs"),
         (b"[\n{},\n{]", "data, line 3: not JSON"),
         (b'[{"query": "q"}]', "data, line 1: no 'positive'"),
         (b"PAR1 cut short", "data: not a readable Parquet file"),
-        (b"\xef\xbb\xbf", "data: the file holds only blank lines"),
+        (b"\xef\xbb\xbf", "data: holds no rows"),
     ],
 )
 def test_unusable_files(content: bytes, message: str, tmp_path: Path) -> None:

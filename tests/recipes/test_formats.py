@@ -254,7 +254,7 @@ def test_a_damaged_automodel_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"odd/merlin_metadata.json: no such file; wanted a corpus folder"):
         PairDataset([DataSource(path=str(path))])
     path.write_text('{"corpus": 5, "data": []}')
-    with pytest.raises(UserError, match=r"train.json: the array is empty"):
+    with pytest.raises(UserError, match=r"train.json: holds no rows; wanted training pairs"):
         PairDataset([DataSource(path=str(path))])
     path.write_text('{"data": [{"question": "q", "pos_doc": []}]}')
     with pytest.raises(UserError, match=r"train.json: 'corpus': found null; wanted .*FOLDER"):
