@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.rows import JsonLineRows, RowError
 
+ABSENT = "judgements name documents that the corpus lacks; they count as never found"
 _WANTED = "an object with _id, text and, for documents, title"
 
 
@@ -23,14 +25,14 @@ class Collection:
         queries: query id → text, of the queries in ``qrels``.
         qrels: query id → {document id: grade}. A query for which no document is relevant is left out: nothing could
             answer it. Judged documents that the corpus lacks are left in, and never found.
-        absent: how many judgements name a document that the corpus lacks.
+        odd: what can be used and looks odd, of each file: above all judgements of documents that the corpus lacks.
     """
 
     name: str
     corpus: dict[str, str]
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
-    absent: int = 0
+    odd: tuple[OddRows, ...] = ()
 
 
 def is_beir(path: str | Path) -> bool:
@@ -63,26 +65,45 @@ def load_beir(folder: str | Path, split: str = "test") -> Collection:
             judgements none of which names a document of the corpus.
     """
     folder = Path(folder)
-    corpus = {id_: document_text(row) for id_, row, _ in read_texts(folder, "corpus.jsonl")}
-    if not any(corpus.values()):
-        raise UserError(f"{folder / 'corpus.jsonl'}: no document has any text; wanted {_WANTED}")
-    texts = {id_: document_text(row) for id_, row, _ in read_texts(folder, "queries.jsonl")}
-    if not any(texts.values()):
-        raise UserError(f"{folder / 'queries.jsonl'}: no query has any text; wanted {_WANTED}")
+    corpus, odd_documents = _read_texts(folder, "corpus.jsonl", "document")
+    texts, odd_queries = _read_texts(folder, "queries.jsonl", "query")
+    path = qrels_path(folder, split)
+    odd = OddRows(str(path))
     qrels: dict[str, dict[str, int]] = {}
+    lines: dict[str, int] = {}
+    present = 0
     for query, document, grade, line in read_qrels(folder, split):
         if query not in texts:
-            raise UserError(f"{qrels_path(folder, split)}, line {line}: query {query!r} is not in queries.jsonl")
-        qrels.setdefault(query, {})[document] = grade
+            raise UserError(f"{path}, line {line}: query {query!r} is not in queries.jsonl")
+        if document in qrels.setdefault(query, {}):
+            odd.add("judgements are of a query and document judged before; the last counts", line)
+        if document not in corpus:
+            odd.add(ABSENT, line)
+        present += document in corpus
+        qrels[query][document] = grade
+        lines.setdefault(query, line)
     answerable = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
     if not answerable:
-        raise UserError(f"{qrels_path(folder, split)}: no judgement has a grade above 0")
-    judged = [document for grades in qrels.values() for document in grades]
-    absent = sum(document not in corpus for document in judged)
-    if absent == len(judged):
-        raise UserError(f"{qrels_path(folder, split)}: none of {absent} judgements names a document of corpus.jsonl")
+        raise UserError(f"{path}: no judgement has a grade above 0")
+    if not present:
+        raise UserError(f"{path}: none of {odd.counts()[ABSENT]} judgements names a document of corpus.jsonl")
+    for query, line in lines.items():
+        if query not in answerable:
+            odd.add("queries have no document of a grade above 0; they are left out", line)
     queries = {query: texts[query] for query in answerable}
-    return Collection(folder.resolve().name, corpus, queries, answerable, absent)
+    return Collection(folder.resolve().name, corpus, queries, answerable, (odd_documents, odd_queries, odd))
+
+
+def _read_texts(folder: Path, name: str, what: str) -> tuple[dict[str, str], OddRows]:
+    """Id → text of ``corpus.jsonl`` or ``queries.jsonl``, and what looks odd there."""
+    texts, odd = {}, OddRows(str(folder / name))
+    for id_, row, _, line in read_texts(folder, name):
+        texts[id_] = text = document_text(row)
+        for remark in (*of_text(text), *([] if text else [NO_TEXT])):
+            odd.add(remark, line)
+    if not any(texts.values()):
+        raise UserError(f"{folder / name}: no {what} has any text; wanted {_WANTED}")
+    return texts, odd
 
 
 def load_collections(folders: Sequence[str | Path], split: str = "test") -> list[Collection]:
@@ -95,12 +116,13 @@ def load_collections(folders: Sequence[str | Path], split: str = "test") -> list
     return collections
 
 
-def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(id, row, row number from 0) of every line of ``corpus.jsonl`` or ``queries.jsonl``."""
+def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int, int]]:
+    """(id, row, row number from 0, line) of every row of ``corpus.jsonl`` or ``queries.jsonl``."""
     rows = open_texts(folder, name)
     seen: set[str] = set()
     for index, row in enumerate(rows.scan()):
-        where = f"{rows.path}, line {rows.line(index)}"
+        line = rows.line(index)
+        where = f"{rows.path}, line {line}"
         if isinstance(row, RowError):
             raise UserError(f"{where}: {row}")
         if not isinstance(row, dict) or "_id" not in row or not isinstance(row.get("text"), str):
@@ -113,7 +135,7 @@ def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], i
         if id_ in seen:
             raise UserError(f"{where}: _id {id_!r} stands in the file twice")
         seen.add(id_)
-        yield id_, row, index
+        yield id_, row, index, line
     if not seen:
         raise UserError(f"{rows.path}: holds no rows; wanted {_WANTED}")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import document_text, id_of, is_beir
+from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.rows import JsonLineRows, RowError, Rows, open_rows
 from megatron_embed.recipes.targets import text_id
 
@@ -42,13 +43,11 @@ class CorpusFacts:
     """What :meth:`Corpus.check` saw.
 
     Attributes:
-        empty: rows without any text.
-        nuls: rows with NUL characters; they are kept as they are.
-        text_ids: ``[rows, 2]`` uint64: of title with text, and of the text alone.
+        odd: rows that are kept as they are, without any text, with NUL characters, ….
+        text_ids: ``[rows, 2]`` uint64: of title with text, and of the text alone; white space alone is no text.
     """
 
-    empty: int
-    nuls: int
+    odd: OddRows
     text_ids: np.ndarray
 
 
@@ -106,17 +105,17 @@ class Corpus:
         """
         ids = np.empty(len(self), dtype=np.uint64)
         text_ids = np.empty((len(self), 2), dtype=np.uint64)
-        empty = nuls = 0
+        odd = OddRows(self.path)
         for index in range(len(self)):
             id_, full, alone = self._parse(index)
             ids[index] = text_id(id_)
-            text_ids[index] = text_id(full), text_id(alone)
-            empty += not full.strip()
-            nuls += "\0" in full
-        if empty == len(self):
+            text_ids[index] = [text_id(text if text.strip() else "") for text in (full, alone)]
+            for remark in (*of_text(full), *([] if full.strip() else [NO_TEXT])):
+                odd.add(remark, self.rows.line(index))
+        if odd.counts().get(NO_TEXT) == len(self):
             raise UserError(f"{self.path}: no row has any text; wanted {_WANTED}")
         self._refuse_duplicates(ids)
-        return CorpusFacts(empty, nuls, text_ids)
+        return CorpusFacts(odd, text_ids)
 
     def _refuse_duplicates(self, ids: np.ndarray) -> None:
         order = np.argsort(ids, kind="stable")

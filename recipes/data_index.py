@@ -24,7 +24,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.atomic import atomic_output
 
 #: raised whenever other things are kept, or rows are understood in another way
-VERSION = 1
+VERSION = 2
 #: Smaller files are read in less than a second: small runs and tests leave nothing behind in a home folder.
 LEAST_BYTES = 16 << 20
 

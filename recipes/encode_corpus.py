@@ -31,6 +31,7 @@ from megatron_embed.recipes.encode import Encoder, encode_here, encode_sequences
 from megatron_embed.recipes.fingerprints import fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
+from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.tokenization import Kind
 from megatron_embed.recipes.vectors import (
     CALIBRATION,
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--kind", choices=("query", "passage"), default="passage", help="which prompt and length")
     parser.add_argument("--dim", type=int, help="keep the first DIM numbers of each vector (Matryoshka)")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--strict", action="store_true", help="a row without text, or with NULs, is an error")
+    parser.add_argument("--strict", action="store_true", help="rows that look odd are an error")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
 
@@ -226,17 +227,7 @@ def check_corpus(texts: Corpus, *, strict: bool = False) -> None:
         UserError: on every rank, what is wrong with the corpus; with ``strict`` what looks odd, too.
     """
 
-    def check() -> list[str]:
-        facts = texts.check()
-        remarks = {"have no text; their vectors are the prompt's": facts.empty, "hold NUL characters": facts.nuls}
-        found = [f"{texts.path}: {count} rows {remark}" for remark, count in remarks.items() if count]
-        if found and strict:
-            raise UserError("; ".join(found))
-        return found
-
-    remarks = on_first_rank(check)
-    if dist.get_rank() == 0:
-        print("\n".join(remarks), end="\n" if remarks else "", file=sys.stderr)
+    on_first_rank(lambda: report([texts.check().odd], strict=strict))
 
 
 def _run(args: argparse.Namespace) -> None:

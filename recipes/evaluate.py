@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_embed.recipes.beir import Collection, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
+from megatron_embed.recipes.odd_rows import report
 
 __all__ = ["METRICS", "Collection", "evaluate", "load_beir", "main", "markdown_table", "metrics", "rank", "score"]
 
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the numbers there too")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--no-bm25", action="store_true", help="leave BM25 out")
+    parser.add_argument("--strict", action="store_true", help="rows and judgements that look odd are an error")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
@@ -151,13 +153,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _run(args: argparse.Namespace) -> None:
     first_rank = os.environ.get("RANK", "0") == "0"
     collections = load_collections(args.data, args.split)
-    for collection in collections:
-        if collection.absent and first_rank:
-            print(
-                f"{collection.name}: {collection.absent} judgements name documents that the corpus lacks; "
-                f"they count as never found",
-                file=sys.stderr,
-            )
+    if first_rank or args.strict:  # an error ends all ranks
+        report([odd for collection in collections for odd in collection.odd], strict=args.strict)
     from megatron_embed.recipes.encode import Encoder
 
     with Encoder.from_pretrained(args.model, device=args.device) as encoder:

@@ -31,12 +31,14 @@ from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
 from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose
+from megatron_embed.recipes.mining_input import check_corpus
 from megatron_embed.recipes.mining_report import describe, write_audit
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
+from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.search import Searcher
 from megatron_embed.recipes.tokenization import Kind
 from megatron_embed.recipes.training_texts import TrainingTexts
-from megatron_embed.recipes.vectors import VectorFolder, write_array, write_file
+from megatron_embed.recipes.vectors import VectorFolder, write_file
 
 _BLOCK = 4096  # queries searched together
 
@@ -52,12 +54,14 @@ def mine(
     with_scores: bool = False,
     faiss: str | None = None,
     progress: bool = False,
+    strict: bool = False,
 ) -> Audit:
     """Write ``output``: the rows of ``data`` with mined negatives. Every rank must call this.
 
     Args:
         cache: folder for vectors, shared by all ranks; kept, so that a second run encodes nothing again.
         with_scores: add the model's scores of the positives and negatives as a teacher's.
+        strict: what looks odd in the corpus or the training data is an error.
 
     Raises:
         UserError: bad input, or a cache that holds other vectors under the key.
@@ -72,18 +76,20 @@ def mine(
         return encode_texts(encoder, texts, cache / key(stamp), kind=kind, stamp=stamp, progress=progress)
 
     stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
-    text_ids = _text_ids(corpus, cache / f"{stamp['input_sha256'][:24]}.text_ids.npy")
+    text_ids = cache / f"{stamp['input_sha256'][:24]}.text_ids.npy"
+    odd = [on_first_rank(lambda: check_corpus(corpus, text_ids)), source.odd]
+    on_first_rank(lambda: report(odd, strict=strict))
     documents = encoded(corpus, "passage")
     miner = _Miner(
         source,
         corpus,
         rules,
-        text_ids=text_ids,
+        text_ids=np.load(text_ids, mmap_mode="r", allow_pickle=False),
         queries=encoded(TrainingTexts(source, "query", encoder.tokenizer.prompts["query"]), "query"),
         positives=encoded(TrainingTexts(source, "passage", ""), "passage"),
         searcher=Searcher(documents, rules.ranks[1], faiss=faiss),
         with_scores=with_scores,
-        audit=Audit(1.0 if encoder.config.normalize else _bound(documents)),
+        audit=Audit(1.0 if encoder.config.normalize else _bound(documents), odd),
     )
     if dist.get_rank() == 0:
         _write_lines(output, miner.lines())
@@ -97,19 +103,6 @@ def mine(
 def key(stamp: dict[str, Any]) -> str:
     """The cache's name for vectors of this fingerprint."""
     return hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _text_ids(corpus: Corpus, path: Path) -> np.ndarray:
-    """Identities of all documents, on the disk; with this the corpus has been checked."""
-
-    def make() -> None:
-        if not path.is_file():
-            facts = corpus.check()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_array(path, facts.text_ids)
-
-    on_first_rank(make)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _bound(documents: VectorFolder) -> float:
@@ -209,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of vectors (default: beside OUT.jsonl)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.jsonl")
+    parser.add_argument("--strict", action="store_true", help="rows that look odd are an error")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
 
@@ -240,6 +234,7 @@ def _run(args: argparse.Namespace) -> None:
             with_scores=args.scores,
             faiss=args.faiss,
             progress=sys.stderr.isatty() or "RANK" not in os.environ,
+            strict=args.strict,
         )
         if dist.get_rank() == 0:
             write_audit(audit, rules, args.output)

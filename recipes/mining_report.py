@@ -25,6 +25,7 @@ def describe(audit: Audit, rules: MiningRules) -> str:
         f"{audit.short:,} queries have fewer than {rules.negatives} negatives, {audit.without:,} of them none"
         + ("; a wider --rank-range or a higher --max-score-ratio gives more" if audit.short else "")
     )
+    lines.extend(f"{rows.path}: {remark}" for rows in audit.odd for remark in rows.remarks())
     return "\n".join(lines)
 
 
@@ -38,6 +39,7 @@ def write_audit(audit: Audit, rules: MiningRules, output: Path) -> None:
         "kept": audit.kept,
         "queries_with_fewer": audit.short,
         "queries_with_none": audit.without,
+        "odd_rows": {rows.path: rows.counts() for rows in audit.odd},
         "rules": vars(rules),
     }
     text = json.dumps(value, indent=2) + "\n"

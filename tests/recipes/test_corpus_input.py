@@ -72,8 +72,8 @@ def test_odd_texts_are_kept_counted_and_refused_only_by_strict(
         encode_corpus.main([*arguments, *(["--strict"] if strict else [])])
     err = capsys.readouterr().err
     assert int(ended.value.code or 0) == status, err
-    assert f"{path}: 2 rows have no text; their vectors are the prompt's" in err
-    assert f"{path}: 1 rows hold NUL characters" in err
+    assert f"{path}: 2 rows have no text; their vectors are the prompt's, first line 6" in err
+    assert f"{path}: 1 rows hold NUL characters, first line 2" in err
     assert err.startswith("error: ") == strict
     assert (tmp_path / "out").exists() != strict
 
@@ -121,7 +121,7 @@ def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(tmp_path: Path
     assert len(PairDataset([DataSource(path=str(pairs))])[1].positive) == LONG
     assert look_through(str(pairs)).lengths["positive"] == [1, LONG]
     corpus = Corpus(write(tmp_path / "corpus.jsonl", documents(["a", text])))
-    assert corpus.check().empty == 0
+    assert not corpus.check().odd.found
     assert len(corpus.read(1, 2)[1][0]) == LONG - 1  # stripped
     for path in (pairs, tmp_path / "corpus.jsonl"):
         path.write_bytes(path.read_bytes()[: -LONG // 2])

@@ -367,7 +367,8 @@ def test_the_inspector_shows_what_was_recognised(
     assert int(ended.value.code or 0) == status
     for text in ("JSON lines", "rows       11", "1 repeated pairs", "'query: query 0 “ü”'", "problems   none"):
         assert text in out
-    assert err == ("error: 1 repeated pairs\n" if strict else "")
+    assert "remarks    1 repeated pairs, first line 11" in out
+    assert err == (f"error: {path}: 1 repeated pairs, first line 11\n" if strict else "")
 
 
 def test_the_inspector_lists_problems_by_line(tmp_path: Path) -> None:

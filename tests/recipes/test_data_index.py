@@ -95,7 +95,7 @@ def seen(data: PairDataset) -> list[Any]:
     """All that training takes from a dataset."""
     source, sampler = data.sources[0], GlobalBatchSampler(data, 4, 1)
     facts = [source.max_negatives, source.no_scores, source.no_vectors, source.vector_widths]
-    facts += [source.reader.form.name, source.reader.line]
+    facts += [source.reader.form.name, source.reader.line, source.odd]
     return facts + [[data[i] for i in sampler.batch(step)] for step in range(2 * sampler.steps_per_epoch)]
 
 

@@ -17,6 +17,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder, encode_corpus, vectors
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.encode_corpus import encode_texts
+from megatron_embed.recipes.odd_rows import NO_TEXT
 from megatron_embed.recipes.vectors import MANIFEST, Manifest, VectorFolder, dequantize, plan_shards, quantize
 
 ROWS = [
@@ -233,7 +234,7 @@ def test_forms_of_a_corpus(form: str, tmp_path: Path) -> None:
         write_corpus(tmp_path / "queries.jsonl", [{"_id": "q", "text": "what?"}])
         corpus = Corpus(tmp_path, "query" if form == "BEIR queries" else "passage")
         assert len(corpus) == (1 if form == "BEIR queries" else 60)
-    assert corpus.check().empty == 0
+    assert not corpus.check().odd.found
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_a_corpus_without_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c.jsonl: no row has any text"):
         Corpus(path).check()
     path = write_corpus(tmp_path / "c.jsonl", [{"_id": "a", "text": " "}, {"_id": "b", "text": "b"}])
-    assert Corpus(path).check().empty == 1
+    assert Corpus(path).check().odd.found == {NO_TEXT: (1, 1)}
 
 
 def test_latin_1_lines_are_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytrec_eval
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import load_beir, load_collections
+from megatron_embed.recipes.beir import ABSENT, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
 from megatron_embed.recipes.evaluate import evaluate, main, markdown_table, metrics, rank, score
 
@@ -146,7 +146,7 @@ def test_queries_that_nothing_answers_are_left_out(folder: Path) -> None:
 def test_absent_documents_are_counted(folder: Path) -> None:
     with (folder / "qrels" / "test.tsv").open("a") as file:
         file.write("q0\td900\t1\nq1\td901\t1\n")
-    assert load_beir(folder).absent == 2
+    assert load_beir(folder).odd[2].found == {ABSENT: (2, 35)}
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,11 @@ def test_the_inspector_remarks_on_nuls(tmp_path: Path, capsys: pytest.CaptureFix
         out, err = capsys.readouterr()
         assert "remarks    1 rows hold NUL characters, first line 1" in out
         assert "remarks    1 rows hold U+FFFD, what a wrong encoding leaves, first line 2" in out
-    assert err == "error: 1 rows hold NUL characters, 1 rows hold U+FFFD, what a wrong encoding leaves\n"
+    nul, damaged = (
+        "1 rows hold NUL characters, first line 1",
+        "1 rows hold U+FFFD, what a wrong encoding leaves, first line 2",
+    )
+    assert err == f"error: {path}: {nul}; {path}: {damaged}\n"
 
 
 def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
