@@ -18,6 +18,7 @@ import numpy as np
 from megatron_embed.recipes.beir import Collection, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
 from megatron_embed.recipes.odd_rows import report
+from megatron_embed.recipes.vectors import write_file
 
 __all__ = ["METRICS", "Collection", "evaluate", "load_beir", "main", "markdown_table", "metrics", "rank", "score"]
 
@@ -168,7 +169,8 @@ def _run(args: argparse.Namespace) -> None:
     print(markdown_table(results))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(results, indent=2) + "\n"
+        write_file(args.output, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

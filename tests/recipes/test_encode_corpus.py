@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.full_disk import files_of_at_most
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
@@ -206,6 +207,16 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(
     assert not list((tmp_path / "out").glob("*.partial"))
     encode_texts(encoder, corpus, tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("numbers", [1000, 100_000])  # the end of the file, and the middle of it
+def test_a_really_full_disk_is_noticed(numbers: int, tmp_path: Path) -> None:
+    """Numpy's own writing overlooks the end of a file."""
+    vectors.write_array(tmp_path / "a.npy", np.zeros(5))
+    before = files_of(tmp_path)
+    with files_of_at_most(3000), pytest.raises(UserError, match=r"a.npy: cannot be written \(File too large\)"):
+        vectors.write_array(tmp_path / "a.npy", np.zeros(numbers, dtype=np.float32))
+    assert files_of(tmp_path) == before
 
 
 def test_half_a_folder_is_no_folder_of_vectors(encoder: Encoder, corpus: Corpus, tmp_path: Path) -> None:
