@@ -10,10 +10,11 @@ from typing import Any
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
-from megatron_embed.recipes.rows import JsonLineRows, RowError
+from megatron_embed.recipes.pairs import kind_of
+from megatron_embed.recipes.rows import BOM, JsonLineRows, RowError, decode
 
 ABSENT = "judgements name documents that the corpus lacks; they count as never found"
-_WANTED = "an object with _id, text and, for documents, title"
+WANTED = "an object with _id, text and, for documents, title"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,26 @@ def id_of(row: Mapping[str, Any], key: str) -> str:
     if isinstance(id_, bool) or not isinstance(id_, str | int):
         raise RowError(f"{key!r}: found {json.dumps(id_, default=str)[:60]}; wanted text or a whole number")
     return str(id_)
+
+
+def text_row(row: Any, keys: Sequence[str] = ("_id",)) -> tuple[str, dict[str, Any]]:
+    """(id, row) of a document or query.
+
+    Args:
+        keys: one of these holds the id.
+
+    Raises:
+        RowError: no object, no id or text, or one of another type.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"found {kind_of(row)}; wanted {WANTED}")
+    key = next((key for key in keys if key in row), None)
+    if key is None or "text" not in row:
+        raise RowError(f"found {', '.join(map(str, row)) or 'nothing'}; wanted {WANTED}")
+    for name, value in (("text", row["text"]), ("title", row.get("title") or "")):
+        if not isinstance(value, str):
+            raise RowError(f"{name!r}: found {kind_of(value)}; wanted text")
+    return id_of(row, key), dict(row)
 
 
 def load_beir(folder: str | Path, split: str = "test") -> Collection:
@@ -102,7 +123,7 @@ def _read_texts(folder: Path, name: str, what: str) -> tuple[dict[str, str], Odd
         for remark in (*of_text(text), *([] if text else [NO_TEXT])):
             odd.add(remark, line)
     if not any(texts.values()):
-        raise UserError(f"{folder / name}: no {what} has any text; wanted {_WANTED}")
+        raise UserError(f"{folder / name}: no {what} has any text; wanted {WANTED}")
     return texts, odd
 
 
@@ -123,13 +144,10 @@ def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], i
     for index, row in enumerate(rows.scan()):
         line = rows.line(index)
         where = f"{rows.path}, line {line}"
-        if isinstance(row, RowError):
-            raise UserError(f"{where}: {row}")
-        if not isinstance(row, dict) or "_id" not in row or not isinstance(row.get("text"), str):
-            found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{where}: found {found}; wanted {_WANTED}")
         try:
-            id_ = id_of(row, "_id")
+            if isinstance(row, RowError):
+                raise row
+            id_, row = text_row(row)
         except RowError as error:
             raise UserError(f"{where}: {error}") from None
         if id_ in seen:
@@ -137,7 +155,7 @@ def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], i
         seen.add(id_)
         yield id_, row, index, line
     if not seen:
-        raise UserError(f"{rows.path}: holds no rows; wanted {_WANTED}")
+        raise UserError(f"{rows.path}: holds no rows; wanted {WANTED}")
 
 
 def open_texts(folder: Path, name: str) -> JsonLineRows:
@@ -162,11 +180,11 @@ def read_qrels(folder: Path, split: str) -> Iterator[tuple[str, str, int, int]]:
         present = sorted(file.stem for file in path.parent.glob("*.tsv"))
         raise UserError(f"{path}: no such split; present: {', '.join(present) or 'none'}")
     empty = True
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, raw in enumerate(path.read_bytes().removeprefix(BOM).split(b"\n"), start=1):
+        try:
+            line = decode(raw)
+        except RowError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
         fields = line.rstrip("\r").split("\t")
         if fields == [""] or (number == 1 and not _is_grade(fields[-1])):  # a blank line; the header
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,13 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import document_text, id_of, is_beir
+from megatron_embed.recipes.beir import WANTED, document_text, is_beir, text_row
 from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
-from megatron_embed.recipes.rows import JsonLineRows, RowError, Rows, open_rows
+from megatron_embed.recipes.rows import JsonLineRows, RowError, Rows, decode, open_rows
 from megatron_embed.recipes.targets import text_id
 
 _ID_KEYS = ("_id", "id", "docid")
-_WANTED = "texts: objects with _id, text and, for documents, title, or plain lines"
+_WANTED = f"texts: {WANTED}, a row, or plain lines"
 
 
 class Texts(Protocol):
@@ -130,7 +129,7 @@ class Corpus:
         try:
             if self.form == "plain lines":
                 assert isinstance(self.rows, JsonLineRows)
-                text = _decode(self.rows.raw(index))
+                text = decode(self.rows.raw(index)).removesuffix("\r")
                 return str(self.rows.line(index)), text, text
             return _parse_row(self.rows[index])
         except RowError as error:
@@ -138,18 +137,8 @@ class Corpus:
 
 
 def _parse_row(row: Any) -> tuple[str, str, str]:
-    key = next((key for key in _ID_KEYS if key in row), None) if isinstance(row, Mapping) else None
-    if key is None or not isinstance(row.get("text"), str) or not isinstance(row.get("title") or "", str):
-        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise RowError(f"found {found}; wanted an object with _id, text and, for documents, title")
-    return id_of(row, key), document_text(row), row["text"]
-
-
-def _decode(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line") from None
+    id_, row = text_row(row, _ID_KEYS)
+    return id_, document_text(row), row["text"]
 
 
 def file_digest(*paths: Path | str | os.PathLike[str]) -> str:

@@ -115,14 +115,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: Any) -> None:
-    unusable = 0
+    unusable = []
     odd = []
     for path in args.files:
         found = look_through(path)
         print(describe(found, DataSection()))
-        unusable += len(found.problems)
+        if found.problems:
+            unusable.append(f"{path}: {len(found.problems):,} rows cannot be used, the first on {found.problems[0]}")
         odd.append(found.odd)
     if unusable:
-        raise UserError(f"{unusable} rows cannot be used")
+        raise UserError("; ".join(unusable))
     if args.strict:
         report(odd, strict=True)

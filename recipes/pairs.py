@@ -111,4 +111,6 @@ def _check_text(field: str, text: Any) -> None:
 def kind_of(value: Any) -> str:
     """What JSON calls a value."""
     names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
-    return names.get(type(value), f"the number {value}")
+    if type(value) in (int, float):
+        return f"the number {value}"
+    return names.get(type(value), type(value).__name__)  # what Parquet has and JSON has not: bytes, datetime, …

@@ -67,8 +67,8 @@ def _recognised(path: str) -> Rows:
         head = file.read(4096)
     if head.startswith(b"PAR1"):
         return TableRows.from_parquet(path)
-    head = head.removeprefix(_BOM).lstrip()
-    if head[:1] == b"[":
+    head = head.removeprefix(BOM).lstrip()
+    if re.match(rb"\[\s*([{\]]|$)", head):  # of objects, or empty: a line of text may begin with a bracket, too
         return JsonArrayRows(path)
     if re.match(rb'\{\s*"(corpus|data)"\s*:', head):
         return JsonObjectRows(path)
@@ -76,7 +76,7 @@ def _recognised(path: str) -> Rows:
 
 
 _SCANNED = 1 << 20  # bytes read at once where all rows are read
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 class JsonLineRows:
@@ -146,8 +146,8 @@ def _line_offsets(file: int, chunk: int = 1 << 22) -> tuple[np.ndarray, np.ndarr
     ends = np.frombuffer(breaks, dtype=np.int64)
     starts = np.zeros_like(ends)
     np.add(ends[:-1], 1, out=starts[1:])
-    if os.pread(file, len(_BOM), 0) == _BOM:
-        starts[0] = len(_BOM)
+    if os.pread(file, len(BOM), 0) == BOM:
+        starts[0] = len(BOM)
     for line in np.flatnonzero(ends - starts == 1):  # "\r\n" alone is blank too
         if os.pread(file, 1, int(starts[line])).isspace():
             ends[line] = starts[line]
@@ -162,22 +162,35 @@ def parse_json(raw: bytes) -> Any:
     Raises:
         RowError: not UTF-8, not JSON, or text that no UTF-8 can hold.
     """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line; "
-            f"wanted the file converted to UTF-8"
-        ) from None
+    text = decode(raw)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RowError(f"not JSON: {error.msg} at column {error.colno}: {_clip(text)}") from None
+        raise RowError(f"not JSON: {_reason(error)}: {_clip(text)}") from None
     except RecursionError:
         raise RowError("not usable JSON: nested too deeply") from None
     if "\\ud" in text or "\\uD" in text:
         _refuse_lone_surrogates(value)
     return value
+
+
+def decode(raw: bytes) -> str:
+    """The text of one line.
+
+    Raises:
+        RowError: not UTF-8.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line; "
+            f"wanted the file converted to UTF-8"
+        ) from None
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _refuse_lone_surrogates(value: Any) -> None:
@@ -234,14 +247,16 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: not UTF-8, not JSON; the line is named.
     """
-    raw = path.read_bytes().removeprefix(_BOM)
+    raw = path.read_bytes().removeprefix(BOM)
     try:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
+        raise UserError(
+            f"{path}, line {line}: not UTF-8: byte 0x{raw[error.start]:02x}; wanted the file converted to UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {_reason(error)}") from None
 
 
 class TableRows:
@@ -261,8 +276,9 @@ class TableRows:
             # datasets cannot read a file without rows
             table = _quiet_datasets().Dataset.from_parquet(path) if rows else []
             return cls(path, table, "Parquet", [Path(path)])
-        except (pyarrow.ArrowException, _datasets_error()) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+        except (pyarrow.ArrowException, OSError, _datasets_error()) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise UserError(f"{path}: not a readable Parquet file ({reason})") from None
 
     @classmethod
     def from_hub(cls, path: str) -> TableRows:

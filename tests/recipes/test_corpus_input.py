@@ -108,14 +108,22 @@ def test_a_parquet_corpus_cut_short_or_of_other_columns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c.parquet: not a readable Parquet file"):
         Corpus(path)
     write_parquet(path, [{"_id": "a", "text": 5}])
-    with pytest.raises(UserError, match=r"c.parquet, line 1: found _id, text; wanted an object with _id, text"):
+    with pytest.raises(UserError, match=r"c.parquet, line 1: 'text': found the number 5; wanted text"):
         Corpus(path).check()
     write_parquet(path, [{"_id": "a", "body": "b"}])
     with pytest.raises(UserError, match=r"c.parquet, line 1: found _id, body; wanted an object with _id, text"):
         Corpus(path).check()
 
 
-def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(tmp_path: Path) -> None:
+def beir_around(folder: Path) -> Path:
+    """A BEIR folder of the corpus that lies there."""
+    (folder / "qrels").mkdir()
+    write(folder / "queries.jsonl", [{"_id": "q", "text": "q"}])
+    (folder / "qrels" / "test.tsv").write_text("q\t1\t1\n")
+    return folder
+
+
+def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(encoder: Encoder, tmp_path: Path) -> None:
     text = "word " * (LONG // 5)
     pairs = write(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}, {"query": "q", "positive": text}])
     assert len(PairDataset([DataSource(path=str(pairs))])[1].positive) == LONG
@@ -123,13 +131,20 @@ def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(tmp_path: Path
     corpus = Corpus(write(tmp_path / "corpus.jsonl", documents(["a", text])))
     assert not corpus.check().odd.found
     assert len(corpus.read(1, 2)[1][0]) == LONG - 1  # stripped
+    collection = load_beir(beir_around(tmp_path))
+    assert [len(text) for text in collection.corpus.values()] == [1, LONG - 1]
+    folder = encode_corpus.encode_texts(encoder, corpus, tmp_path / "out")  # of the text, only the beginning counts
+    wanted = encoder.encode(["a", text[:10_000]], kind="passage")
+    np.testing.assert_allclose(folder.rows(0, 2), wanted, atol=2e-6)
     for path in (pairs, tmp_path / "corpus.jsonl"):
         path.write_bytes(path.read_bytes()[: -LONG // 2])
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2: not JSON: Unterminated string") as of_pairs:
         PairDataset([DataSource(path=str(pairs))])
     with pytest.raises(UserError, match=r"corpus.jsonl, line 2: not JSON: Unterminated string") as of_corpus:
         Corpus(tmp_path / "corpus.jsonl").check()
-    assert max(len(str(error.value)) for error in (of_pairs, of_corpus)) < 400
+    with pytest.raises(UserError, match=r"corpus.jsonl, line 2: not JSON: Unterminated string") as of_beir:
+        load_beir(tmp_path)
+    assert max(len(str(error.value)) for error in (of_pairs, of_corpus, of_beir)) < 400
 
 
 EMPTY = {
@@ -149,7 +164,7 @@ def test_a_corpus_without_text_is_named_and_what_is_wanted_there(kind: str, enco
     else:
         path.write_text(EMPTY[kind])
     pairs = write(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}])
-    message = r"corpus.jsonl: (holds no rows|no row has any text); wanted texts: objects with _id, text"
+    message = r"corpus.jsonl: (holds no rows|no row has any text); wanted texts: an object with _id, text"
     with pytest.raises(UserError, match=message):
         Corpus(path).check()
     with pytest.raises(UserError, match=message):

@@ -383,4 +383,5 @@ def test_the_inspector_lists_problems_by_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "line 2: not JSON" in done.stdout
     assert "line 4: no 'positive'" in done.stdout
-    assert done.stderr == "error: 2 rows cannot be used\n"
+    assert done.stderr.startswith(f"error: {path}: 2 rows cannot be used, the first on line 2: not JSON: ")
+    assert done.stderr.count("\n") == 1

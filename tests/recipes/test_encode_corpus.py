@@ -252,7 +252,7 @@ def test_forms_of_a_corpus(form: str, tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"_id": "d1", "text": "again"}', r"line 61: _id 'd1' stands in the file twice \(1 such rows\)"),
-        ('{"_id": "x", "text": 5}', r"line 61: found _id, text; wanted an object with _id, text"),
+        ('{"_id": "x", "text": 5}', r"line 61: 'text': found the number 5; wanted text"),
         ('{"text": "no id"}', r"line 61: found text; wanted an object with _id"),
         ('{"_id": "x", "text": ', r"line 61: not JSON"),
     ],
