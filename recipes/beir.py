@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.json_text import BOM, RowError, decode
 from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.pairs import kind_of
-from megatron_embed.recipes.rows import BOM, JsonLineRows, RowError, decode
+from megatron_embed.recipes.rows import JsonLineRows
 
 ABSENT = "judgements name documents that the corpus lacks; they count as never found"
 WANTED = "an object with _id, text and, for documents, title"

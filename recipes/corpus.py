@@ -12,8 +12,9 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import WANTED, document_text, is_beir, text_row
+from megatron_embed.recipes.json_text import RowError, decode
 from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
-from megatron_embed.recipes.rows import JsonLineRows, RowError, Rows, decode, open_rows
+from megatron_embed.recipes.rows import JsonLineRows, Rows, open_rows
 from megatron_embed.recipes.targets import text_id
 
 _ID_KEYS = ("_id", "id", "docid")

@@ -10,9 +10,10 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.data_index import Index
 from megatron_embed.recipes.duplicates import TextIds, repeated_pairs
 from megatron_embed.recipes.formats import PairReader
+from megatron_embed.recipes.json_text import RowError
 from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair
 from megatron_embed.recipes.pairs import Pair
-from megatron_embed.recipes.rows import RowError, Rows
+from megatron_embed.recipes.rows import Rows
 from megatron_embed.recipes.targets import text_id
 
 

@@ -6,7 +6,6 @@ line, count the problems or list them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from array import array
@@ -18,10 +17,7 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.data_index import Index, indexed
-
-
-class RowError(ValueError):
-    """One row cannot be used; the message says why, without the place."""
+from megatron_embed.recipes.json_text import BOM, RowError, parse_json, parse_json_file, refuse_lone_surrogates
 
 
 class Rows(Protocol):
@@ -76,7 +72,6 @@ def _recognised(path: str) -> Rows:
 
 
 _SCANNED = 1 << 20  # bytes read at once where all rows are read
-BOM = b"\xef\xbb\xbf"
 
 
 class JsonLineRows:
@@ -156,54 +151,6 @@ def _line_offsets(file: int, chunk: int = 1 << 22) -> tuple[np.ndarray, np.ndarr
     return starts, ends
 
 
-def parse_json(raw: bytes) -> Any:
-    """The value of one line.
-
-    Raises:
-        RowError: not UTF-8, not JSON, or text that no UTF-8 can hold.
-    """
-    text = decode(raw)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RowError(f"not JSON: {_reason(error)}: {_clip(text)}") from None
-    except RecursionError:
-        raise RowError("not usable JSON: nested too deeply") from None
-    if "\\ud" in text or "\\uD" in text:
-        _refuse_lone_surrogates(value)
-    return value
-
-
-def decode(raw: bytes) -> str:
-    """The text of one line.
-
-    Raises:
-        RowError: not UTF-8.
-    """
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line; "
-            f"wanted the file converted to UTF-8"
-        ) from None
-
-
-def _reason(error: json.JSONDecodeError) -> str:
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-
-
-def _refuse_lone_surrogates(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"half a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no text") from None
-
-
-def _clip(text: str, length: int = 60) -> str:
-    return repr(text if len(text) <= length else text[: length - 1] + "…")
-
-
 class JsonArrayRows:
     """A JSON array of rows. It cannot be indexed by line, so it lies in memory: use JSON lines for large data."""
 
@@ -211,7 +158,8 @@ class JsonArrayRows:
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.files = str(path), [Path(path)]
-        self._values = self._entries(read_json(Path(path)))
+        value, self._suspicious = parse_json_file(Path(path))
+        self._values = self._entries(value)
 
     def _entries(self, value: Any) -> list[Any]:
         return value
@@ -220,13 +168,20 @@ class JsonArrayRows:
         return len(self._values)
 
     def __getitem__(self, index: int) -> Any:
-        return self._values[index]
+        value = self._values[index]
+        if self._suspicious:
+            refuse_lone_surrogates(value)
+        return value
 
     def line(self, index: int) -> int:
         return index + 1
 
     def scan(self) -> Iterator[Any]:
-        yield from self._values
+        for index in range(len(self)):
+            try:
+                yield self[index]
+            except RowError as error:
+                yield error
 
 
 class JsonObjectRows(JsonArrayRows):
@@ -239,24 +194,6 @@ class JsonObjectRows(JsonArrayRows):
             raise UserError(f"{self.path}: wanted an object with 'corpus' and 'data', a list of rows")
         self.head = {key: entry for key, entry in value.items() if key != "data"}
         return value["data"]
-
-
-def read_json(path: Path) -> Any:
-    """A whole JSON file.
-
-    Raises:
-        UserError: not UTF-8, not JSON; the line is named.
-    """
-    raw = path.read_bytes().removeprefix(BOM)
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8: byte 0x{raw[error.start]:02x}; wanted the file converted to UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {_reason(error)}") from None
 
 
 class TableRows:

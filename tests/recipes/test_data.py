@@ -169,6 +169,10 @@ GOOD = json.dumps(ROWS[0])
         ('{"query": "q", "positive": "p", "negatives": "n"}', "line 2: 'negatives': found a text; wanted a list"),
         ('{"query": "q", "positive": "p", "negatives": [1]}', "line 2: 'negatives': found the number 1; wanted text"),
         ('{"query": "\\ud83d", "positive": "p"}', "line 2: half a surrogate pair, .ud83d, is no text"),
+        ('{"query": ' + "[" * 10**5 + "]" * 10**5 + "}", "line 2: not usable JSON: nested too deeply"),
+        ('{"query": ' + "1" * 5000 + "}", "line 2: not usable JSON: a number of more than 4,300 digits"),
+        ('{"query": "q", "positive": "p", "scores": [1%s]}' % ("0" * 400), "line 2: 'scores': wanted a list of finite"),
+        ('{"query": "q", "positive": "p", "scores": [NaN]}', "line 2: 'scores': wanted a list of finite numbers"),
     ],
 )
 def test_bad_lines_are_named(line: str, message: str, tmp_path: Path) -> None:
@@ -203,6 +207,9 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
         (b"[]", "data: holds no rows; wanted training pairs"),
         (b"[\n{},\n{]", "data, line 3: not JSON"),
         (b'[{"query": "q"}]', "data, line 1: no 'positive'"),
+        (b'[{"query": "q", "positive": "\\ud83d"}]', "data, line 1: half a surrogate pair, .ud83d, is no text"),
+        (b"[{}, " + b"[" * 10**5 + b"]" * 10**5 + b"]", "data: not usable JSON: nested too deeply"),
+        (b"[{}, " + b"1" * 5000 + b"]", "data: not usable JSON: a number of more than 4,300 digits"),
         (b"PAR1 cut short", "data: not a readable Parquet file"),
         (b"\xef\xbb\xbf", "data: holds no rows"),
     ],
