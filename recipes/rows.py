@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -177,11 +177,7 @@ class JsonArrayRows:
         return index + 1
 
     def scan(self) -> Iterator[Any]:
-        for index in range(len(self)):
-            try:
-                yield self[index]
-            except RowError as error:
-                yield error
+        return _each(self, range(len(self)))
 
 
 class JsonObjectRows(JsonArrayRows):
@@ -233,16 +229,33 @@ class TableRows:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Any:
-        return self._table[index]
+        try:
+            return self._table[index]
+        except UnicodeDecodeError as error:  # Arrow does not look into its texts
+            raise RowError(f"not UTF-8: byte 0x{error.object[error.start]:02x} in a column of text") from None
 
     def line(self, index: int) -> int:
         return index + 1
 
     def scan(self) -> Iterator[Any]:
-        for block in self._table.iter(batch_size=1000):  # row by row is 20 times slower
+        for first in range(0, len(self), 1000):  # row by row is 20 times slower
+            try:
+                block = self._table[first : first + 1000]
+            except UnicodeDecodeError:
+                yield from _each(self, range(first, min(first + 1000, len(self))))
+                continue
             names = list(block)
             for values in zip(*block.values(), strict=True):
                 yield dict(zip(names, values, strict=True))
+
+
+def _each(rows: Rows, indices: Iterable[int]) -> Iterator[Any]:
+    """As :meth:`Rows.scan`, of some rows, one by one."""
+    for index in indices:
+        try:
+            yield rows[index]
+        except RowError as error:
+            yield error
 
 
 def _quiet_datasets() -> Any:

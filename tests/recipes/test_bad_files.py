@@ -27,6 +27,20 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     return file.getvalue()
 
 
+def parquet_in_latin_1(**columns: list[bytes]) -> bytes:
+    """Whoever writes Parquet is free to call any bytes text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def text(values: list[bytes]) -> Any:
+        array = pyarrow.array(values, pyarrow.binary())
+        return pyarrow.StringArray.from_buffers(len(array), *array.buffers()[1:])
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({name: text(values) for name, values in columns.items()}), file)
+    return file.getvalue()
+
+
 def damaged(whole: bytes) -> bytes:
     """With its end, where a Parquet file says what it holds, but not the beginning."""
     return whole[:4] + b"\xff" * 200 + whole[204:]
@@ -63,6 +77,10 @@ PAIRS: dict[str, tuple[bytes, str]] = {
         parquet([{"query": b"q", "positive": "p"}]),
         ", line 1: 'query': found bytes; wanted text",
     ),
+    "Parquet in Latin-1": (
+        parquet_in_latin_1(query=[b"a", b"b\xe9"], positive=[b"p", b"p"]),
+        ", line 2: not UTF-8: byte 0xe9 in a column of text",
+    ),
     "without rows": (b"\n", ": holds no rows; wanted training pairs"),
 }
 CORPORA: dict[str, tuple[bytes, str]] = {
@@ -90,6 +108,10 @@ CORPORA: dict[str, tuple[bytes, str]] = {
 }
 #: what a BEIR folder cannot be
 TABLES: dict[str, tuple[bytes, str]] = {
+    "Parquet in Latin-1": (
+        parquet_in_latin_1(_id=[b"a", b"b"], text=[b"a", b"b\xe9"]),
+        ", line 2: not UTF-8: byte 0xe9 in a column of text",
+    ),
     "Parquet cut short": (
         parquet([{"_id": "a", "text": "p"}])[:-9],
         ": not a readable Parquet file (Parquet magic byt",
