@@ -17,6 +17,7 @@ from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair, re
 from megatron_embed.recipes.pairs import Pair
 from megatron_embed.recipes.read_through import checked
 from megatron_embed.recipes.rows import Rows
+from megatron_embed.recipes.tokenization import Kind, TextTokenizer
 
 _SHOWN = 20  # problems named one by one
 _SAMPLES = 3
@@ -68,8 +69,16 @@ def look_through(path: str) -> Findings:
     return found
 
 
-def describe(found: Findings, data: DataSection) -> str:
-    """The findings as text; samples with their prompts."""
+def describe(found: Findings, data: DataSection, tokenizer: TextTokenizer | None = None) -> str:
+    """The findings as text; samples with their prompts and, where there is a tokenizer, with BOS and EOS, truncated."""
+
+    def seen(text: str, kind: Kind, prompt: str | None = None) -> str:
+        if tokenizer is None:
+            own = data.query_prompt if kind == "query" else data.passage_prompt
+            return _clip((own if prompt is None else prompt) + text)
+        (ids,) = tokenizer.encode([text], kind, None if prompt is None else [prompt])
+        return f"{_clip(tokenizer.tokenizer.decode(ids))}, {len(ids)} tokens"
+
     rows = found.rows
     lines = [
         f"{rows.path}",
@@ -83,9 +92,9 @@ def describe(found: Findings, data: DataSection) -> str:
             low, middle, high, most = np.percentile(lengths, [5, 50, 95, 100]).astype(int)
             lines.append(f"  {name:10} characters: 5 % {low:,}, median {middle:,}, 95 % {high:,}, most {most:,}")
     for pair in found.samples:
-        lines.append(f"  sample     {_clip(data.query_prompt + pair.query)}")
-        lines.append(f"             + {_clip(data.passage_prompt + pair.positives[0])}")
-        lines.extend(f"             - {_clip(data.passage_prompt + text)}" for text in pair.negatives[:1])
+        lines.append(f"  sample     {seen(pair.query, 'query', pair.query_prompt)}")
+        lines.append(f"             + {seen(pair.positives[0], 'passage')}")
+        lines.extend(f"             - {seen(text, 'passage')}" for text in pair.negatives[:1])
     lines.extend(f"  remarks    {remark}" for remark in found.odd.remarks())
     if found.problems:
         lines.append(f"  problems   {len(found.problems):,} rows cannot be used:")
@@ -98,13 +107,28 @@ def describe(found: Findings, data: DataSection) -> str:
 
 
 def _clip(text: str, length: int = 100) -> str:
-    return repr(text if len(text) <= length else text[: length - 1] + "…")
+    """At most so many characters, of the beginning and of the end, where EOS stands."""
+    return repr(text if len(text) <= length else f"{text[: length - 21]}…{text[-20:]}")
+
+
+def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
+    """A model's tokenizer with the prompts and lengths that training would give it."""
+    from megatron_embed.recipes.source import ModelSource
+
+    return TextTokenizer.from_folder(
+        ModelSource.open(model).files,
+        query_prompt=data.query_prompt,
+        passage_prompt=data.passage_prompt,
+        query_max_length=data.query_max_length,
+        passage_max_length=data.passage_max_length,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Exit status 0: every row can be used; 1: some cannot, or a file cannot be read; 2: bad arguments."""
     parser = argparse.ArgumentParser(prog="megatron_embed.recipes.data", description="Look through training data.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
+    parser.add_argument("--model", help="Hugging Face folder or Megatron checkpoint: samples as its tokenizer has them")
     parser.add_argument("--strict", action="store_true", help="end with status 1 where anything is to be remarked")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -115,11 +139,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: Any) -> None:
-    unusable = []
+    data, unusable = DataSection(), []
+    tokenizer = open_tokenizer(args.model, data) if args.model else None
     odd = []
     for path in args.files:
         found = look_through(path)
-        print(describe(found, DataSection()))
+        print(describe(found, data, tokenizer))
         if found.problems:
             unusable.append(f"{path}: {len(found.problems):,} rows cannot be used, the first on {found.problems[0]}")
         odd.append(found.odd)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config import DataSource
@@ -278,6 +280,22 @@ def test_the_inspector_remarks_on_nuls(tmp_path: Path, capsys: pytest.CaptureFix
         "1 rows hold U+FFFD, what a wrong encoding leaves, first line 2",
     )
     assert err == f"error: {path}: {nul}; {path}: {damaged}\n"
+
+
+def test_samples_are_what_the_model_will_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "list " * 1000
+    path = lines(tmp_path / "a.jsonl", [{"query": "what </s>?", "pos": [long], "neg": ["no"], "prompt": "Q: "}])
+    save_model(tmp_path / "model", num_hidden_layers=1)
+    for arguments in ([], ["--model", str(tmp_path / "model")]):
+        with pytest.raises(SystemExit) as ended:
+            main([str(path), *arguments])
+        assert not ended.value.code
+    plain, tokens = capsys.readouterr().out.split(f"{path}\n")[1:]
+    assert "sample     'Q: what </s>?'\n" in plain
+    assert "             + 'passage: list list" in plain
+    assert re.search(r"sample     '<s>Q: what </s>\?</s>', \d+ tokens\n", tokens)
+    assert re.search(r"             \+ '<s>passage: list .* list list</s>', 512 tokens\n", tokens)
+    assert re.search(r"             - '<s>passage: no</s>', \d tokens\n", tokens)
 
 
 def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
