@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_models import save_model
+from support.runs import read_metrics, recipe
+from support.tiny_models import save_model, save_vlm
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes import train
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.data import PairDataset
 from megatron_embed.recipes.inspect_data import look_through, main
@@ -159,6 +161,25 @@ def test_every_form_gives_the_same_examples(write: Callable[[Path], Path], tmp_p
     found = look_through(str(path))
     assert found.form.endswith(FORMS[write])
     assert not found.problems
+
+
+def test_every_form_gives_the_same_batches_and_losses(tmp_path: Path) -> None:
+    """From the file to the loss: two steps of five queries in each form, beside this project's own."""
+    save_vlm(tmp_path / "model")
+    rows = [{"query": q, "positive": p, "negatives": n} for q, p, n in ROWS]
+    paths = {"own": lines(tmp_path / "own.jsonl", rows)}
+    for write in FORMS:
+        (tmp_path / write.__name__).mkdir()
+        paths[write.__name__] = write(tmp_path / write.__name__)
+    found = {}
+    for name, path in paths.items():
+        settings = ["train.train_iters=2", "train.global_batch_size=5", f"data.train={path}", "device=cpu"]
+        train(recipe(tmp_path, f"run-{name}", *settings))
+        found[name] = [
+            [step[key] for key in ("tokens", "loss", "grad_norm")] for step in read_metrics(tmp_path / f"run-{name}")
+        ]
+    assert len(found["own"]) == 2
+    assert found == dict.fromkeys(paths, found["own"])
 
 
 def test_flag_embedding_scores_and_prompt(tmp_path: Path) -> None:
