@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.rows import JsonLineRows, RowError
+from megatron_embed.recipes.json_text import BOM, RowError, decode
+from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
+from megatron_embed.recipes.pairs import kind_of
+from megatron_embed.recipes.rows import JsonLineRows
+
+ABSENT = "judgements name documents that the corpus lacks; they count as never found"
+WANTED = "an object with _id, text and, for documents, title"
 
 
 @dataclass(frozen=True)
@@ -21,14 +27,14 @@ class Collection:
         queries: query id → text, of the queries in ``qrels``.
         qrels: query id → {document id: grade}. A query for which no document is relevant is left out: nothing could
             answer it. Judged documents that the corpus lacks are left in, and never found.
-        absent: how many judgements name a document that the corpus lacks.
+        odd: what can be used and looks odd, of each file: above all judgements of documents that the corpus lacks.
     """
 
     name: str
     corpus: dict[str, str]
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
-    absent: int = 0
+    odd: tuple[OddRows, ...] = ()
 
 
 def is_beir(path: str | Path) -> bool:
@@ -53,6 +59,26 @@ def id_of(row: Mapping[str, Any], key: str) -> str:
     return str(id_)
 
 
+def text_row(row: Any, keys: Sequence[str] = ("_id",)) -> tuple[str, dict[str, Any]]:
+    """(id, row) of a document or query.
+
+    Args:
+        keys: one of these holds the id.
+
+    Raises:
+        RowError: no object, no id or text, or one of another type.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"found {kind_of(row)}; wanted {WANTED}")
+    key = next((key for key in keys if key in row), None)
+    if key is None or "text" not in row:
+        raise RowError(f"found {', '.join(map(str, row)) or 'nothing'}; wanted {WANTED}")
+    for name, value in (("text", row["text"]), ("title", row.get("title") or "")):
+        if not isinstance(value, str):
+            raise RowError(f"{name!r}: found {kind_of(value)}; wanted text")
+    return id_of(row, key), dict(row)
+
+
 def load_beir(folder: str | Path, split: str = "test") -> Collection:
     """Read a BEIR folder.
 
@@ -61,24 +87,45 @@ def load_beir(folder: str | Path, split: str = "test") -> Collection:
             judgements none of which names a document of the corpus.
     """
     folder = Path(folder)
-    corpus = {id_: document_text(row) for id_, row, _ in read_texts(folder, "corpus.jsonl")}
-    if not any(corpus.values()):
-        raise UserError(f"{folder / 'corpus.jsonl'}: no document has any text")
-    texts = {id_: document_text(row) for id_, row, _ in read_texts(folder, "queries.jsonl")}
+    corpus, odd_documents = _read_texts(folder, "corpus.jsonl", "document")
+    texts, odd_queries = _read_texts(folder, "queries.jsonl", "query")
+    path = qrels_path(folder, split)
+    odd = OddRows(str(path))
     qrels: dict[str, dict[str, int]] = {}
+    lines: dict[str, int] = {}
+    present = 0
     for query, document, grade, line in read_qrels(folder, split):
         if query not in texts:
-            raise UserError(f"{qrels_path(folder, split)}, line {line}: query {query!r} is not in queries.jsonl")
-        qrels.setdefault(query, {})[document] = grade
+            raise UserError(f"{path}, line {line}: query {query!r} is not in queries.jsonl")
+        if document in qrels.setdefault(query, {}):
+            odd.add("judgements are of a query and document judged before; the last counts", line)
+        if document not in corpus:
+            odd.add(ABSENT, line)
+        present += document in corpus
+        qrels[query][document] = grade
+        lines.setdefault(query, line)
     answerable = {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
     if not answerable:
-        raise UserError(f"{qrels_path(folder, split)}: no judgement has a grade above 0")
-    judged = [document for grades in qrels.values() for document in grades]
-    absent = sum(document not in corpus for document in judged)
-    if absent == len(judged):
-        raise UserError(f"{qrels_path(folder, split)}: none of {absent} judgements names a document of corpus.jsonl")
+        raise UserError(f"{path}: no judgement has a grade above 0")
+    if not present:
+        raise UserError(f"{path}: none of {odd.counts()[ABSENT]} judgements names a document of corpus.jsonl")
+    for query, line in lines.items():
+        if query not in answerable:
+            odd.add("queries have no document of a grade above 0; they are left out", line)
     queries = {query: texts[query] for query in answerable}
-    return Collection(folder.resolve().name, corpus, queries, answerable, absent)
+    return Collection(folder.resolve().name, corpus, queries, answerable, (odd_documents, odd_queries, odd))
+
+
+def _read_texts(folder: Path, name: str, what: str) -> tuple[dict[str, str], OddRows]:
+    """Id → text of ``corpus.jsonl`` or ``queries.jsonl``, and what looks odd there."""
+    texts, odd = {}, OddRows(str(folder / name))
+    for id_, row, _, line in read_texts(folder, name):
+        texts[id_] = text = document_text(row)
+        for remark in (*of_text(text), *([] if text else [NO_TEXT])):
+            odd.add(remark, line)
+    if not any(texts.values()):
+        raise UserError(f"{folder / name}: no {what} has any text; wanted {WANTED}")
+    return texts, odd
 
 
 def load_collections(folders: Sequence[str | Path], split: str = "test") -> list[Collection]:
@@ -91,27 +138,25 @@ def load_collections(folders: Sequence[str | Path], split: str = "test") -> list
     return collections
 
 
-def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(id, row, row number from 0) of every line of ``corpus.jsonl`` or ``queries.jsonl``."""
+def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int, int]]:
+    """(id, row, row number from 0, line) of every row of ``corpus.jsonl`` or ``queries.jsonl``."""
     rows = open_texts(folder, name)
     seen: set[str] = set()
     for index, row in enumerate(rows.scan()):
-        where = f"{rows.path}, line {rows.line(index)}"
-        if isinstance(row, RowError):
-            raise UserError(f"{where}: {row}")
-        if not isinstance(row, dict) or "_id" not in row or not isinstance(row.get("text"), str):
-            found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{where}: found {found}; wanted an object with _id, text and, for documents, title")
+        line = rows.line(index)
+        where = f"{rows.path}, line {line}"
         try:
-            id_ = id_of(row, "_id")
+            if isinstance(row, RowError):
+                raise row
+            id_, row = text_row(row)
         except RowError as error:
             raise UserError(f"{where}: {error}") from None
         if id_ in seen:
             raise UserError(f"{where}: _id {id_!r} stands in the file twice")
         seen.add(id_)
-        yield id_, row, index
+        yield id_, row, index, line
     if not seen:
-        raise UserError(f"{rows.path}: the file is empty")
+        raise UserError(f"{rows.path}: holds no rows; wanted {WANTED}")
 
 
 def open_texts(folder: Path, name: str) -> JsonLineRows:
@@ -136,11 +181,11 @@ def read_qrels(folder: Path, split: str) -> Iterator[tuple[str, str, int, int]]:
         present = sorted(file.stem for file in path.parent.glob("*.tsv"))
         raise UserError(f"{path}: no such split; present: {', '.join(present) or 'none'}")
     empty = True
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, raw in enumerate(path.read_bytes().removeprefix(BOM).split(b"\n"), start=1):
+        try:
+            line = decode(raw)
+        except RowError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
         fields = line.rstrip("\r").split("\t")
         if fields == [""] or (number == 1 and not _is_grade(fields[-1])):  # a blank line; the header
             continue

@@ -49,7 +49,7 @@ class BeirRows:
 
 def _read_through(root: Path) -> Index:
     """A row for each query with a positive, in the order of the judgements: its row, line and documents' rows."""
-    index = {name: {id_: row for id_, _, row in read_texts(root, name)} for name in _NAMES}
+    index = {name: {id_: row for id_, _, row, _ in read_texts(root, name)} for name in _NAMES}
     path = qrels_path(root, "train")
     positives: dict[int, list[int]] = {}
     lines: dict[int, int] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import document_text, id_of, is_beir
-from megatron_embed.recipes.rows import JsonLineRows, RowError, Rows, open_rows
+from megatron_embed.recipes.beir import WANTED, document_text, is_beir, text_row
+from megatron_embed.recipes.json_text import RowError, decode
+from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
+from megatron_embed.recipes.rows import JsonLineRows, Rows, open_rows
 from megatron_embed.recipes.targets import text_id
 
 _ID_KEYS = ("_id", "id", "docid")
+_WANTED = f"texts: {WANTED}, a row, or plain lines"
 
 
 class Texts(Protocol):
@@ -41,13 +43,11 @@ class CorpusFacts:
     """What :meth:`Corpus.check` saw.
 
     Attributes:
-        empty: rows without any text.
-        nuls: rows with NUL characters; they are kept as they are.
-        text_ids: ``[rows, 2]`` uint64: of title with text, and of the text alone.
+        odd: rows that are kept as they are, without any text, with NUL characters, ….
+        text_ids: ``[rows, 2]`` uint64: of title with text, and of the text alone; white space alone is no text.
     """
 
-    empty: int
-    nuls: int
+    odd: OddRows
     text_ids: np.ndarray
 
 
@@ -69,7 +69,7 @@ class Corpus:
         elif Path(path).is_dir():
             raise UserError(f"{path}: a folder, but no BEIR folder; wanted corpus.jsonl and queries.jsonl, or a file")
         self.path = str(path)
-        self.rows: Rows = open_rows(self.path)
+        self.rows: Rows = open_rows(self.path, _WANTED)
         self.form = self.rows.form
         if isinstance(self.rows, JsonLineRows) and not self.rows.raw(0).lstrip().startswith(b"{"):
             self.form = "plain lines"
@@ -105,17 +105,17 @@ class Corpus:
         """
         ids = np.empty(len(self), dtype=np.uint64)
         text_ids = np.empty((len(self), 2), dtype=np.uint64)
-        empty = nuls = 0
+        odd = OddRows(self.path)
         for index in range(len(self)):
             id_, full, alone = self._parse(index)
             ids[index] = text_id(id_)
-            text_ids[index] = text_id(full), text_id(alone)
-            empty += not full.strip()
-            nuls += "\0" in full
-        if empty == len(self):
-            raise UserError(f"{self.path}: no row has any text")
+            text_ids[index] = [text_id(text if text.strip() else "") for text in (full, alone)]
+            for remark in (*of_text(full), *([] if full.strip() else [NO_TEXT])):
+                odd.add(remark, self.rows.line(index))
+        if odd.counts().get(NO_TEXT) == len(self):
+            raise UserError(f"{self.path}: no row has any text; wanted {_WANTED}")
         self._refuse_duplicates(ids)
-        return CorpusFacts(empty, nuls, text_ids)
+        return CorpusFacts(odd, text_ids)
 
     def _refuse_duplicates(self, ids: np.ndarray) -> None:
         order = np.argsort(ids, kind="stable")
@@ -130,7 +130,7 @@ class Corpus:
         try:
             if self.form == "plain lines":
                 assert isinstance(self.rows, JsonLineRows)
-                text = _decode(self.rows.raw(index))
+                text = decode(self.rows.raw(index)).removesuffix("\r")
                 return str(self.rows.line(index)), text, text
             return _parse_row(self.rows[index])
         except RowError as error:
@@ -138,18 +138,8 @@ class Corpus:
 
 
 def _parse_row(row: Any) -> tuple[str, str, str]:
-    key = next((key for key in _ID_KEYS if key in row), None) if isinstance(row, Mapping) else None
-    if key is None or not isinstance(row.get("text"), str) or not isinstance(row.get("title") or "", str):
-        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise RowError(f"found {found}; wanted an object with _id, text and, for documents, title")
-    return id_of(row, key), document_text(row), row["text"]
-
-
-def _decode(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line") from None
+    id_, row = text_row(row, _ID_KEYS)
+    return id_, document_text(row), row["text"]
 
 
 def file_digest(*paths: Path | str | os.PathLike[str]) -> str:

@@ -23,6 +23,7 @@ from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.data_index import indexed
 from megatron_embed.recipes.duplicates import spread
 from megatron_embed.recipes.formats import PairReader
+from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.pairs import Pair, Teacher
 from megatron_embed.recipes.read_through import read_through
 from megatron_embed.recipes.rows import Rows, open_rows
@@ -63,6 +64,8 @@ class PairSource:
         self.no_scores: int = found.facts["no_scores"]
         self.no_vectors: int = found.facts["no_vectors"]
         self.vector_widths: set[int] = set(found.facts["vector_widths"])
+        #: rows that can be used and look odd
+        self.odd = OddRows.again(self.rows.path, found.facts["odd"])
         #: examples that share a text, see :meth:`megatron_embed.recipes.duplicates.TextIds.groups`
         self.groups = found.arrays.get("groups")
         # Only where some row has several positives does an example need more than its row's number.

@@ -22,9 +22,10 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.atomic import atomic_output
+from megatron_embed.recipes.vectors import save_array
 
 #: raised whenever other things are kept, or rows are understood in another way
-VERSION = 1
+VERSION = 2
 #: Smaller files are read in less than a second: small runs and tests leave nothing behind in a home folder.
 LEAST_BYTES = 16 << 20
 
@@ -143,7 +144,8 @@ def _store(place: Path, index: Index) -> None:
         shutil.rmtree(place, ignore_errors=True)  # damaged, or not there
         with atomic_output(place) as partial:
             for name, array in index.arrays.items():
-                np.save(partial / f"{name}.npy", array, allow_pickle=False)
+                with (partial / f"{name}.npy").open("wb") as file:
+                    save_array(file, array)
             (partial / _FACTS).write_text(json.dumps(dict(index.facts)), encoding="utf-8")
             digests = {path.name: _file_digest(path) for path in partial.iterdir() if path.suffix in (".npy", ".json")}
             (partial / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")

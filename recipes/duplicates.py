@@ -38,6 +38,13 @@ class TextIds:
         return np.stack(found) if any((groups >= 0).any() for groups in found) else None
 
 
+def repeated_pairs(groups: np.ndarray) -> np.ndarray:
+    """Examples, in order, whose query and positive an earlier one has together."""
+    shared = np.flatnonzero((groups >= 0).all(axis=0))
+    pairs = groups[0, shared].astype(np.int64) << 32 | groups[1, shared]
+    return np.delete(shared, np.unique(pairs, return_index=True)[1])
+
+
 def _groups(ids: np.ndarray) -> np.ndarray:
     groups = np.full(len(ids), -1, dtype=np.int32)
     ordered = np.sort(ids)

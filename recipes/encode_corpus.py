@@ -15,21 +15,23 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_embed.bridge import host, parallel
+from megatron_embed.bridge import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.bridge.layout import Layout
-from megatron_embed.recipes.corpus import Corpus, Texts, file_digest
+from megatron_embed.recipes.corpus import Corpus, Texts
 from megatron_embed.recipes.encode import Encoder, encode_here, encode_sequences
-from megatron_embed.recipes.source import ModelSource
+from megatron_embed.recipes.fingerprints import fingerprint
+from megatron_embed.recipes.first_rank import on_first_rank
+from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
+from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.tokenization import Kind
 from megatron_embed.recipes.vectors import (
     CALIBRATION,
@@ -45,8 +47,6 @@ from megatron_embed.recipes.vectors import (
     write_array,
     write_file,
 )
-
-T = TypeVar("T")
 
 _CALIBRATION_ROWS = 1024
 
@@ -89,65 +89,6 @@ def encode_texts(
         job.calibrate()
     job.run(progress=progress)
     return VectorFolder(output)
-
-
-def fingerprint(
-    encoder: Encoder,
-    texts: Texts,
-    kind: Kind,
-    dim: int | None = None,
-    precision: str = "float32",
-    *,
-    model: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Everything that vectors depend on. Reads the whole model and input: for one rank to call.
-
-    Args:
-        model: the :func:`model_fingerprint`, where it is known already.
-    """
-    assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
-    tokenizer = encoder.tokenizer
-    return {
-        **(model or model_fingerprint(encoder.source)),
-        "compute_dtype": str(next(encoder.stages[0].parameters()).dtype).removeprefix("torch."),
-        "kind": kind,
-        "prompt": tokenizer.prompts[kind],
-        "max_length": tokenizer.max_lengths[kind],
-        "dim": dim or encoder.config.hidden_size,
-        "precision": precision,
-        "input_sha256": texts.digest(),
-        "rows": len(texts),
-    }
-
-
-def model_fingerprint(source: ModelSource) -> dict[str, Any]:
-    """Hashes of a model's weights, settings and tokenizer; where its folder lies does not matter."""
-    if source.iter_dir is not None:
-        weights = sorted([*source.iter_dir.glob("*.distcp"), source.iter_dir / ".metadata"])
-    else:
-        weights = sorted(p for p in source.files.glob("*.safetensors") if not p.name.startswith("consolidated"))
-    names = ("tokenizer.json", "tokenizer_config.json", "modules.json")
-    tokenizer = [source.files / name for name in names if (source.files / name).is_file()]
-    config = {name: value for name, value in asdict(source.config).items() if name != "temperature"}
-    return {
-        "weights_sha256": file_digest(*weights),
-        "encoder": json.dumps(config, sort_keys=True, default=str),
-        "tokenizer_sha256": file_digest(*tokenizer),
-    }
-
-
-def on_first_rank(function: Callable[[], T]) -> T:
-    """What ``function`` returns on rank 0, or the :class:`UserError` that it raises there, on every rank."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = function()
-        except UserError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]
 
 
 def _open_output(output: Path, wanted: Manifest) -> Manifest:
@@ -270,32 +211,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--kind", choices=("query", "passage"), default="passage", help="which prompt and length")
     parser.add_argument("--dim", type=int, help="keep the first DIM numbers of each vector (Matryoshka)")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--strict", action="store_true", help="a row without text, or with NULs, is an error")
+    parser.add_argument("--strict", action="store_true", help="rows that look odd are an error")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
 
     from megatron_embed.recipes.cli import run_program
 
     run_program(lambda: _run(args), debug=args.debug)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a model is laid out and run."""
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of a model replica")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages of a model replica")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="tokens of a micro-batch (default: 16384)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def open_encoder(args: argparse.Namespace) -> Encoder:
-    """The encoder that :func:`add_model_arguments` ask for."""
-    if args.tp < 1 or args.pp < 1 or args.max_tokens < 1:
-        raise UserError(f"--tp {args.tp} --pp {args.pp} --max-tokens {args.max_tokens}: wanted numbers from 1 up")
-    layout = Layout(tp=args.tp, pp=args.pp)
-    if parallel.world_size() % layout.model_parallel_size:
-        raise UserError(f"--tp {args.tp} --pp {args.pp}: their product does not divide {parallel.world_size()} ranks")
-    return Encoder.from_pretrained(args.model, device=args.device, layout=layout, max_tokens=args.max_tokens)
 
 
 def check_corpus(texts: Corpus, *, strict: bool = False) -> None:
@@ -305,17 +227,7 @@ def check_corpus(texts: Corpus, *, strict: bool = False) -> None:
         UserError: on every rank, what is wrong with the corpus; with ``strict`` what looks odd, too.
     """
 
-    def check() -> list[str]:
-        facts = texts.check()
-        remarks = {"have no text; their vectors are the prompt's": facts.empty, "hold NUL characters": facts.nuls}
-        found = [f"{texts.path}: {count} rows {remark}" for remark, count in remarks.items() if count]
-        if found and strict:
-            raise UserError("; ".join(found))
-        return found
-
-    remarks = on_first_rank(check)
-    if dist.get_rank() == 0:
-        print("\n".join(remarks), end="\n" if remarks else "", file=sys.stderr)
+    on_first_rank(lambda: report([texts.check().odd], strict=strict))
 
 
 def _run(args: argparse.Namespace) -> None:

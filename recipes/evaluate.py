@@ -17,6 +17,8 @@ import numpy as np
 
 from megatron_embed.recipes.beir import Collection, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
+from megatron_embed.recipes.odd_rows import report
+from megatron_embed.recipes.vectors import write_file
 
 __all__ = ["METRICS", "Collection", "evaluate", "load_beir", "main", "markdown_table", "metrics", "rank", "score"]
 
@@ -140,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the numbers there too")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--no-bm25", action="store_true", help="leave BM25 out")
+    parser.add_argument("--strict", action="store_true", help="rows and judgements that look odd are an error")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
@@ -151,13 +154,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _run(args: argparse.Namespace) -> None:
     first_rank = os.environ.get("RANK", "0") == "0"
     collections = load_collections(args.data, args.split)
-    for collection in collections:
-        if collection.absent and first_rank:
-            print(
-                f"{collection.name}: {collection.absent} judgements name documents that the corpus lacks; "
-                f"they count as never found",
-                file=sys.stderr,
-            )
+    if first_rank or args.strict:  # an error ends all ranks
+        report([odd for collection in collections for odd in collection.odd], strict=args.strict)
     from megatron_embed.recipes.encode import Encoder
 
     with Encoder.from_pretrained(args.model, device=args.device) as encoder:
@@ -171,7 +169,8 @@ def _run(args: argparse.Namespace) -> None:
     print(markdown_table(results))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(results, indent=2) + "\n"
+        write_file(args.output, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

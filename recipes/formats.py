@@ -17,8 +17,9 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import document_text
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.data_index import Index, indexed
+from megatron_embed.recipes.json_text import RowError, read_json
 from megatron_embed.recipes.pairs import Pair, kind_of, parse_pair
-from megatron_embed.recipes.rows import JsonObjectRows, RowError, Rows, read_json
+from megatron_embed.recipes.rows import JsonObjectRows, Rows
 from megatron_embed.recipes.targets import text_id
 
 #: (corpus id or None, document id) → text

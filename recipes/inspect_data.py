@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -14,9 +13,11 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config import DataSection
 from megatron_embed.recipes.data import open_source
 from megatron_embed.recipes.formats import PairReader
+from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair, report
 from megatron_embed.recipes.pairs import Pair
 from megatron_embed.recipes.read_through import checked
 from megatron_embed.recipes.rows import Rows
+from megatron_embed.recipes.tokenization import Kind, TextTokenizer
 
 _SHOWN = 20  # problems named one by one
 _SAMPLES = 3
@@ -28,14 +29,13 @@ class Findings:
 
     rows: Rows
     form: str
+    odd: OddRows
     examples: int = 0
     with_negatives: int = 0
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"query": [], "positive": [], "negative": []})
     duplicate_queries: int = 0
     duplicate_pairs: int = 0
     problems: list[str] = field(default_factory=list)
-    #: what may be meant and can be used → the lines
-    remarks: dict[str, list[int]] = field(default_factory=dict)
     samples: list[Pair] = field(default_factory=list)
 
 
@@ -43,15 +43,15 @@ def look_through(path: str) -> Findings:
     """Read every row of a source; lengths are in characters, duplicates are exact."""
     rows = open_source(path)
     reader = PairReader(rows)
-    found = Findings(rows, f"{rows.form}; {reader.form.name}")
+    found = Findings(rows, f"{rows.form}; {reader.form.name}", OddRows(rows.path))
     queries: set[int] = set()
     pairs: set[int] = set()
     for index, (pair, problem) in enumerate(checked(rows, reader)):
         if pair is None:
-            found.problems.append(f"line {found.rows.line(index)}: {problem}")
+            found.problems.append(f"line {rows.line(index)}: {problem}")
             continue
-        for remark in _remarks(pair):
-            found.remarks.setdefault(remark, []).append(rows.line(index))
+        for remark in of_pair(pair):
+            found.odd.add(remark, rows.line(index))
         found.examples += len(pair.positives)
         found.with_negatives += bool(pair.negatives)
         found.lengths["query"].append(len(pair.query))
@@ -60,25 +60,25 @@ def look_through(path: str) -> Findings:
         found.duplicate_queries += hash(pair.query) in queries
         queries.add(hash(pair.query))
         for positive in pair.positives:
-            found.duplicate_pairs += hash((pair.query, positive)) in pairs
+            if hash((pair.query, positive)) in pairs:
+                found.duplicate_pairs += 1
+                found.odd.add(REPEATED_PAIRS, rows.line(index))
             pairs.add(hash((pair.query, positive)))
         if len(found.samples) < _SAMPLES:
             found.samples.append(pair)
     return found
 
 
-def _remarks(pair: Pair) -> Iterator[str]:
-    texts = (pair.query, *pair.positives, *pair.negatives)
-    if any("\0" in text for text in texts):
-        yield "rows hold NUL characters"
-    if any("\ufffd" in text for text in texts):
-        yield "rows hold U+FFFD, what a wrong encoding leaves"
-    if any(text in pair.positives for text in pair.negatives):
-        yield "rows have a positive among their negatives"
+def describe(found: Findings, data: DataSection, tokenizer: TextTokenizer | None = None) -> str:
+    """The findings as text; samples with their prompts and, where there is a tokenizer, with BOS and EOS, truncated."""
 
+    def seen(text: str, kind: Kind, prompt: str | None = None) -> str:
+        if tokenizer is None:
+            own = data.query_prompt if kind == "query" else data.passage_prompt
+            return _clip((own if prompt is None else prompt) + text)
+        (ids,) = tokenizer.encode([text], kind, None if prompt is None else [prompt])
+        return f"{_clip(tokenizer.tokenizer.decode(ids))}, {len(ids)} tokens"
 
-def describe(found: Findings, data: DataSection) -> str:
-    """The findings as text; samples with their prompts."""
     rows = found.rows
     lines = [
         f"{rows.path}",
@@ -92,11 +92,10 @@ def describe(found: Findings, data: DataSection) -> str:
             low, middle, high, most = np.percentile(lengths, [5, 50, 95, 100]).astype(int)
             lines.append(f"  {name:10} characters: 5 % {low:,}, median {middle:,}, 95 % {high:,}, most {most:,}")
     for pair in found.samples:
-        lines.append(f"  sample     {_clip(data.query_prompt + pair.query)}")
-        lines.append(f"             + {_clip(data.passage_prompt + pair.positives[0])}")
-        lines.extend(f"             - {_clip(data.passage_prompt + text)}" for text in pair.negatives[:1])
-    for remark, where in found.remarks.items():
-        lines.append(f"  remarks    {len(where):,} {remark}, first line {where[0]}")
+        lines.append(f"  sample     {seen(pair.query, 'query', pair.query_prompt)}")
+        lines.append(f"             + {seen(pair.positives[0], 'passage')}")
+        lines.extend(f"             - {seen(text, 'passage')}" for text in pair.negatives[:1])
+    lines.extend(f"  remarks    {remark}" for remark in found.odd.remarks())
     if found.problems:
         lines.append(f"  problems   {len(found.problems):,} rows cannot be used:")
         lines.extend(f"    {problem}" for problem in found.problems[:_SHOWN])
@@ -108,13 +107,28 @@ def describe(found: Findings, data: DataSection) -> str:
 
 
 def _clip(text: str, length: int = 100) -> str:
-    return repr(text if len(text) <= length else text[: length - 1] + "…")
+    """At most so many characters, of the beginning and of the end, where EOS stands."""
+    return repr(text if len(text) <= length else f"{text[: length - 21]}…{text[-20:]}")
+
+
+def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
+    """A model's tokenizer with the prompts and lengths that training would give it."""
+    from megatron_embed.recipes.source import ModelSource
+
+    return TextTokenizer.from_folder(
+        ModelSource.open(model).files,
+        query_prompt=data.query_prompt,
+        passage_prompt=data.passage_prompt,
+        query_max_length=data.query_max_length,
+        passage_max_length=data.passage_max_length,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Exit status 0: every row can be used; 1: some cannot, or a file cannot be read; 2: bad arguments."""
     parser = argparse.ArgumentParser(prog="megatron_embed.recipes.data", description="Look through training data.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
+    parser.add_argument("--model", help="Hugging Face folder or Megatron checkpoint: samples as its tokenizer has them")
     parser.add_argument("--strict", action="store_true", help="end with status 1 where anything is to be remarked")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -125,16 +139,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: Any) -> None:
-    unusable = 0
-    remarks: Counter[str] = Counter()
+    data, unusable = DataSection(), []
+    tokenizer = open_tokenizer(args.model, data) if args.model else None
+    odd = []
     for path in args.files:
         found = look_through(path)
-        print(describe(found, DataSection()))
-        unusable += len(found.problems)
-        remarks.update({remark: len(where) for remark, where in found.remarks.items()})
-        if found.duplicate_pairs:
-            remarks["repeated pairs"] += found.duplicate_pairs
+        print(describe(found, data, tokenizer))
+        if found.problems:
+            unusable.append(f"{path}: {len(found.problems):,} rows cannot be used, the first on {found.problems[0]}")
+        odd.append(found.odd)
     if unusable:
-        raise UserError(f"{unusable} rows cannot be used")
-    if args.strict and remarks:
-        raise UserError(", ".join(f"{count} {remark}" for remark, count in remarks.items()))
+        raise UserError("; ".join(unusable))
+    if args.strict:
+        report(odd, strict=True)

@@ -27,52 +27,20 @@ from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.corpus import Corpus, Texts
 from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.encode import Encoder
-from megatron_embed.recipes.encode_corpus import (
-    add_model_arguments,
-    encode_texts,
-    fingerprint,
-    model_fingerprint,
-    on_first_rank,
-    open_encoder,
-)
-from megatron_embed.recipes.mining import BINS, REASONS, Audit, KnownPositives, MiningRules, choose
+from megatron_embed.recipes.encode_corpus import encode_texts
+from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
+from megatron_embed.recipes.first_rank import on_first_rank
+from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose
+from megatron_embed.recipes.mining_input import check_corpus
+from megatron_embed.recipes.mining_report import describe, write_audit
+from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
+from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.search import Searcher
 from megatron_embed.recipes.tokenization import Kind
-from megatron_embed.recipes.vectors import VectorFolder, write_array, write_file
+from megatron_embed.recipes.training_texts import TrainingTexts
+from megatron_embed.recipes.vectors import VectorFolder, write_file
 
 _BLOCK = 4096  # queries searched together
-
-
-class TrainingTexts:
-    """The queries of training data, a row each, or their positives, an example each, as texts to encode."""
-
-    def __init__(self, source: PairSource, kind: Kind, prompt: str) -> None:
-        self.source, self.kind, self.path, self.prompt = source, kind, source.rows.path, prompt
-
-    def __len__(self) -> int:
-        return len(self.source.rows) if self.kind == "query" else len(self.source)
-
-    def read(self, first: int, last: int) -> tuple[list[str], list[str]]:
-        """Numbers and texts."""
-        return [str(index) for index in range(first, last)], [self._text(index) for index in range(first, last)]
-
-    def prompts(self, first: int, last: int) -> list[str] | None:
-        """Some rows have prompts of their own."""
-        if self.kind != "query":
-            return None
-        own = (self.source.pair(index).query_prompt for index in range(first, last))
-        return [self.prompt if prompt is None else prompt for prompt in own]
-
-    def digest(self) -> str:
-        """SHA-256 of the texts and prompts."""
-        total = hashlib.sha256()
-        for index in range(len(self)):
-            text = "".join([*(self.prompts(index, index + 1) or ()), self._text(index)]).encode()
-            total.update(b"%d\0%b" % (len(text), text))
-        return total.hexdigest()
-
-    def _text(self, index: int) -> str:
-        return self.source.pair(index).query if self.kind == "query" else self.source[index].positive
 
 
 def mine(
@@ -86,12 +54,14 @@ def mine(
     with_scores: bool = False,
     faiss: str | None = None,
     progress: bool = False,
+    strict: bool = False,
 ) -> Audit:
     """Write ``output``: the rows of ``data`` with mined negatives. Every rank must call this.
 
     Args:
         cache: folder for vectors, shared by all ranks; kept, so that a second run encodes nothing again.
         with_scores: add the model's scores of the positives and negatives as a teacher's.
+        strict: what looks odd in the corpus or the training data is an error.
 
     Raises:
         UserError: bad input, or a cache that holds other vectors under the key.
@@ -106,18 +76,20 @@ def mine(
         return encode_texts(encoder, texts, cache / key(stamp), kind=kind, stamp=stamp, progress=progress)
 
     stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
-    text_ids = _text_ids(corpus, cache / f"{stamp['input_sha256'][:24]}.text_ids.npy")
+    text_ids = cache / f"{stamp['input_sha256'][:24]}.text_ids.npy"
+    odd = [on_first_rank(lambda: check_corpus(corpus, text_ids)), source.odd]
+    on_first_rank(lambda: report(odd, strict=strict))
     documents = encoded(corpus, "passage")
     miner = _Miner(
         source,
         corpus,
         rules,
-        text_ids=text_ids,
+        text_ids=np.load(text_ids, mmap_mode="r", allow_pickle=False),
         queries=encoded(TrainingTexts(source, "query", encoder.tokenizer.prompts["query"]), "query"),
         positives=encoded(TrainingTexts(source, "passage", ""), "passage"),
         searcher=Searcher(documents, rules.ranks[1], faiss=faiss),
         with_scores=with_scores,
-        audit=Audit(1.0 if encoder.config.normalize else _bound(documents)),
+        audit=Audit(1.0 if encoder.config.normalize else _bound(documents), odd),
     )
     if dist.get_rank() == 0:
         _write_lines(output, miner.lines())
@@ -131,19 +103,6 @@ def mine(
 def key(stamp: dict[str, Any]) -> str:
     """The cache's name for vectors of this fingerprint."""
     return hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _text_ids(corpus: Corpus, path: Path) -> np.ndarray:
-    """Identities of all documents, on the disk; with this the corpus has been checked."""
-
-    def make() -> None:
-        if not path.is_file():
-            facts = corpus.check()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_array(path, facts.text_ids)
-
-    on_first_rank(make)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _bound(documents: VectorFolder) -> float:
@@ -221,59 +180,6 @@ class _Miner:
         return self.audit
 
 
-# ---- the audit
-
-
-def describe(audit: Audit, rules: MiningRules) -> str:
-    """The audit as text."""
-    share = max(audit.candidates, 1)
-    lines = [
-        f"{audit.queries:,} queries, {audit.candidates:,} candidates at ranks {rules.ranks[0]} to {rules.ranks[1] - 1}"
-    ]
-    counted = dict(zip(REASONS, audit.dropped.tolist(), strict=True))
-    for reason, number in {**counted, "not needed": audit.spare, "kept as negatives": audit.kept}.items():
-        lines.append(f"  {reason:32} {number:>12,}  {number / share:6.1%}")
-    lines.append(
-        f"{audit.short:,} queries have fewer than {rules.negatives} negatives, {audit.without:,} of them none"
-        + ("; a wider --rank-range or a higher --max-score-ratio gives more" if audit.short else "")
-    )
-    return "\n".join(lines)
-
-
-def write_audit(audit: Audit, rules: MiningRules, output: Path) -> None:
-    """``OUT.audit.json``, and the picture of the scores, ``OUT.scores.png``."""
-    value = {
-        "queries": audit.queries,
-        "candidates": audit.candidates,
-        "dropped": dict(zip(REASONS, audit.dropped.tolist(), strict=True)),
-        "not_needed": audit.spare,
-        "kept": audit.kept,
-        "queries_with_fewer": audit.short,
-        "queries_with_none": audit.without,
-        "rules": vars(rules),
-    }
-    text = json.dumps(value, indent=2) + "\n"
-    write_file(output.with_suffix(".audit.json"), lambda file: file.write(text.encode()))
-    write_file(output.with_suffix(".scores.png"), lambda file: _draw(audit, file))
-
-
-def _draw(audit: Audit, file: Any) -> None:
-    from matplotlib.figure import Figure
-
-    edges = np.linspace(-audit.bound, audit.bound, BINS + 1)
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for counts, label in zip(audit.histograms, ("positives", "negatives", "dropped for their score"), strict=True):
-        axes.stairs(counts / max(counts.sum(), 1), edges, fill=True, alpha=0.45, label=f"{label} ({counts.sum():,})")
-    seen = np.flatnonzero(audit.histograms.sum(axis=0))
-    if len(seen):
-        axes.set_xlim(edges[max(seen[0] - 1, 0)], edges[min(seen[-1] + 2, BINS)])
-    axes.set_xlabel("score")
-    axes.set_ylabel("share")
-    axes.legend()
-    figure.savefig(file, format="png", dpi=120)
-
-
 # ---- the command line
 
 
@@ -296,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of vectors (default: beside OUT.jsonl)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.jsonl")
+    parser.add_argument("--strict", action="store_true", help="rows that look odd are an error")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
 
@@ -327,6 +234,7 @@ def _run(args: argparse.Namespace) -> None:
             with_scores=args.scores,
             faiss=args.faiss,
             progress=sys.stderr.isatty() or "RANK" not in os.environ,
+            strict=args.strict,
         )
         if dist.get_rank() == 0:
             write_audit(audit, rules, args.output)

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.data import PairSource
+from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.targets import text_id
 
 #: why a candidate is no negative, in the order in which they are asked
@@ -81,9 +82,14 @@ class KnownPositives:
 
 @dataclass
 class Audit:
-    """What became of the candidates, and where the scores lie (``BINS`` equal parts of ±``bound``)."""
+    """What became of the candidates, and where the scores lie (``BINS`` equal parts of ±``bound``).
+
+    Attributes:
+        odd: what looked odd in the corpus and in the training data.
+    """
 
     bound: float = 1.0
+    odd: list[OddRows] = field(default_factory=list)
     queries: int = 0
     short: int = 0
     without: int = 0

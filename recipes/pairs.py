@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from megatron_embed.recipes.rows import RowError
+from megatron_embed.recipes.json_text import RowError
+
+_MOST = sys.float_info.max  # of JSON's whole numbers, some are greater; NaN is not at most anything
 
 
 class Teacher(NamedTuple):
@@ -97,7 +99,7 @@ def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list
 
 
 def _check_numbers(field: str, values: Any) -> None:
-    if not isinstance(values, list) or not all(type(x) in (int, float) and math.isfinite(x) for x in values):
+    if not isinstance(values, list) or not all(type(x) in (int, float) and abs(x) <= _MOST for x in values):
         raise RowError(f"{field!r}: wanted a list of finite numbers")
 
 
@@ -111,4 +113,6 @@ def _check_text(field: str, text: Any) -> None:
 def kind_of(value: Any) -> str:
     """What JSON calls a value."""
     names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
-    return names.get(type(value), f"the number {value}")
+    if type(value) in (int, float):
+        return f"the number {value}"
+    return names.get(type(value), type(value).__name__)  # what Parquet has and JSON has not: bytes, datetime, …

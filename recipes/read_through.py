@@ -8,10 +8,12 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.data_index import Index
-from megatron_embed.recipes.duplicates import TextIds
+from megatron_embed.recipes.duplicates import TextIds, repeated_pairs
 from megatron_embed.recipes.formats import PairReader
+from megatron_embed.recipes.json_text import RowError
+from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair
 from megatron_embed.recipes.pairs import Pair
-from megatron_embed.recipes.rows import RowError, Rows
+from megatron_embed.recipes.rows import Rows
 from megatron_embed.recipes.targets import text_id
 
 
@@ -36,7 +38,7 @@ def read_through(rows: Rows, reader: PairReader) -> Index:
     first_problem, unusable, counts = "", 0, np.ones(len(rows), dtype=np.int32)
     most, no_scores, no_vectors = 0, -1, -1
     widths: set[int] = set()
-    ids = TextIds()
+    ids, odd = TextIds(), OddRows(rows.path)
     for index, (pair, problem) in enumerate(checked(rows, reader)):
         if pair is None:
             first_problem = first_problem or f"line {rows.line(index)}: {problem}"
@@ -44,6 +46,8 @@ def read_through(rows: Rows, reader: PairReader) -> Index:
             continue
         if len(pair.positives) != 1:
             counts[index] = len(pair.positives)
+        for remark in of_pair(pair):
+            odd.add(remark, rows.line(index))
         query = text_id(pair.query)
         for text in pair.positives:
             ids.add(query, text_id(text))
@@ -62,5 +66,8 @@ def read_through(rows: Rows, reader: PairReader) -> Index:
         arrays["ends"] = np.cumsum(counts, dtype=np.int64)
     if (groups := ids.groups()) is not None:
         arrays["groups"] = groups
+        if len(again := repeated_pairs(groups)):
+            row = int(np.searchsorted(arrays["ends"], again[0], side="right")) if "ends" in arrays else int(again[0])
+            odd.add(REPEATED_PAIRS, rows.line(row), len(again))
     facts = {"max_negatives": most, "no_scores": no_scores, "no_vectors": no_vectors, "vector_widths": sorted(widths)}
-    return Index(arrays, facts)
+    return Index(arrays, {**facts, "odd": odd.found})

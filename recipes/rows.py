@@ -6,11 +6,10 @@ line, count the problems or list them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +17,7 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.data_index import Index, indexed
-
-
-class RowError(ValueError):
-    """One row cannot be used; the message says why, without the place."""
+from megatron_embed.recipes.json_text import BOM, RowError, parse_json, parse_json_file, refuse_lone_surrogates
 
 
 class Rows(Protocol):
@@ -43,35 +39,39 @@ class Rows(Protocol):
         """Every row in order: its value, or the :class:`RowError` that says why it has none."""
 
 
-def open_rows(path: str) -> Rows:
+def open_rows(path: str, wanted: str = "training pairs") -> Rows:
     """Open a JSONL, JSON or Parquet file, or ``hf://org/name[/config]``; the form is recognised.
+
+    Args:
+        wanted: what the rows are to hold, for the message about a file without any.
 
     Raises:
         UserError: no such file, no rows, or none of these forms.
     """
+    rows = _recognised(path)
+    if not len(rows):
+        raise UserError(f"{path}: holds no rows; wanted {wanted}")
+    return rows
+
+
+def _recognised(path: str) -> Rows:
     if path.startswith("hf://"):
         return TableRows.from_hub(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file or folder")
     with open(path, "rb") as file:
         head = file.read(4096)
-    if not head:
-        raise UserError(f"{path}: the file is empty; wanted training pairs")
     if head.startswith(b"PAR1"):
         return TableRows.from_parquet(path)
-    head = head.removeprefix(_BOM).lstrip()
-    if head[:1] == b"[":
+    head = head.removeprefix(BOM).lstrip()
+    if re.match(rb"\[\s*([{\]]|$)", head):  # of objects, or empty: a line of text may begin with a bracket, too
         return JsonArrayRows(path)
     if re.match(rb'\{\s*"(corpus|data)"\s*:', head):
         return JsonObjectRows(path)
-    rows = JsonLineRows(path)
-    if not len(rows):
-        raise UserError(f"{path}: the file holds only blank lines; wanted training pairs")
-    return rows
+    return JsonLineRows(path)
 
 
 _SCANNED = 1 << 20  # bytes read at once where all rows are read
-_BOM = b"\xef\xbb\xbf"
 
 
 class JsonLineRows:
@@ -141,49 +141,14 @@ def _line_offsets(file: int, chunk: int = 1 << 22) -> tuple[np.ndarray, np.ndarr
     ends = np.frombuffer(breaks, dtype=np.int64)
     starts = np.zeros_like(ends)
     np.add(ends[:-1], 1, out=starts[1:])
-    if os.pread(file, len(_BOM), 0) == _BOM:
-        starts[0] = len(_BOM)
+    if os.pread(file, len(BOM), 0) == BOM:
+        starts[0] = len(BOM)
     for line in np.flatnonzero(ends - starts == 1):  # "\r\n" alone is blank too
         if os.pread(file, 1, int(starts[line])).isspace():
             ends[line] = starts[line]
     if starts[-1] == ends[-1]:  # the last line break ends a line, it does not begin one
         starts, ends = starts[:-1], ends[:-1]
     return starts, ends
-
-
-def parse_json(raw: bytes) -> Any:
-    """The value of one line.
-
-    Raises:
-        RowError: not UTF-8, not JSON, or text that no UTF-8 can hold.
-    """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line; "
-            f"wanted the file converted to UTF-8"
-        ) from None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RowError(f"not JSON: {error.msg} at column {error.colno}: {_clip(text)}") from None
-    except RecursionError:
-        raise RowError("not usable JSON: nested too deeply") from None
-    if "\\ud" in text or "\\uD" in text:
-        _refuse_lone_surrogates(value)
-    return value
-
-
-def _refuse_lone_surrogates(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"half a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no text") from None
-
-
-def _clip(text: str, length: int = 60) -> str:
-    return repr(text if len(text) <= length else text[: length - 1] + "…")
 
 
 class JsonArrayRows:
@@ -193,9 +158,8 @@ class JsonArrayRows:
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.files = str(path), [Path(path)]
-        self._values = self._entries(read_json(Path(path)))
-        if not self._values:
-            raise UserError(f"{path}: the array is empty; wanted training pairs")
+        value, self._suspicious = parse_json_file(Path(path))
+        self._values = self._entries(value)
 
     def _entries(self, value: Any) -> list[Any]:
         return value
@@ -204,13 +168,16 @@ class JsonArrayRows:
         return len(self._values)
 
     def __getitem__(self, index: int) -> Any:
-        return self._values[index]
+        value = self._values[index]
+        if self._suspicious:
+            refuse_lone_surrogates(value)
+        return value
 
     def line(self, index: int) -> int:
         return index + 1
 
     def scan(self) -> Iterator[Any]:
-        yield from self._values
+        return _each(self, range(len(self)))
 
 
 class JsonObjectRows(JsonArrayRows):
@@ -225,29 +192,11 @@ class JsonObjectRows(JsonArrayRows):
         return value["data"]
 
 
-def read_json(path: Path) -> Any:
-    """A whole JSON file.
-
-    Raises:
-        UserError: not UTF-8, not JSON; the line is named.
-    """
-    raw = path.read_bytes().removeprefix(_BOM)
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8: byte 0x{raw[error.start]:02x}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-
-
 class TableRows:
     """Rows of an Arrow table that `datasets` keeps on disk and maps into memory."""
 
     def __init__(self, path: str, table: Any, form: str, files: list[Path]) -> None:
         self.path, self.form, self.files, self._table = path, form, files, table
-        if not len(table):
-            raise UserError(f"{path}: no rows; wanted training pairs")
 
     @classmethod
     def from_parquet(cls, path: str) -> TableRows:
@@ -256,10 +205,13 @@ class TableRows:
         import pyarrow.parquet
 
         try:
-            pyarrow.parquet.read_metadata(path)  # the footer: where a file cut short shows
-            return cls(path, _quiet_datasets().Dataset.from_parquet(path), "Parquet", [Path(path)])
-        except (pyarrow.ArrowException, _datasets_error()) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+            rows = pyarrow.parquet.read_metadata(path).num_rows  # the footer: where a file cut short shows
+            # datasets cannot read a file without rows
+            table = _quiet_datasets().Dataset.from_parquet(path) if rows else []
+            return cls(path, table, "Parquet", [Path(path)])
+        except (pyarrow.ArrowException, OSError, _datasets_error()) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise UserError(f"{path}: not a readable Parquet file ({reason})") from None
 
     @classmethod
     def from_hub(cls, path: str) -> TableRows:
@@ -277,16 +229,33 @@ class TableRows:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Any:
-        return self._table[index]
+        try:
+            return self._table[index]
+        except UnicodeDecodeError as error:  # Arrow does not look into its texts
+            raise RowError(f"not UTF-8: byte 0x{error.object[error.start]:02x} in a column of text") from None
 
     def line(self, index: int) -> int:
         return index + 1
 
     def scan(self) -> Iterator[Any]:
-        for block in self._table.iter(batch_size=1000):  # row by row is 20 times slower
+        for first in range(0, len(self), 1000):  # row by row is 20 times slower
+            try:
+                block = self._table[first : first + 1000]
+            except UnicodeDecodeError:
+                yield from _each(self, range(first, min(first + 1000, len(self))))
+                continue
             names = list(block)
             for values in zip(*block.values(), strict=True):
                 yield dict(zip(names, values, strict=True))
+
+
+def _each(rows: Rows, indices: Iterable[int]) -> Iterator[Any]:
+    """As :meth:`Rows.scan`, of some rows, one by one."""
+    for index in indices:
+        try:
+            yield rows[index]
+        except RowError as error:
+            yield error
 
 
 def _quiet_datasets() -> Any:

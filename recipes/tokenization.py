@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.tokenizer_files import write_tokenizer
+from megatron_embed.recipes.long_texts import knows_borders, tokenize_starts
 
 Kind = Literal["query", "passage"]
 
@@ -32,6 +33,7 @@ class TextTokenizer:
     ) -> None:
         self.tokenizer = tokenizer
         self.tokenizer.split_special_tokens = True
+        self._knows_borders = knows_borders(tokenizer)
         self.prompts: dict[Kind, str] = {"query": query_prompt, "passage": passage_prompt}
         self.max_lengths: dict[Kind, int] = {"query": query_max_length, "passage": passage_max_length}
 
@@ -97,15 +99,21 @@ class TextTokenizer:
         """
         if not texts:
             return []
+        length = self.max_lengths[kind]
         own: Sequence[str | None] = [None] * len(texts) if prompts is None else prompts
-        return self.tokenizer(
-            [self.text(text, kind, prompt) for text, prompt in zip(texts, own, strict=True)],
-            truncation=True,
-            max_length=self.max_lengths[kind],
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+        whole = [self.text(text, kind, prompt) for text, prompt in zip(texts, own, strict=True)]
+
+        def tokenize(texts: list[str]) -> list[list[int]]:
+            return self.tokenizer(
+                texts,
+                truncation=True,
+                max_length=length,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
+
+        return tokenize_starts(tokenize, whole, length) if self._knows_borders else tokenize(whole)
 
 
 def _load(folder: Path) -> Any:

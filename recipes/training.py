@@ -25,6 +25,7 @@ from megatron_embed.recipes.encode import encode_sequences
 from megatron_embed.recipes.layout import layout_of, validate, validate_layout
 from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
+from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.optimizer import TrainState, set_up_training
 from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, check_teachers, micro_batches
 from megatron_embed.recipes.source import ModelSource
@@ -57,6 +58,8 @@ def train(cfg: RecipeConfig) -> Path:
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
     collections = _open_collections(cfg)
     with parallel.parallel_world(layout_of(cfg)):
+        if dist.get_rank() == 0:
+            report([each.odd for each in dataset.sources] + [odd for each in collections for odd in each.odd])
         run = _set_up(cfg, source, dataset, sampler, save_dir, collections)
         start = checkpointing.restore(cfg, run.state, resume) if resume else 0
         run.loop(start)

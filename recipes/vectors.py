@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -40,7 +41,7 @@ class Manifest:
     """What a folder holds.
 
     Attributes:
-        fingerprint: everything the vectors depend on; see :func:`megatron_embed.recipes.encode_corpus.fingerprint`.
+        fingerprint: everything the vectors depend on; see :func:`megatron_embed.recipes.fingerprints.fingerprint`.
         dim: numbers of a vector, before binary ones are packed.
     """
 
@@ -125,9 +126,22 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         ) from None
 
 
+def save_array(file: BinaryIO, values: np.ndarray) -> None:
+    """Write an array into an open ``.npy`` file; whatever fails raises.
+
+    Numpy writes by itself into what it knows to be a file, and on a full disk says neither which error it met nor, of
+    the last 4 KiB, that it met one.
+    """
+    np.save(SimpleNamespace(write=file.write), values, allow_pickle=False)
+
+
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write an ``.npy`` file in one step."""
-    write_file(path, lambda file: np.save(file, values, allow_pickle=False))
+    """Write an ``.npy`` file in one step.
+
+    Raises:
+        UserError: no room on the disk.
+    """
+    write_file(path, lambda file: save_array(file, values))
 
 
 class VectorFolder:

@@ -12,12 +12,13 @@ import pytest
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import Encoder, encode_corpus
-from megatron_embed.recipes.beir import read_texts
+from megatron_embed.recipes import Encoder, encode_corpus, mine
+from megatron_embed.recipes.beir import load_beir, read_texts
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.data import PairDataset
 from megatron_embed.recipes.inspect_data import look_through
+from megatron_embed.recipes.mining import MiningRules
 from megatron_embed.recipes.vectors import VectorFolder
 
 LONG = 100_000_000
@@ -48,6 +49,15 @@ def write_parquet(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+def empty_parquet(path: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"_id": pyarrow.array([], pyarrow.string()), "text": pyarrow.array([], pyarrow.string())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
 def documents(texts: list[str]) -> list[dict[str, Any]]:
     return [{"_id": str(i), "title": "", "text": text} for i, text in enumerate(texts)]
 
@@ -62,8 +72,8 @@ def test_odd_texts_are_kept_counted_and_refused_only_by_strict(
         encode_corpus.main([*arguments, *(["--strict"] if strict else [])])
     err = capsys.readouterr().err
     assert int(ended.value.code or 0) == status, err
-    assert f"{path}: 2 rows have no text; their vectors are the prompt's" in err
-    assert f"{path}: 1 rows hold NUL characters" in err
+    assert f"{path}: 2 rows have no text; their vectors are the prompt's, first line 6" in err
+    assert f"{path}: 1 rows hold NUL characters, first line 2" in err
     assert err.startswith("error: ") == strict
     assert (tmp_path / "out").exists() != strict
 
@@ -98,25 +108,70 @@ def test_a_parquet_corpus_cut_short_or_of_other_columns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c.parquet: not a readable Parquet file"):
         Corpus(path)
     write_parquet(path, [{"_id": "a", "text": 5}])
-    with pytest.raises(UserError, match=r"c.parquet, line 1: found _id, text; wanted an object with _id, text"):
+    with pytest.raises(UserError, match=r"c.parquet, line 1: 'text': found the number 5; wanted text"):
         Corpus(path).check()
     write_parquet(path, [{"_id": "a", "body": "b"}])
     with pytest.raises(UserError, match=r"c.parquet, line 1: found _id, body; wanted an object with _id, text"):
         Corpus(path).check()
 
 
-def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(tmp_path: Path) -> None:
+def beir_around(folder: Path) -> Path:
+    """A BEIR folder of the corpus that lies there."""
+    (folder / "qrels").mkdir()
+    write(folder / "queries.jsonl", [{"_id": "q", "text": "q"}])
+    (folder / "qrels" / "test.tsv").write_text("q\t1\t1\n")
+    return folder
+
+
+def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(encoder: Encoder, tmp_path: Path) -> None:
     text = "word " * (LONG // 5)
     pairs = write(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}, {"query": "q", "positive": text}])
     assert len(PairDataset([DataSource(path=str(pairs))])[1].positive) == LONG
     assert look_through(str(pairs)).lengths["positive"] == [1, LONG]
     corpus = Corpus(write(tmp_path / "corpus.jsonl", documents(["a", text])))
-    assert corpus.check().empty == 0
+    assert not corpus.check().odd.found
     assert len(corpus.read(1, 2)[1][0]) == LONG - 1  # stripped
+    collection = load_beir(beir_around(tmp_path))
+    assert [len(text) for text in collection.corpus.values()] == [1, LONG - 1]
+    folder = encode_corpus.encode_texts(encoder, corpus, tmp_path / "out")  # of the text, only the beginning counts
+    wanted = encoder.encode(["a", text[:10_000]], kind="passage")
+    np.testing.assert_allclose(folder.rows(0, 2), wanted, atol=2e-6)
     for path in (pairs, tmp_path / "corpus.jsonl"):
         path.write_bytes(path.read_bytes()[: -LONG // 2])
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2: not JSON: Unterminated string") as of_pairs:
         PairDataset([DataSource(path=str(pairs))])
     with pytest.raises(UserError, match=r"corpus.jsonl, line 2: not JSON: Unterminated string") as of_corpus:
         Corpus(tmp_path / "corpus.jsonl").check()
-    assert max(len(str(error.value)) for error in (of_pairs, of_corpus)) < 400
+    with pytest.raises(UserError, match=r"corpus.jsonl, line 2: not JSON: Unterminated string") as of_beir:
+        load_beir(tmp_path)
+    assert max(len(str(error.value)) for error in (of_pairs, of_corpus, of_beir)) < 400
+
+
+EMPTY = {
+    "empty": "",
+    "blank": "\n\r\n",
+    "array": "[]",
+    "no text": '{"_id": "a", "text": ""}\n{"_id": "b", "text": " "}\n',
+}
+
+
+@pytest.mark.parametrize("kind", [*EMPTY, "parquet"])
+def test_a_corpus_without_text_is_named_and_what_is_wanted_there(kind: str, encoder: Encoder, tmp_path: Path) -> None:
+    """To encode, to mine from, to search: not "training pairs"."""
+    path = tmp_path / "corpus.jsonl"
+    if kind == "parquet":
+        empty_parquet(path)
+    else:
+        path.write_text(EMPTY[kind])
+    pairs = write(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}])
+    message = r"corpus.jsonl: (holds no rows|no row has any text); wanted texts: an object with _id, text"
+    with pytest.raises(UserError, match=message):
+        Corpus(path).check()
+    with pytest.raises(UserError, match=message):
+        mine.mine(encoder, str(pairs), Corpus(path), tmp_path / "out", rules=MiningRules(), cache=tmp_path / "cache")
+    assert not (tmp_path / "out").exists()
+    if kind not in ("array", "parquet"):  # BEIR folders know JSON lines only
+        write(tmp_path / "queries.jsonl", [{"_id": "q", "text": "q"}])
+        message = r"corpus.jsonl: (holds no rows|no document has any text); wanted an object with _id, text"
+        with pytest.raises(UserError, match=message):
+            load_beir(tmp_path)

@@ -169,6 +169,10 @@ GOOD = json.dumps(ROWS[0])
         ('{"query": "q", "positive": "p", "negatives": "n"}', "line 2: 'negatives': found a text; wanted a list"),
         ('{"query": "q", "positive": "p", "negatives": [1]}', "line 2: 'negatives': found the number 1; wanted text"),
         ('{"query": "\\ud83d", "positive": "p"}', "line 2: half a surrogate pair, .ud83d, is no text"),
+        ('{"query": ' + "[" * 10**5 + "]" * 10**5 + "}", "line 2: not usable JSON: nested too deeply"),
+        ('{"query": ' + "1" * 5000 + "}", "line 2: not usable JSON: a number of more than 4,300 digits"),
+        ('{"query": "q", "positive": "p", "scores": [1%s]}' % ("0" * 400), "line 2: 'scores': wanted a list of finite"),
+        ('{"query": "q", "positive": "p", "scores": [NaN]}', "line 2: 'scores': wanted a list of finite numbers"),
     ],
 )
 def test_bad_lines_are_named(line: str, message: str, tmp_path: Path) -> None:
@@ -198,13 +202,16 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "data: the file is empty; wanted training pairs"),
-        (b"\n\r\n\n", "data: the file holds only blank lines"),
-        (b"[]", "data: the array is empty"),
+        (b"", "data: holds no rows; wanted training pairs"),
+        (b"\n\r\n\n", "data: holds no rows"),
+        (b"[]", "data: holds no rows; wanted training pairs"),
         (b"[\n{},\n{]", "data, line 3: not JSON"),
         (b'[{"query": "q"}]', "data, line 1: no 'positive'"),
+        (b'[{"query": "q", "positive": "\\ud83d"}]', "data, line 1: half a surrogate pair, .ud83d, is no text"),
+        (b"[{}, " + b"[" * 10**5 + b"]" * 10**5 + b"]", "data: not usable JSON: nested too deeply"),
+        (b"[{}, " + b"1" * 5000 + b"]", "data: not usable JSON: a number of more than 4,300 digits"),
         (b"PAR1 cut short", "data: not a readable Parquet file"),
-        (b"\xef\xbb\xbf", "data: the file holds only blank lines"),
+        (b"\xef\xbb\xbf", "data: holds no rows"),
     ],
 )
 def test_unusable_files(content: bytes, message: str, tmp_path: Path) -> None:
@@ -367,7 +374,8 @@ def test_the_inspector_shows_what_was_recognised(
     assert int(ended.value.code or 0) == status
     for text in ("JSON lines", "rows       11", "1 repeated pairs", "'query: query 0 “ü”'", "problems   none"):
         assert text in out
-    assert err == ("error: 1 repeated pairs\n" if strict else "")
+    assert "remarks    1 repeated pairs, first line 11" in out
+    assert err == (f"error: {path}: 1 repeated pairs, first line 11\n" if strict else "")
 
 
 def test_the_inspector_lists_problems_by_line(tmp_path: Path) -> None:
@@ -382,4 +390,5 @@ def test_the_inspector_lists_problems_by_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "line 2: not JSON" in done.stdout
     assert "line 4: no 'positive'" in done.stdout
-    assert done.stderr == "error: 2 rows cannot be used\n"
+    assert done.stderr.startswith(f"error: {path}: 2 rows cannot be used, the first on line 2: not JSON: ")
+    assert done.stderr.count("\n") == 1

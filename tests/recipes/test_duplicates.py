@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
-from megatron_embed.recipes.duplicates import REACH, TextIds, spread
+from megatron_embed.recipes.duplicates import REACH, TextIds, repeated_pairs, spread
 
 
 def groups_of(queries: list[int], positives: list[int]) -> np.ndarray | None:
@@ -42,6 +42,14 @@ def test_groups() -> None:
     assert queries[0] == queries[2] == queries[6] != queries[3] == queries[5]
     assert [group >= 0 for group in positives] == [False] * 5 + [True, True]
     assert positives[5] == positives[6]
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
+def test_repeated_pairs(texts: list[tuple[int, int]]) -> None:
+    groups = groups_of([query for query, _ in texts], [positive for _, positive in texts])
+    found = [] if groups is None else repeated_pairs(groups).tolist()
+    assert found == [i for i, pair in enumerate(texts) if pair in texts[:i]]
 
 
 @settings(max_examples=200, deadline=None)

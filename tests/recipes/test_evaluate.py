@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import pytrec_eval
+from support.full_disk import files_of_at_most
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import load_beir, load_collections
+from megatron_embed.recipes.beir import ABSENT, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
 from megatron_embed.recipes.evaluate import evaluate, main, markdown_table, metrics, rank, score
+from megatron_embed.recipes.vectors import write_file
 
 WORDS = ["apple", "river", "stone", "cloud", "engine", "violin", "harbor", "lantern", "meadow", "copper"]
 DOCUMENTS = [f"{a} {b}" for i, a in enumerate(WORDS) for b in WORDS[i + 1 :]]  # 45
@@ -146,7 +149,7 @@ def test_queries_that_nothing_answers_are_left_out(folder: Path) -> None:
 def test_absent_documents_are_counted(folder: Path) -> None:
     with (folder / "qrels" / "test.tsv").open("a") as file:
         file.write("q0\td900\t1\nq1\td901\t1\n")
-    assert load_beir(folder).absent == 2
+    assert load_beir(folder).odd[2].found == {ABSENT: (2, 35)}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,8 @@ def test_absent_documents_are_counted(folder: Path) -> None:
             ["query-id\tcorpus-id\tscore", "q99\td0\t1"],
             r"line 2: query 'q99' is not in queries.jsonl",
         ),
-        ("corpus.jsonl", [], r"corpus.jsonl: the file is empty"),
+        ("corpus.jsonl", [], r"corpus.jsonl: holds no rows; wanted an object with _id, text"),
+        ("queries.jsonl", [{"_id": "q0", "text": ""}], r"queries.jsonl: no query has any text; wanted an object"),
         ("corpus.jsonl", [{"_id": "d0", "text": ""}, {"_id": "d1", "text": " "}], r"no document has any text"),
         ("corpus.jsonl", [{"_id": "d0", "text": "a"}, "{x"], r"corpus.jsonl, line 2: not JSON"),
         (
@@ -200,7 +204,7 @@ def test_collections_are_told_apart_by_name(folder: Path) -> None:
 
 
 def test_the_command_prints_a_table_and_writes_json(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(tmp_path / "hf")
     output = tmp_path / "out" / "scores.json"
@@ -213,3 +217,15 @@ def test_the_command_prints_a_table_and_writes_json(
     assert set(results["words"]) == {"ndcg@10", "recall@100", "mrr@10", "bm25"}
     assert results["words"]["recall@100"] == 1.0
     assert markdown_table(results) in out
+    before = output.read_bytes()
+
+    def without_room(path: Path, write: Any) -> None:
+        with files_of_at_most(20):
+            write_file(path, write)
+
+    monkeypatch.setattr(sys.modules[main.__module__], "write_file", without_room)
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 1
+    assert "scores.json: cannot be written (File too large)" in capsys.readouterr().err
+    assert output.read_bytes() == before

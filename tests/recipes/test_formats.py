@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import read_metrics, recipe
+from support.tiny_models import save_model, save_vlm
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes import train
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.data import PairDataset
 from megatron_embed.recipes.inspect_data import look_through, main
@@ -159,6 +163,25 @@ def test_every_form_gives_the_same_examples(write: Callable[[Path], Path], tmp_p
     assert not found.problems
 
 
+def test_every_form_gives_the_same_batches_and_losses(tmp_path: Path) -> None:
+    """From the file to the loss: two steps of five queries in each form, beside this project's own."""
+    save_vlm(tmp_path / "model")
+    rows = [{"query": q, "positive": p, "negatives": n} for q, p, n in ROWS]
+    paths = {"own": lines(tmp_path / "own.jsonl", rows)}
+    for write in FORMS:
+        (tmp_path / write.__name__).mkdir()
+        paths[write.__name__] = write(tmp_path / write.__name__)
+    found = {}
+    for name, path in paths.items():
+        settings = ["train.train_iters=2", "train.global_batch_size=5", f"data.train={path}", "device=cpu"]
+        train(recipe(tmp_path, f"run-{name}", *settings))
+        found[name] = [
+            [step[key] for key in ("tokens", "loss", "grad_norm")] for step in read_metrics(tmp_path / f"run-{name}")
+        ]
+    assert len(found["own"]) == 2
+    assert found == dict.fromkeys(paths, found["own"])
+
+
 def test_flag_embedding_scores_and_prompt(tmp_path: Path) -> None:
     row = {"query": "q", "pos": ["a", "b"], "neg": ["c"], "pos_scores": [0.9, 0.8], "neg_scores": [0.1], "prompt": "Q:"}
     plain = {**row, "prompt": ""}
@@ -254,7 +277,7 @@ def test_a_damaged_automodel_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"odd/merlin_metadata.json: no such file; wanted a corpus folder"):
         PairDataset([DataSource(path=str(path))])
     path.write_text('{"corpus": 5, "data": []}')
-    with pytest.raises(UserError, match=r"train.json: the array is empty"):
+    with pytest.raises(UserError, match=r"train.json: holds no rows; wanted training pairs"):
         PairDataset([DataSource(path=str(path))])
     path.write_text('{"data": [{"question": "q", "pos_doc": []}]}')
     with pytest.raises(UserError, match=r"train.json: 'corpus': found null; wanted .*FOLDER"):
@@ -273,7 +296,27 @@ def test_the_inspector_remarks_on_nuls(tmp_path: Path, capsys: pytest.CaptureFix
         out, err = capsys.readouterr()
         assert "remarks    1 rows hold NUL characters, first line 1" in out
         assert "remarks    1 rows hold U+FFFD, what a wrong encoding leaves, first line 2" in out
-    assert err == "error: 1 rows hold NUL characters, 1 rows hold U+FFFD, what a wrong encoding leaves\n"
+    nul, damaged = (
+        "1 rows hold NUL characters, first line 1",
+        "1 rows hold U+FFFD, what a wrong encoding leaves, first line 2",
+    )
+    assert err == f"error: {path}: {nul}; {path}: {damaged}\n"
+
+
+def test_samples_are_what_the_model_will_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "list " * 1000
+    path = lines(tmp_path / "a.jsonl", [{"query": "what </s>?", "pos": [long], "neg": ["no"], "prompt": "Q: "}])
+    save_model(tmp_path / "model", num_hidden_layers=1)
+    for arguments in ([], ["--model", str(tmp_path / "model")]):
+        with pytest.raises(SystemExit) as ended:
+            main([str(path), *arguments])
+        assert not ended.value.code
+    plain, tokens = capsys.readouterr().out.split(f"{path}\n")[1:]
+    assert "sample     'Q: what </s>?'\n" in plain
+    assert "             + 'passage: list list" in plain
+    assert re.search(r"sample     '<s>Q: what </s>\?</s>', \d+ tokens\n", tokens)
+    assert re.search(r"             \+ '<s>passage: list .* list list</s>', 512 tokens\n", tokens)
+    assert re.search(r"             - '<s>passage: no</s>', \d tokens\n", tokens)
 
 
 def test_the_examples_of_the_documentation(tmp_path: Path) -> None:

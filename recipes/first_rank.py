@@ -1,0 +1,26 @@
+"""What the first rank does alone, and all ranks then know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_embed.bridge.errors import UserError
+
+T = TypeVar("T")
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """What ``function`` returns on rank 0, or the :class:`UserError` that it raises there, on every rank."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]

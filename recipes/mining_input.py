@@ -1,0 +1,45 @@
+"""What mining reads, checked before anything is encoded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.odd_rows import OddRows
+from megatron_embed.recipes.targets import text_id
+from megatron_embed.recipes.vectors import write_array, write_file
+
+REPEATED_TEXTS = "rows repeat the text of an earlier row, which alone can be a negative"
+
+
+def check_corpus(corpus: Corpus, text_ids: Path) -> OddRows:
+    """Check a corpus, or take what an earlier check of the same file found.
+
+    Args:
+        text_ids: where the identities of its documents are to lie, see
+            :class:`megatron_embed.recipes.corpus.CorpusFacts`; what looks odd lies beside.
+
+    Raises:
+        UserError: as :meth:`megatron_embed.recipes.corpus.Corpus.check`.
+    """
+    beside = text_ids.with_suffix(".odd.json")  # written last: with it, all is there
+    if beside.is_file() and text_ids.is_file():
+        return OddRows.again(corpus.path, json.loads(beside.read_text(encoding="utf-8")))
+    facts = corpus.check()
+    again = _repeated(facts.text_ids[:, 0])
+    if len(again):
+        facts.odd.add(REPEATED_TEXTS, corpus.rows.line(int(again[0])), len(again))
+    text_ids.parent.mkdir(parents=True, exist_ok=True)
+    write_array(text_ids, facts.text_ids)
+    write_file(beside, lambda file: file.write(json.dumps(facts.odd.found).encode()))
+    return facts.odd
+
+
+def _repeated(ids: np.ndarray) -> np.ndarray:
+    """Rows that have an earlier row's text, without those that have none."""
+    order = np.argsort(ids, kind="stable")
+    again = order[1:][ids[order][1:] == ids[order][:-1]]
+    return np.sort(again[ids[again] != text_id("")])

@@ -1,0 +1,64 @@
+"""What mining tells about itself at its end: the audit as text, as JSON, and as a picture of the scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_embed.recipes.mining import BINS, REASONS, Audit, MiningRules
+from megatron_embed.recipes.vectors import write_file
+
+
+def describe(audit: Audit, rules: MiningRules) -> str:
+    """The audit as text."""
+    share = max(audit.candidates, 1)
+    lines = [
+        f"{audit.queries:,} queries, {audit.candidates:,} candidates at ranks {rules.ranks[0]} to {rules.ranks[1] - 1}"
+    ]
+    counted = dict(zip(REASONS, audit.dropped.tolist(), strict=True))
+    for reason, number in {**counted, "not needed": audit.spare, "kept as negatives": audit.kept}.items():
+        lines.append(f"  {reason:32} {number:>12,}  {number / share:6.1%}")
+    lines.append(
+        f"{audit.short:,} queries have fewer than {rules.negatives} negatives, {audit.without:,} of them none"
+        + ("; a wider --rank-range or a higher --max-score-ratio gives more" if audit.short else "")
+    )
+    lines.extend(f"{rows.path}: {remark}" for rows in audit.odd for remark in rows.remarks())
+    return "\n".join(lines)
+
+
+def write_audit(audit: Audit, rules: MiningRules, output: Path) -> None:
+    """``OUT.audit.json``, and the picture of the scores, ``OUT.scores.png``."""
+    value = {
+        "queries": audit.queries,
+        "candidates": audit.candidates,
+        "dropped": dict(zip(REASONS, audit.dropped.tolist(), strict=True)),
+        "not_needed": audit.spare,
+        "kept": audit.kept,
+        "queries_with_fewer": audit.short,
+        "queries_with_none": audit.without,
+        "odd_rows": {rows.path: rows.counts() for rows in audit.odd},
+        "rules": vars(rules),
+    }
+    text = json.dumps(value, indent=2) + "\n"
+    write_file(output.with_suffix(".audit.json"), lambda file: file.write(text.encode()))
+    write_file(output.with_suffix(".scores.png"), lambda file: _draw(audit, file))
+
+
+def _draw(audit: Audit, file: Any) -> None:
+    from matplotlib.figure import Figure
+
+    edges = np.linspace(-audit.bound, audit.bound, BINS + 1)
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for counts, label in zip(audit.histograms, ("positives", "negatives", "dropped for their score"), strict=True):
+        axes.stairs(counts / max(counts.sum(), 1), edges, fill=True, alpha=0.45, label=f"{label} ({counts.sum():,})")
+    seen = np.flatnonzero(audit.histograms.sum(axis=0))
+    if len(seen):
+        axes.set_xlim(edges[max(seen[0] - 1, 0)], edges[min(seen[-1] + 2, BINS)])
+    axes.set_xlabel("score")
+    axes.set_ylabel("share")
+    axes.legend()
+    figure.savefig(file, format="png", dpi=120)
