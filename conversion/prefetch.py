@@ -61,7 +61,7 @@ def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
 def fault_in(values: Values) -> Values:
     """Touch every page of a tensor that may be a view of a mapped file, so that its bytes are in memory.
 
-    What the kernel copies it reads ahead by itself; a thread that did so too only took processor time from it.
+    What is copied from file to file the kernel reads ahead; a thread that did so too only took processor time.
     """
     if not isinstance(values, Stored) and values.numel() and values.is_contiguous():
         values.reshape(-1).view(torch.uint8)[::_PAGE].max()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -32,7 +34,10 @@ class Findings:
     odd: OddRows
     examples: int = 0
     with_negatives: int = 0
-    lengths: dict[str, list[int]] = field(default_factory=lambda: {"query": [], "positive": [], "negative": []})
+    #: how many texts have how many characters
+    lengths: dict[str, Counter[int]] = field(
+        default_factory=lambda: {"query": Counter(), "positive": Counter(), "negative": Counter()}
+    )
     duplicate_queries: int = 0
     duplicate_pairs: int = 0
     problems: list[str] = field(default_factory=list)
@@ -40,12 +45,11 @@ class Findings:
 
 
 def look_through(path: str) -> Findings:
-    """Read every row of a source; lengths are in characters, duplicates are exact."""
+    """Read every row of a source; lengths are in characters. Of ten million pairs 24 bytes each are kept."""
     rows = open_source(path)
     reader = PairReader(rows)
     found = Findings(rows, f"{rows.form}; {reader.form.name}", OddRows(rows.path))
-    queries: set[int] = set()
-    pairs: set[int] = set()
+    queries, pairs, row_of_pair = array("q"), array("q"), array("q")
     for index, (pair, problem) in enumerate(checked(rows, reader)):
         if pair is None:
             found.problems.append(f"line {rows.line(index)}: {problem}")
@@ -54,19 +58,27 @@ def look_through(path: str) -> Findings:
             found.odd.add(remark, rows.line(index))
         found.examples += len(pair.positives)
         found.with_negatives += bool(pair.negatives)
-        found.lengths["query"].append(len(pair.query))
-        found.lengths["positive"].extend(map(len, pair.positives))
-        found.lengths["negative"].extend(map(len, pair.negatives))
-        found.duplicate_queries += hash(pair.query) in queries
-        queries.add(hash(pair.query))
-        for positive in pair.positives:
-            if hash((pair.query, positive)) in pairs:
-                found.duplicate_pairs += 1
-                found.odd.add(REPEATED_PAIRS, rows.line(index))
-            pairs.add(hash((pair.query, positive)))
+        found.lengths["query"][len(pair.query)] += 1
+        found.lengths["positive"].update(map(len, pair.positives))
+        found.lengths["negative"].update(map(len, pair.negatives))
+        queries.append(hash(pair.query))
+        pairs.extend(hash((pair.query, positive)) for positive in pair.positives)
+        row_of_pair.extend([index] * len(pair.positives))
         if len(found.samples) < _SAMPLES:
             found.samples.append(pair)
+    found.duplicate_queries = len(_repeats(queries))
+    again = _repeats(pairs)
+    found.duplicate_pairs = len(again)
+    if len(again):
+        found.odd.add(REPEATED_PAIRS, rows.line(row_of_pair[again.min()]), len(again))
     return found
+
+
+def _repeats(hashes: array[int]) -> np.ndarray:
+    """Where a hash stands that stood before."""
+    values = np.frombuffer(hashes, dtype=np.int64)
+    order = values.argsort(kind="stable")
+    return order[1:][np.diff(values[order]) == 0]
 
 
 def describe(found: Findings, data: DataSection, tokenizer: TextTokenizer | None = None) -> str:
@@ -89,7 +101,7 @@ def describe(found: Findings, data: DataSection, tokenizer: TextTokenizer | None
     ]
     for name, lengths in found.lengths.items():
         if lengths:
-            low, middle, high, most = np.percentile(lengths, [5, 50, 95, 100]).astype(int)
+            low, middle, high, most = _percentiles(lengths, [5, 50, 95, 100])
             lines.append(f"  {name:10} characters: 5 % {low:,}, median {middle:,}, 95 % {high:,}, most {most:,}")
     for pair in found.samples:
         lines.append(f"  sample     {seen(pair.query, 'query', pair.query_prompt)}")
@@ -104,6 +116,13 @@ def describe(found: Findings, data: DataSection, tokenizer: TextTokenizer | None
     else:
         lines.append("  problems   none")
     return "\n".join(lines)
+
+
+def _percentiles(counts: Counter[int], wanted: Sequence[float]) -> list[int]:
+    """The least value that so many percent of all do not exceed."""
+    values = np.array(sorted(counts))
+    reached = np.cumsum([counts[value] for value in values.tolist()])
+    return [int(values[np.searchsorted(reached, reached[-1] * share / 100)]) for share in wanted]
 
 
 def _clip(text: str, length: int = 100) -> str:

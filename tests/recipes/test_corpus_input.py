@@ -127,7 +127,7 @@ def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(encoder: Encod
     text = "word " * (LONG // 5)
     pairs = write(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}, {"query": "q", "positive": text}])
     assert len(PairDataset([DataSource(path=str(pairs))])[1].positive) == LONG
-    assert look_through(str(pairs)).lengths["positive"] == [1, LONG]
+    assert look_through(str(pairs)).lengths["positive"] == {1: 1, LONG: 1}
     corpus = Corpus(write(tmp_path / "corpus.jsonl", documents(["a", text])))
     assert not corpus.check().odd.found
     assert len(corpus.read(1, 2)[1][0]) == LONG - 1  # stripped

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from array import array
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.runs import recipe, write_pairs
 from support.tiny_models import save_model, save_vlm
 
 from megatron_embed.recipes import encode_corpus, evaluate, inspect_data, mine, train
 from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.inspect_data import _percentiles, _repeats
 from megatron_embed.recipes.mining_input import check_corpus
 
 DOCUMENTS = ["one", "a\0b", "", "one", " ", "caf\ufffd", "seven"]
@@ -173,3 +179,12 @@ def test_white_space_on_a_plain_line_is_no_negative(tmp_path: Path) -> None:
     assert check_corpus(corpus, tmp_path / "ids.npy").counts() == {
         "rows have no text; their vectors are the prompt's": 2
     }
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 30), min_size=1), hashes=st.lists(st.integers(-3, 3)))
+def test_percentiles_and_repeats_without_keeping_the_texts(lengths: list[int], hashes: list[int]) -> None:
+    wanted = np.percentile(lengths, [0, 5, 50, 95, 100], method="inverted_cdf")
+    assert _percentiles(Counter(lengths), [0, 5, 50, 95, 100]) == wanted.tolist()
+    again = [i for i, value in enumerate(hashes) if value in hashes[:i]]
+    assert sorted(_repeats(array("q", hashes))) == again
