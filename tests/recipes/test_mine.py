@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,14 +231,15 @@ def test_two_and_four_ranks_equal_one(
             np.testing.assert_allclose(found, wanted, atol=0 if layout == (1, 1) else 2e-6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is not None, reason="FAISS is installed")
-def test_faiss_that_is_not_installed_is_named(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+def test_faiss_that_is_not_installed_is_named(
+    encoder: Encoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"--faiss: FAISS is not installed; pip install faiss-cpu"):
         run(encoder, folder, tmp_path / "out.jsonl", faiss="Flat")
 
 
 def test_a_flat_faiss_index_finds_the_same(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("faiss")
     run(encoder, folder, tmp_path / "exact.jsonl", RULES["all limits"])
     run(encoder, folder, tmp_path / "faiss.jsonl", RULES["all limits"], faiss="Flat")
     assert read(tmp_path / "faiss.jsonl") == read(tmp_path / "exact.jsonl")
