@@ -31,7 +31,11 @@ def peak_memory_bytes() -> int:
     """Most memory that this process held: CUDA's allocator, or resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:  # Linux hands ru_maxrss down from the process that started this one; VmHWM is this one's own
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Reporter:
