@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="texts of each kind (default: all)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64], help="sentence-transformers'")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="ours")
+    parser.add_argument("--max-tokens", type=int, help="ours (default: the Encoder's own)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=SMALL["num_hidden_layers"])
     parser.add_argument("--no-write", action="store_true", help="print only")

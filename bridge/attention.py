@@ -27,7 +27,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.kernels import rotate
+from megatron_embed.bridge.kernels import bf16_attention, rotate
+from megatron_embed.bridge.linear import onednn_is_faster
 from megatron_embed.bridge.rope import query_scale, rope_tables
 from megatron_embed.bridge.sequences import TokenBatch
 
@@ -203,9 +204,10 @@ class BidirectionalAttention(MegatronModule):
         query, key = place_queries_and_keys(query, key, info)
         key, value = gather_keys_and_values(key, value, info)
         dtype = query.dtype
-        if self.training and query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-            # The CPU kernel's backward is 5 × slower in 16 bits than in fp32. Not a matter of gradients being recorded:
-            # what a training step computes twice, the second time for them, must be the same.
+        if self._encodes_in_16_bits(query, info):
+            return self._packed(query, key, value, info)
+        if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+            # The CPU kernel's backward is 5 × slower in 16 bits than in fp32.
             query, key, value = query.float(), key.float(), value.float()
         if info.runs is None:
             output = self._padded(query, key, value, info.key_mask)
@@ -214,8 +216,17 @@ class BidirectionalAttention(MegatronModule):
             output = attend(query, key, value, info)
         return output.to(dtype)
 
+    def _encodes_in_16_bits(self, query: Tensor, info: SequenceInfo) -> bool:
+        """Whether this is encoding, not one of the two times that a training step computes the same, on a CPU where
+        oneDNN's products are the faster ones."""
+        encoding = not self.training and not torch.is_grad_enabled()
+        on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+        return encoding and on_cpu and info.runs is not None and onednn_is_faster()
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[B, H, S, D]``, ``[B, G, S, D]`` twice → ``[B, H, S, D]``."""
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+            return bf16_attention(query, key, value, self.softmax_scale)
         grouped = query.shape[1] != key.shape[1]
         if grouped and mask is not None:
             # CUDA kernels take grouped heads or a mask, not both.

@@ -48,8 +48,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _Linear.apply(x, weight)
 
 
-def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """``a bᵀ``; either may be the transposed view of a contiguous matrix."""
+def times_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """``a bᵀ`` by oneDNN; either is contiguous or the transposed view of a contiguous matrix.
+
+    Slices of wider matrices would be multiplied by a reference kernel, a thousand times slower.
+    """
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return product
 
@@ -57,10 +60,9 @@ def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        # slices of wider matrices would be multiplied by a reference kernel, a thousand times slower
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
-        return _times_transposed(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return times_transposed(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -68,8 +70,8 @@ class _Linear(torch.autograd.Function):
         grad = grads[0].flatten(0, -2).contiguous()
         of_x, of_weight = ctx.needs_input_grad
         return (
-            _times_transposed(grad, weight.t()).view_as(x) if of_x else None,
-            _times_transposed(grad.t(), x.flatten(0, -2).t()) if of_weight else None,
+            times_transposed(grad, weight.t()).view_as(x) if of_x else None,
+            times_transposed(grad.t(), x.flatten(0, -2).t()) if of_weight else None,
         )
 
 
@@ -85,7 +87,7 @@ class _OneDNN:
         if self.packed is not None:
             assert not torch.is_grad_enabled(), "packed weights are for encoding only"
             rows = input.contiguous().flatten(0, -2)
-            return _times_transposed(rows, self.packed).unflatten(0, input.shape[:-1])
+            return times_transposed(rows, self.packed).unflatten(0, input.shape[:-1])
         plain = kwargs["bias"] is None and not kwargs["sequence_parallel"]
         if not plain or not onednn_takes(input, weight):
             return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]

@@ -55,7 +55,7 @@ class Encoder:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         layout: Layout | None = None,
-        max_tokens: int = 16384,
+        max_tokens: int | None = None,
     ) -> Encoder:
         """Load a Hugging Face folder, an exported embedder, or a Megatron checkpoint.
 
@@ -63,12 +63,13 @@ class Encoder:
             device: ``auto``, ``cpu`` or ``cuda``.
             dtype: of the computation; None: that of the weights.
             layout: None: each process holds the whole model; under torchrun the texts are shared out.
-            max_tokens: token budget of a micro-batch.
+            max_tokens: token budget of a micro-batch; None: 16384 on CUDA, 4096 on a CPU, whose caches hold no more.
 
         Raises:
             UserError: no such model, or one that cannot be loaded.
         """
         parallel.select_device(device)
+        max_tokens = max_tokens or (4096 if host.device().type == "cpu" else 16384)
         source = ModelSource.open(path)
         layout = layout or Layout()
         resources = ExitStack()
