@@ -61,7 +61,9 @@ class _RMSNorm(torch.autograd.Function):
         inverse = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         inverse = inverse.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (states * inverse).mul_(weight.to(wide)).to(x.dtype)
+        # a wider copy of 16-bit states is this function's own
+        normed = states * inverse if states is x else states.mul_(inverse)
+        return normed.mul_(weight.to(wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -126,8 +128,9 @@ def bf16_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
             query.float(), key.float(), value.float(), scale=scale, enable_gqa=query.shape[1] != groups
         )
         return wide.to(query.dtype)
-    queries = (query.float() * (size**-0.5 if scale is None else scale)).reshape(rows * groups, -1, size).contiguous()
-    keys = key.float().reshape(rows * groups, length, size).contiguous()
+    queries, keys = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key))
+    queries = queries.mul_(size**-0.5 if scale is None else scale).view(rows * groups, -1, size)
+    keys = keys.view(rows * groups, length, size)
     weights = query.new_empty(rows * groups, queries.shape[1], length)
     for row in range(rows * groups):
         weights[row] = times_transposed(queries[row], keys[row]).softmax(-1)
