@@ -11,6 +11,7 @@ Legend: ``S`` tokens of a column, ``B`` rows, ``H`` heads (``G`` KV heads) on th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -204,8 +205,8 @@ class BidirectionalAttention(MegatronModule):
         query, key = place_queries_and_keys(query, key, info)
         key, value = gather_keys_and_values(key, value, info)
         dtype = query.dtype
-        if self._encodes_in_16_bits(query, info):
-            return self._packed(query, key, value, info)
+        if self._encodes_in_bf16(query, info):
+            return self._packed(query, key, value, info, lambda q, k, v: bf16_attention(q, k, v, self.softmax_scale))
         if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
             # The CPU kernel's backward is 5 × slower in 16 bits than in fp32.
             query, key, value = query.float(), key.float(), value.float()
@@ -216,7 +217,7 @@ class BidirectionalAttention(MegatronModule):
             output = attend(query, key, value, info)
         return output.to(dtype)
 
-    def _encodes_in_16_bits(self, query: Tensor, info: SequenceInfo) -> bool:
+    def _encodes_in_bf16(self, query: Tensor, info: SequenceInfo) -> bool:
         """Whether this is encoding, not one of the two times that a training step computes the same, on a CPU where
         oneDNN's products are the faster ones."""
         encoding = not self.training and not torch.is_grad_enabled()
@@ -225,8 +226,6 @@ class BidirectionalAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[B, H, S, D]``, ``[B, G, S, D]`` twice → ``[B, H, S, D]``."""
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-            return bf16_attention(query, key, value, self.softmax_scale)
         grouped = query.shape[1] != key.shape[1]
         if grouped and mask is not None:
             # CUDA kernels take grouped heads or a mask, not both.
@@ -256,15 +255,22 @@ class BidirectionalAttention(MegatronModule):
         )
         return output_THD.flatten(1).unsqueeze(1)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+    def _packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        info: SequenceInfo,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """One kernel call for each run of equally long neighbours; `split` is cheap backward, slicing is not."""
         runs = info.runs
         assert runs is not None
         queries = query.squeeze(1).split([run.sequences * run.queries for run in runs])
         keys, values = (x.squeeze(1).split([run.sequences * run.keys for run in runs]) for x in (key, value))
-        outputs = []
+        attend, outputs = attend or self._attend, []
         for q, k, v, run in zip(queries, keys, values, runs, strict=True):
             q = q.view(run.sequences, run.queries, *q.shape[1:]).transpose(1, 2)
             k, v = (x.view(run.sequences, run.keys, *x.shape[1:]).transpose(1, 2) for x in (k, v))
-            outputs.append(self._attend(q, k, v).transpose(1, 2).reshape(run.sequences * run.queries, -1))
+            outputs.append(attend(q, k, v).transpose(1, 2).reshape(run.sequences * run.queries, -1))
         return torch.cat(outputs).unsqueeze(1)
