@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import WANTED, document_text, is_beir, text_row
+from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.json_text import RowError, decode
 from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.rows import JsonLineRows, Rows, open_rows
@@ -118,10 +119,9 @@ class Corpus:
         return CorpusFacts(odd, text_ids)
 
     def _refuse_duplicates(self, ids: np.ndarray) -> None:
-        order = np.argsort(ids, kind="stable")
-        again = order[1:][ids[order][1:] == ids[order][:-1]]
+        again = repeats(ids)
         if len(again):
-            index = int(again.min())
+            index = int(again[0])
             where = f"{self.path}, line {self.rows.line(index)}"
             raise UserError(f"{where}: _id {self._parse(index)[0]!r} stands in the file twice ({len(again)} such rows)")
 

@@ -10,6 +10,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+
+def repeats(ids: np.ndarray) -> np.ndarray:
+    """Where an integer stands that stood before, in rising order: ``[n]`` → positions."""
+    order = np.argsort(ids, kind="stable")
+    return np.sort(order[1:][ids[order][1:] == ids[order][:-1]])
+
+
 #: batches ahead and behind in which another place for an example is looked for
 REACH = 16
 #: examples looked at together, so that what is computed of them stays small

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config import DataSection
 from megatron_embed.recipes.data import open_source
+from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.formats import PairReader
 from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair, report
 from megatron_embed.recipes.pairs import Pair
@@ -70,15 +71,13 @@ def look_through(path: str) -> Findings:
     again = _repeats(pairs)
     found.duplicate_pairs = len(again)
     if len(again):
-        found.odd.add(REPEATED_PAIRS, rows.line(row_of_pair[again.min()]), len(again))
+        found.odd.add(REPEATED_PAIRS, rows.line(row_of_pair[again[0]]), len(again))
     return found
 
 
 def _repeats(hashes: array[int]) -> np.ndarray:
     """Where a hash stands that stood before."""
-    values = np.frombuffer(hashes, dtype=np.int64)
-    order = values.argsort(kind="stable")
-    return order[1:][np.diff(values[order]) == 0]
+    return repeats(np.frombuffer(hashes, dtype=np.int64))
 
 
 def describe(found: Findings, data: DataSection, tokenizer: TextTokenizer | None = None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.targets import text_id
 from megatron_embed.recipes.vectors import write_array, write_file
@@ -40,6 +41,5 @@ def check_corpus(corpus: Corpus, text_ids: Path) -> OddRows:
 
 def _repeated(ids: np.ndarray) -> np.ndarray:
     """Rows that have an earlier row's text, without those that have none."""
-    order = np.argsort(ids, kind="stable")
-    again = order[1:][ids[order][1:] == ids[order][:-1]]
-    return np.sort(again[ids[again] != text_id("")])
+    again = repeats(ids)
+    return again[ids[again] != text_id("")]
