@@ -11,7 +11,6 @@ Legend: ``S`` tokens of a column, ``B`` rows, ``H`` heads (``G`` KV heads) on th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -28,8 +27,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.kernels import bf16_attention, rotate
-from megatron_embed.bridge.linear import onednn_is_faster
+from megatron_embed.bridge.encoding_attention import attention_by_products, products_are_faster
+from megatron_embed.bridge.kernels import rotate
 from megatron_embed.bridge.rope import query_scale, rope_tables
 from megatron_embed.bridge.sequences import TokenBatch
 
@@ -205,9 +204,12 @@ class BidirectionalAttention(MegatronModule):
         query, key = place_queries_and_keys(query, key, info)
         key, value = gather_keys_and_values(key, value, info)
         dtype = query.dtype
-        if self._encodes_in_bf16(query, info):
-            return self._packed(query, key, value, info, lambda q, k, v: bf16_attention(q, k, v, self.softmax_scale))
-        if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # A training step computes twice what it does not keep: the faster kernels of encoding must not be one of these.
+        encoding = not self.training and not torch.is_grad_enabled()
+        if encoding and info.runs is not None and products_are_faster(query, info.runs):
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+            return attention_by_products(query, key, value, info.runs, self.softmax_scale).unsqueeze(1)
+        if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not encoding:
             # The CPU kernel's backward is 5 × slower in 16 bits than in fp32.
             query, key, value = query.float(), key.float(), value.float()
         if info.runs is None:
@@ -216,13 +218,6 @@ class BidirectionalAttention(MegatronModule):
             attend = self._ragged if ragged_kernel_takes(query) else self._packed
             output = attend(query, key, value, info)
         return output.to(dtype)
-
-    def _encodes_in_bf16(self, query: Tensor, info: SequenceInfo) -> bool:
-        """Whether this is encoding, not one of the two times that a training step computes the same, on a CPU where
-        oneDNN's products are the faster ones."""
-        encoding = not self.training and not torch.is_grad_enabled()
-        on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-        return encoding and on_cpu and info.runs is not None and onednn_is_faster()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[B, H, S, D]``, ``[B, G, S, D]`` twice → ``[B, H, S, D]``."""
@@ -255,22 +250,15 @@ class BidirectionalAttention(MegatronModule):
         )
         return output_THD.flatten(1).unsqueeze(1)
 
-    def _packed(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        info: SequenceInfo,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    ) -> Tensor:
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
         """One kernel call for each run of equally long neighbours; `split` is cheap backward, slicing is not."""
         runs = info.runs
         assert runs is not None
         queries = query.squeeze(1).split([run.sequences * run.queries for run in runs])
         keys, values = (x.squeeze(1).split([run.sequences * run.keys for run in runs]) for x in (key, value))
-        attend, outputs = attend or self._attend, []
+        outputs = []
         for q, k, v, run in zip(queries, keys, values, runs, strict=True):
             q = q.view(run.sequences, run.queries, *q.shape[1:]).transpose(1, 2)
             k, v = (x.view(run.sequences, run.keys, *x.shape[1:]).transpose(1, 2) for x in (k, v))
-            outputs.append(attend(q, k, v).transpose(1, 2).reshape(run.sequences * run.queries, -1))
+            outputs.append(self._attend(q, k, v).transpose(1, 2).reshape(run.sequences * run.queries, -1))
         return torch.cat(outputs).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Chains of elementwise operations with their gradients written out: SwiGLU, RMSNorm, rope; attention for encoding.
+"""Chains of elementwise operations with their gradients written out: SwiGLU, RMSNorm, rope.
 
 On a CPU nothing fuses such chains, and autograd's own backward passes over memory about twice as often as it must
 (casts, concatenations, a tensor per operation). Here every pass counts: results go into the tensor that is there
@@ -13,11 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from megatron_embed.bridge.linear import times_transposed
-
-#: lengths at which attention by whole products was the faster one: shorter, calls cost most; longer, memory
-_BY_PRODUCTS = range(128, 1025)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -107,33 +102,3 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     into_first.addcmul_(second, sin, value=-direction)
     into_second.addcmul_(first, sin, value=direction)
     return result
-
-
-def bf16_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """``softmax(scale · q kᵀ) v`` on a CPU, without gradients, computed in fp32 and rounded once.
-
-    torch's kernel multiplies blocks too small for a matrix product's speed, and took up to twice as long.
-
-    Args:
-        query: ``[B, H, Q, D]`` in bf16.
-        key, value: ``[B, G, K, D]`` in bf16; each serves ``H / G`` heads.
-        scale: by default ``1 / sqrt(D)``.
-
-    Returns:
-        ``[B, H, Q, D]`` in bf16.
-    """
-    rows, groups, length, size = key.shape
-    if length not in _BY_PRODUCTS:
-        grouped = query.shape[1] != groups
-        attended = F.scaled_dot_product_attention(
-            query.float(), key.float(), value.float(), scale=scale, enable_gqa=grouped
-        )
-        return attended.to(query.dtype)
-    wide = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value.mT))
-    queries, keys, values_t = (x.flatten(0, 1) for x in wide)
-    queries = queries.mul_(size**-0.5 if scale is None else scale).view(rows * groups, -1, size)
-    output = query.new_empty(queries.shape)
-    for row in range(rows * groups):
-        weights = times_transposed(queries[row], keys[row]).softmax(-1)
-        output[row] = times_transposed(weights, values_t[row])
-    return output.view(query.shape)

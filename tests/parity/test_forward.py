@@ -11,10 +11,10 @@ from support.megatron import filled_stages
 from support.tiny_models import tiny_config
 from torch import Tensor
 
-from megatron_embed.bridge import EncoderConfig, attention, host
+from megatron_embed.bridge import EncoderConfig, attention, encoding_attention, host
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.encoder import Encoder
-from megatron_embed.bridge.kernels import bf16_attention
+from megatron_embed.bridge.encoding_attention import attention_by_products
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
@@ -126,30 +126,33 @@ def test_bf16_error_is_no_larger_than_hugging_faces_own(side: str) -> None:
     assert our_error <= 1.2 * their_error
 
 
-def test_encoding_long_texts_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention by whole products where nothing is trained; its error, too, is no larger than Hugging Face's own."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoding_long_texts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by whole products where nothing is trained; in bf16, too, its error is no larger than HF's own."""
     calls = []
 
     def counted(*args: Any) -> Tensor:
         calls.append(args)
-        return bf16_attention(*args)
+        return attention_by_products(*args)
 
-    monkeypatch.setattr(attention, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(attention, "bf16_attention", counted)
-    _, encoder = build({"num_hidden_layers": 4, "hidden_size": 128}, torch.bfloat16)
-    half = oracle.hf_model(tiny_config(num_hidden_layers=4, hidden_size=128), dtype=torch.bfloat16)
-    exact = oracle.hf_model(tiny_config(num_hidden_layers=4, hidden_size=128), dtype=torch.bfloat16).float()
+    monkeypatch.setattr(encoding_attention, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(attention, "attention_by_products", counted)
+    _, encoder = build({"num_hidden_layers": 4, "hidden_size": 128}, dtype)
+    theirs = oracle.hf_model(tiny_config(num_hidden_layers=4, hidden_size=128), dtype=dtype)
+    exact = oracle.hf_model(tiny_config(num_hidden_layers=4, hidden_size=128), dtype=dtype).double()
     texts = [torch.randint(12, 997, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (90, 200, 200)]
     batch = TokenBatch.pack(texts, pad_id=11)
     encoder(batch).sum().backward()
     encoder.eval()(batch).sum().backward()
     assert not calls  # it has no gradient
+    states(encoder, TokenBatch.pack(texts[:1], pad_id=11))
+    assert not calls  # too short to gain by it
     found = states(encoder, batch)[0].split([len(text) for text in texts])
-    assert len(calls) == 2 * 4  # runs of equal length × layers
+    assert len(calls) == 4  # layers
     for ours, text in zip(found, texts, strict=True):
         with torch.no_grad():
-            wanted, theirs = (model(input_ids=torch.tensor([text])).last_hidden_state[0] for model in (exact, half))
-        assert (ours.float() - wanted).norm() <= 1.2 * (theirs.float() - wanted).norm()
+            wanted, rounded = (model(input_ids=torch.tensor([text])).last_hidden_state[0] for model in (exact, theirs))
+        assert (ours.double() - wanted).norm() <= 1.2 * (rounded.double() - wanted).norm()
 
 
 def test_the_first_token_sees_the_last() -> None:

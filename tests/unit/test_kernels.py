@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.ministral3.modeling_ministral3 import apply_rotary_pos_emb
 
-from megatron_embed.bridge.kernels import bf16_attention, rms_norm, rotate, swiglu
+from megatron_embed.bridge.kernels import rms_norm, rotate, swiglu
 
 EPS = 1e-5
 
@@ -74,21 +74,3 @@ def test_rope_is_that_of_transformers_and_so_is_its_gradient() -> None:
     (a,) = torch.autograd.grad((found * weights).sum(), x)
     (b,) = torch.autograd.grad((wanted * weights.permute(1, 2, 0, 3)).sum(), theirs)
     torch.testing.assert_close(a.permute(1, 2, 0, 3), b, rtol=1e-14, atol=1e-14)
-
-
-@pytest.mark.parametrize("heads", [(6, 2), (4, 4)])
-@pytest.mark.parametrize("lengths", [(5, 5), (127, 127), (128, 128), (300, 300), (70, 200), (1025, 1025)])
-def test_attention_for_encoding_in_bf16(lengths: tuple[int, int], heads: tuple[int, int]) -> None:
-    """Nothing is rounded but the result."""
-    queries, keys = lengths
-    many, few = heads
-    # as they lie in a packed row: [tokens, heads, D]
-    query = random(2, queries, many, 32, dtype=torch.bfloat16).transpose(1, 2)
-    key, value = (random(2, keys, few, 32, dtype=torch.bfloat16, seed=seed).transpose(1, 2) for seed in (1, 2))
-    wide = [x.double().repeat_interleave(many // x.shape[1], 1) for x in (query, key, value)]
-    wanted = (wide[0] @ wide[1].mT * 0.3).softmax(-1) @ wide[2]
-    found = bf16_attention(query, key, value, 0.3)
-    assert found.dtype == torch.bfloat16
-    assert (found.double() - wanted).norm() <= 1.02 * (wanted.bfloat16().double() - wanted).norm()
-    default = bf16_attention(query, key, value)
-    assert (default.double() - bf16_attention(query, key, value, 32**-0.5).double()).norm() == 0
