@@ -34,6 +34,7 @@ class BatchingPlan:
         max_texts: texts of a micro-batch; when set, tokens are not counted.
         multiple_of: row lengths are rounded up to it (TP × CP under sequence and context parallelism).
         count_multiple_of: number of micro-batches is rounded up to it (PP, where stages are interleaved).
+        longer_alone: a sequence longer than ``max_tokens`` is a micro-batch of its own, not an error.
     """
 
     pad_id: int
@@ -42,12 +43,13 @@ class BatchingPlan:
     max_texts: int | None = None
     multiple_of: int = 1
     count_multiple_of: int = 1
+    longer_alone: bool = False
 
     def split(self, sequences: Sequence[Sequence[int]]) -> list[MicroBatch]:
         """Group all sequences; neighbours in length come together, so that little is padded.
 
         Raises:
-            UserError: a sequence alone is longer than the token budget.
+            UserError: a sequence alone is longer than the token budget, and ``longer_alone`` is not set.
         """
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         groups = list(self._groups(order, sequences))
@@ -86,7 +88,7 @@ class BatchingPlan:
         total = 0  # tokens of the group; sequences come in ascending length, so the newest is the longest
         for index in order:
             length = len(sequences[index])
-            if self.max_texts is None and length > self.max_tokens:
+            if self.max_texts is None and length > self.max_tokens and not self.longer_alone:
                 raise UserError(
                     f"train.micro_batch_tokens: {self.max_tokens} is less than a sequence of {length} tokens; "
                     f"raise it, or lower data.query_max_length and data.passage_max_length"

@@ -64,6 +64,7 @@ class Encoder:
             dtype: of the computation; None: that of the weights.
             layout: None: each process holds the whole model; under torchrun the texts are shared out.
             max_tokens: token budget of a micro-batch; None: 16384 on CUDA, 4096 on a CPU, whose caches hold no more.
+                A longer text is a micro-batch of its own.
 
         Raises:
             UserError: no such model, or one that cannot be loaded.
@@ -92,13 +93,17 @@ class Encoder:
             resources.close()
             raise
         plan = BatchingPlan(
-            pad_id=tokenizer.pad_token_id, packed=True, max_tokens=max_tokens, multiple_of=layout.tp * layout.cp
+            pad_id=tokenizer.pad_token_id,
+            packed=True,
+            max_tokens=max_tokens,
+            multiple_of=layout.tp * layout.cp,
+            longer_alone=True,
         )
         return cls(stages, source.config, tokenizer, plan, resources=resources, source=source)
 
     def encode(
         self,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         kind: Kind = "query",
         *,
         prompt: str | None = None,
@@ -111,8 +116,10 @@ class Encoder:
             prompt: in the place of the kind's own.
 
         Returns:
-            ``[len(texts), hidden]`` fp32, in the order of the texts.
+            ``[len(texts), hidden]`` fp32, in the order of the texts; of a single text ``[hidden]``.
         """
+        if isinstance(texts, str):
+            return self.encode([texts], kind, prompt=prompt, show_progress=show_progress)[0]
         prompts = None if prompt is None else [prompt] * len(texts)
         sequences = self.tokenizer.encode(list(texts), kind, prompts)
         return encode_sequences(self.stages, self.plan, sequences, self.config.hidden_size, progress=show_progress)

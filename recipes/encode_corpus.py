@@ -117,8 +117,6 @@ class _Job:
 
     def __init__(self, encoder: Encoder, texts: Texts, output: Path, manifest: Manifest, kind: Kind) -> None:
         self.encoder, self.texts, self.output, self.manifest, self.kind = encoder, texts, output, manifest, kind
-        longest = encoder.tokenizer.max_lengths[kind]
-        self.plan = replace(encoder.plan, max_tokens=max(encoder.plan.max_tokens, longest))
         self.ranges: np.ndarray | None = None
         # One rank of a model replica writes: of its last stage, where the vectors are, the first.
         self.writes = (
@@ -137,7 +135,7 @@ class _Job:
         sample = [self.texts.read(row, row + 1)[1][0] for row in rows]
         prompts = [prompt for row in rows for prompt in self.texts.prompts(row, row + 1) or ()]
         sequences = self.encoder.tokenizer.encode(sample, self.kind, prompts or None)
-        vectors = encode_sequences(self.encoder.stages, self.plan, sequences, self.encoder.config.hidden_size)
+        vectors = encode_sequences(self.encoder.stages, self.encoder.plan, sequences, self.encoder.config.hidden_size)
         vectors = self._truncate(vectors)
         ranges = np.stack([vectors.min(0), vectors.max(0)]).astype(np.float32)
         on_first_rank(lambda: write_array(path, ranges))
@@ -166,7 +164,7 @@ class _Job:
         ids, texts = self.texts.read(shard.first, shard.first + shard.rows)
         prompts = self.texts.prompts(shard.first, shard.first + shard.rows)
         sequences = self.encoder.tokenizer.encode(texts, self.kind, prompts)
-        vectors = encode_here(self.encoder.stages, self.plan, sequences, self.encoder.config.hidden_size)
+        vectors = encode_here(self.encoder.stages, self.encoder.plan, sequences, self.encoder.config.hidden_size)
         if not self.writes:
             return
         assert vectors is not None
