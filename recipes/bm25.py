@@ -12,7 +12,8 @@ from megatron_embed.recipes.beir import Collection
 def bm25_run(collection: Collection, k: int = 100) -> dict[str, dict[str, float]]:
     """The ``k`` best documents of every query: query id → {document id: score}.
 
-    bm25s with Lucene's formula, k1 0.9, b 0.4, English stop words and the Snowball stemmer, over title and text.
+    bm25s with Lucene's formula, k1 0.9, b 0.4, English stop words and the Snowball stemmer, over title and text. A word
+    has two letters at least; documents without any word are found by no query.
     """
     import bm25s
     import Stemmer
@@ -21,7 +22,10 @@ def bm25_run(collection: Collection, k: int = 100) -> dict[str, dict[str, float]
     stemmer = Stemmer.Stemmer("english")
     index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
     quiet: dict[str, Any] = {"show_progress": False}
-    index.index(bm25s.tokenize(list(collection.corpus.values()), stopwords="en", stemmer=stemmer, **quiet), **quiet)
+    words = bm25s.tokenize(list(collection.corpus.values()), stopwords="en", stemmer=stemmer, **quiet)
+    if not any(map(len, words.ids)):  # bm25s ends with an error then
+        return {query: {} for query in collection.queries}
+    index.index(words, **quiet)
     queries = bm25s.tokenize(list(collection.queries.values()), stopwords="en", stemmer=stemmer, **quiet)
     found, scores = index.retrieve(queries, k=min(k, len(documents)), **quiet)
     return {
