@@ -53,23 +53,55 @@ def _has_any(save_dir: Path) -> bool:
 
 
 def save(
-    cfg: RecipeConfig, config: EncoderConfig, state: TrainState, *, step: int, save_dir: Path, files: Path, first: bool
+    cfg: RecipeConfig,
+    config: EncoderConfig,
+    state: TrainState,
+    *,
+    step: int,
+    save_dir: Path,
+    files: Path,
+    data: dict[str, list[int]],
+    first: bool,
 ) -> None:
-    """Write the checkpoint of a step from all ranks; complete or absent, and named by the tracker when complete."""
+    """Write the checkpoint of a step from all ranks; complete or absent, and named by the tracker when complete.
+
+    Args:
+        data: what the position in the data is a position in, see :meth:`PairDataset.state`.
+    """
     root = checkpoints_folder(save_dir)
 
     def finish(folder: Path) -> None:
         checkpoint_folder.write_sidecars(folder, files)
         checkpoint_folder.write_run_config(folder, {**cfg.to_dict(), "encoder": config.to_dict()})
 
-    common = {"consumed_samples": step * cfg.train.global_batch_size}
+    common = {"consumed_samples": step * cfg.train.global_batch_size, "data": data}
     save_model_state(root, step, state.encoders, optimizer=state.optimizer, common=common, finish=finish)
     if first:
         checkpoint_folder.write_tracker(root, step)
 
 
-def restore(cfg: RecipeConfig, state: TrainState, iter_dir: Path) -> int:
-    """Load weights and optimizer; set the schedule to the position. Returns the steps done."""
+def _check_data(before: dict[str, list[int]], now: dict[str, list[int]], iter_dir: Path) -> None:
+    """The order of the examples follows from their number, so that a position among others would mean others."""
+    changed = [
+        f"{path} had {before[path][0]:,} examples in {before[path][1]:,} bytes, now {examples:,} in {size:,}"
+        for path, (examples, size) in now.items()
+        if path in before and before[path] != [examples, size]
+    ]
+    if changed:
+        raise UserError(
+            f"{iter_dir}: the training data changed since ({'; '.join(changed)}), so that the run cannot go on where "
+            f"it stood; put it back, take another train.save_dir with "
+            f"checkpoint.pretrained_checkpoint={iter_dir.parent}, "
+            f"or go on in the new order with checkpoint.load={iter_dir.parent} checkpoint.resume=false"
+        )
+
+
+def restore(cfg: RecipeConfig, state: TrainState, iter_dir: Path, data: dict[str, list[int]]) -> int:
+    """Load weights and optimizer; set the schedule to the position. Returns the steps done.
+
+    Raises:
+        UserError: no checkpoint of a run, one of another batch size, or one of this run whose data changed meanwhile.
+    """
     try:
         loaded = load_model_state(iter_dir, state.encoders, optimizer=state.optimizer)
     except UserError:
@@ -82,6 +114,8 @@ def restore(cfg: RecipeConfig, state: TrainState, iter_dir: Path) -> int:
             f"{iter_dir}: holds weights only, no training run to continue; "
             f"start from its weights with checkpoint.pretrained_checkpoint"
         )
+    if cfg.checkpoint.resume and iter_dir.parent == checkpoints_folder(Path(cfg.train.save_dir or "")):
+        _check_data(loaded.get("data", data), data, iter_dir)
     batch = cfg.train.global_batch_size
     if samples % batch:
         raise UserError(

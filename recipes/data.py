@@ -57,7 +57,10 @@ class PairSource:
         self.source = source
         self.rows: Rows = open_source(source.path)
         self.reader = PairReader(self.rows)
-        found = indexed("pairs", [*self.rows.files, *self.reader.files], lambda: read_through(self.rows, self.reader))
+        files = [*self.rows.files, *self.reader.files]
+        found = indexed("pairs", files, lambda: read_through(self.rows, self.reader))
+        #: of its files, as they were read
+        self.bytes = sum(file.stat().st_size for file in files)
         #: hard negatives of the row that has most
         self.max_negatives: int = found.facts["max_negatives"]
         #: first row without a teacher's scores, and without its vectors; the widths of the vectors
@@ -145,6 +148,10 @@ class PairDataset:
             raise IndexError(index)
         which = bisect.bisect_right(self._ends, index)
         return self.sources[which][index - (self._ends[which] - self.sizes[which])]
+
+    def state(self) -> dict[str, list[int]]:
+        """What a position in the data means nothing without: of each source its examples and its files' bytes."""
+        return {source.source.path: [size, source.bytes] for source, size in zip(self.sources, self.sizes, strict=True)}
 
 
 class GlobalBatchSampler:

@@ -61,7 +61,7 @@ def train(cfg: RecipeConfig) -> Path:
         if dist.get_rank() == 0:
             report([each.odd for each in dataset.sources] + [odd for each in collections for odd in each.odd])
         run = _set_up(cfg, source, dataset, sampler, save_dir, collections)
-        start = checkpointing.restore(cfg, run.state, resume) if resume else 0
+        start = checkpointing.restore(cfg, run.state, resume, dataset.state()) if resume else 0
         run.loop(start)
     return save_dir
 
@@ -79,9 +79,9 @@ def open_source(cfg: RecipeConfig) -> ModelSource:
 def _open_collections(cfg: RecipeConfig) -> list[Any]:
     if not cfg.data.eval:
         return []
-    from megatron_embed.recipes.evaluate import load_beir
+    from megatron_embed.recipes.beir import load_collections
 
-    return [load_beir(folder) for folder in cfg.data.eval]
+    return list(load_collections(cfg.data.eval))
 
 
 def _set_up(
@@ -272,5 +272,6 @@ class Run:
             step=step,
             save_dir=self.save_dir,
             files=self.files,
+            data=self.builder.dataset.state(),
             first=first,
         )
