@@ -6,16 +6,18 @@ import argparse
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.config import DataSection
+from megatron_embed.recipes.config import DataSection, DataSource, load_run_config
 from megatron_embed.recipes.data import open_source
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.formats import PairReader
+from megatron_embed.recipes.json_text import RowError
 from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair, report
 from megatron_embed.recipes.pairs import Pair
 from megatron_embed.recipes.read_through import checked
@@ -24,6 +26,7 @@ from megatron_embed.recipes.tokenization import Kind, TextTokenizer
 
 _SHOWN = 20  # problems named one by one
 _SAMPLES = 3
+_TOKENIZED = 1000  # rows whose lengths in tokens are told: of ten million, those of all would take minutes
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Findings:
     )
     duplicate_queries: int = 0
     duplicate_pairs: int = 0
+    #: rows that cannot be used, and what is wrong with the first ones
+    unusable: int = 0
     problems: list[str] = field(default_factory=list)
     samples: list[Pair] = field(default_factory=list)
 
@@ -53,7 +58,9 @@ def look_through(path: str) -> Findings:
     queries, pairs, row_of_pair = array("q"), array("q"), array("q")
     for index, (pair, problem) in enumerate(checked(rows, reader)):
         if pair is None:
-            found.problems.append(f"line {rows.line(index)}: {problem}")
+            found.unusable += 1
+            if len(found.problems) < _SHOWN:
+                found.problems.append(f"line {rows.line(index)}: {problem}")
             continue
         for remark in of_pair(pair):
             found.odd.add(remark, rows.line(index))
@@ -80,14 +87,17 @@ def _repeats(hashes: array[int]) -> np.ndarray:
     return repeats(np.frombuffer(hashes, dtype=np.int64))
 
 
-def describe(found: Findings, data: DataSection, tokenizer: TextTokenizer | None = None) -> str:
-    """The findings as text; samples with their prompts and, where there is a tokenizer, with BOS and EOS, truncated."""
+def describe(found: Findings, source: DataSource, tokenizer: TextTokenizer | None = None) -> str:
+    """The findings as text; samples with their prompts and, where there is a tokenizer, with BOS and EOS, truncated.
 
-    def seen(text: str, kind: Kind, prompt: str | None = None) -> str:
+    Args:
+        source: its prompts, filled in.
+    """
+
+    def seen(text: str, kind: Kind, prompt: str | None) -> str:
         if tokenizer is None:
-            own = data.query_prompt if kind == "query" else data.passage_prompt
-            return _clip((own if prompt is None else prompt) + text)
-        (ids,) = tokenizer.encode([text], kind, None if prompt is None else [prompt])
+            return _clip((prompt or "") + text)
+        (ids,) = tokenizer.encode([text], kind, [prompt or ""])
         return f"{_clip(tokenizer.tokenizer.decode(ids))}, {len(ids)} tokens"
 
     rows = found.rows
@@ -102,19 +112,46 @@ def describe(found: Findings, data: DataSection, tokenizer: TextTokenizer | None
         if lengths:
             low, middle, high, most = _percentiles(lengths, [5, 50, 95, 100])
             lines.append(f"  {name:10} characters: 5 % {low:,}, median {middle:,}, 95 % {high:,}, most {most:,}")
+    if tokenizer is not None:
+        lines.extend(_in_tokens(found, source, tokenizer))
     for pair in found.samples:
-        lines.append(f"  sample     {seen(pair.query, 'query', pair.query_prompt)}")
-        lines.append(f"             + {seen(pair.positives[0], 'passage')}")
-        lines.extend(f"             - {seen(text, 'passage')}" for text in pair.negatives[:1])
+        prompt = source.query_prompt if pair.query_prompt is None else pair.query_prompt
+        lines.append(f"  sample     {seen(pair.query, 'query', prompt)}")
+        lines.append(f"             + {seen(pair.positives[0], 'passage', source.passage_prompt)}")
+        lines.extend(f"             - {seen(text, 'passage', source.passage_prompt)}" for text in pair.negatives[:1])
     lines.extend(f"  remarks    {remark}" for remark in found.odd.remarks())
     if found.problems:
-        lines.append(f"  problems   {len(found.problems):,} rows cannot be used:")
-        lines.extend(f"    {problem}" for problem in found.problems[:_SHOWN])
-        if len(found.problems) > _SHOWN:
-            lines.append(f"    … and {len(found.problems) - _SHOWN:,} more")
+        lines.append(f"  problems   {found.unusable:,} rows cannot be used:")
+        lines.extend(f"    {problem}" for problem in found.problems)
+        if found.unusable > _SHOWN:
+            lines.append(f"    … and {found.unusable - _SHOWN:,} more")
     else:
         lines.append("  problems   none")
     return "\n".join(lines)
+
+
+def _in_tokens(found: Findings, source: DataSource, tokenizer: TextTokenizer) -> list[str]:
+    """Lengths in tokens of rows from all over the source, as the model gets them, and how many texts are cut short."""
+    reader, lengths = PairReader(found.rows), {"query": Counter[int](), "passage": Counter[int]()}
+    for row in np.unique(np.linspace(0, len(found.rows) - 1, _TOKENIZED).astype(int)).tolist():
+        with suppress(RowError):
+            pair = reader.pair(found.rows[row])
+            prompt = source.query_prompt if pair.query_prompt is None else pair.query_prompt
+            passages = [*pair.positives, *pair.negatives]
+            lengths["query"].update(map(len, tokenizer.encode([pair.query], "query", [prompt or ""])))
+            prompts = [source.passage_prompt or ""] * len(passages)
+            lengths["passage"].update(map(len, tokenizer.encode(passages, "passage", prompts)))
+    lines = []
+    for kind, counts in lengths.items():
+        if counts:
+            limit = tokenizer.max_lengths[kind]  # type: ignore[index]
+            low, middle, high = _percentiles(counts, [5, 50, 95])
+            full = counts[limit] / counts.total()
+            lines.append(
+                f"  {kind:10} tokens: 5 % {low:,}, median {middle:,}, 95 % {high:,}; "
+                f"{full:.1%} reach the maximal length of {limit:,}"
+            )
+    return lines
 
 
 def _percentiles(counts: Counter[int], wanted: Sequence[float]) -> list[int]:
@@ -145,11 +182,14 @@ def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Exit status 0: every row can be used; 1: some cannot, or a file cannot be read; 2: bad arguments."""
     parser = argparse.ArgumentParser(prog="megatron_embed.recipes.data", description="Look through training data.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
+    parser.add_argument("--config", metavar="FILE.yaml", help="a run_config.yaml: its sources, prompts and lengths")
     parser.add_argument("--model", help="Hugging Face folder or Megatron checkpoint: samples as its tokenizer has them")
     parser.add_argument("--strict", action="store_true", help="end with status 1 where anything is to be remarked")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
+    if not args.files and not args.config:
+        parser.error("nothing to look through: wanted a FILE, or --config FILE.yaml")
 
     from megatron_embed.recipes.cli import run_program
 
@@ -157,14 +197,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: Any) -> None:
-    data, unusable = DataSection(), []
+    data, unusable = load_run_config(args.config).data if args.config else DataSection(), []
+    if args.files:
+        data = data.model_copy(update={"train": [DataSource(path=path) for path in args.files]})
     tokenizer = open_tokenizer(args.model, data) if args.model else None
     odd = []
-    for path in args.files:
-        found = look_through(path)
-        print(describe(found, data, tokenizer))
-        if found.problems:
-            unusable.append(f"{path}: {len(found.problems):,} rows cannot be used, the first on {found.problems[0]}")
+    for source in data.sources():
+        found = look_through(source.path)
+        print(describe(found, source, tokenizer))
+        if found.unusable:
+            unusable.append(f"{source.path}: {found.unusable:,} rows cannot be used, the first on {found.problems[0]}")
         odd.append(found.odd)
     if unusable:
         raise UserError("; ".join(unusable))

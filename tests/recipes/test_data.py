@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config import DataSection, DataSource
@@ -376,6 +377,36 @@ def test_the_inspector_shows_what_was_recognised(
         assert text in out
     assert "remarks    1 repeated pairs, first line 11" in out
     assert err == (f"error: {path}: 1 repeated pairs, first line 11\n" if strict else "")
+
+
+def test_the_inspector_shows_what_a_recipe_makes_of_its_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_embed.recipes.inspect_data import main
+
+    model = save_model(tmp_path / "model")
+    long = {"query": "q", "positive": "w1 " * 50, "query_prompt": "row's: "}
+    files = [write_lines(tmp_path / "a.jsonl", ROWS), write_lines(tmp_path / "b.jsonl", [long, GOOD])]
+    config = tmp_path / "run_config.yaml"
+    sources = [{"path": str(files[0])}, {"path": str(files[1]), "query_prompt": "b: ", "passage_prompt": ""}]
+    data = {"train": sources, "query_prompt": "ask: ", "passage_prompt": "find: ", "passage_max_length": 20}
+    config.write_text(json.dumps({"data": data}))
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(config), "--model", str(model)])
+    assert not ended.value.code
+    first, second = capsys.readouterr().out.split(str(files[1]))
+    assert "ask: query 0" in first
+    assert "+ '<s>find: " in first
+    assert "row's: q" in second
+    assert "'<s>b: " in second
+    assert "+ '<s>w1 " in second
+    assert "passage    tokens" in first
+    assert "0.0% reach the maximal length of 20" in first
+    assert "50.0% reach the maximal length of 20" in second
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "--config FILE.yaml" in capsys.readouterr().err
 
 
 def test_the_inspector_lists_problems_by_line(tmp_path: Path) -> None:
