@@ -53,7 +53,7 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
 
     Slices of wider matrices would be multiplied by a reference kernel, a thousand times slower.
     """
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
     return product
 
 
