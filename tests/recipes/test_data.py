@@ -79,10 +79,11 @@ def test_every_form_gives_the_same_examples(form: str, tmp_path: Path) -> None:
             write_parquet(path, ROWS)
     data = dataset(path)
     assert len(data) == 10
+    begins = [line for line, text in enumerate(path.read_bytes().split(b"\n"), start=1) if text == b"  {"]
     for i, row in enumerate(ROWS):
         example = data[i]
         assert (example.query, example.positive, example.negatives) == (row["query"], row["positive"], row["negatives"])
-        assert (example.source, example.line) == (str(path), i + 1)
+        assert (example.source, example.line) == (str(path), begins[i] if form == "json" else i + 1)
         assert (example.query_prompt, example.passage_prompt) == ("q: ", "p: ")
         assert example.positives == [row["positive"]]
 
@@ -142,6 +143,7 @@ def test_several_sources_lie_end_to_end_with_their_own_prompts(tmp_path: Path) -
 
 
 GOOD = json.dumps(ROWS[0])
+ARRAY = b"[" + GOOD.encode() + b",\n%b]"
 
 
 @pytest.mark.parametrize(
@@ -194,8 +196,8 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"latin.jsonl, line 2: not UTF-8: byte 0xe9 at byte 15 of the line"):
         dataset(path)
     path = tmp_path / "array.json"
-    path.write_bytes("[\n{}, \u00e9]".encode("latin-1"))
-    with pytest.raises(UserError, match=r"array.json, line 2: not UTF-8: byte 0xe9"):
+    path.write_bytes(f'[\n{GOOD}, {{\n\n"query": "caf\u00e9"}}]'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"array.json, line 2, entry 2: not UTF-8: byte 0xe9 on line 4; wanted"):
         dataset(path)
 
 
@@ -208,8 +210,8 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
         (b"[\n{},\n{]", "data, line 3: not JSON"),
         (b'[{"query": "q"}]', "data, line 1: no 'positive'"),
         (b'[{"query": "q", "positive": "\\ud83d"}]', "data, line 1: half a surrogate pair, .ud83d, is no text"),
-        (b"[{}, " + b"[" * 10**5 + b"]" * 10**5 + b"]", "data: not usable JSON: nested too deeply"),
-        (b"[{}, " + b"1" * 5000 + b"]", "data: not usable JSON: a number of more than 4,300 digits"),
+        (ARRAY % (b"[" * 10**5 + b"]" * 10**5), "data, line 2: not usable JSON: nested too deeply"),
+        (ARRAY % (b"1" * 5000), "data, line 2: not usable JSON: a number of more than 4,300 digits"),
         (b"PAR1 cut short", "data: not a readable Parquet file"),
         (b"\xef\xbb\xbf", "data: holds no rows"),
     ],

@@ -155,8 +155,14 @@ def test_every_form_gives_the_same_examples(write: Callable[[Path], Path], tmp_p
     path = write(tmp_path)
     data = PairDataset([DataSource(path=str(path), query_prompt="q: ")])
     assert [(e.query, e.positives, e.negatives) for e in (data[i] for i in range(len(data)))] == ROWS
+    texts = path.read_bytes().split(b"\n")
+    begins = {
+        automodel_corpus: [line for line, text in enumerate(texts, start=1) if text == b"    {" and line > 9],
+        automodel_corpus_on_one_line: [1] * 10,
+    }
     assert [(e.positive, e.line, e.query_prompt) for e in (data[i] for i in range(len(data)))] == [
-        (positives[0], number + 1, "q: ") for number, (_, positives, _) in enumerate(ROWS)
+        (positives[0], line, "q: ")
+        for line, (_, positives, _) in zip(begins.get(write, range(1, 11)), ROWS, strict=True)
     ]
     found = look_through(str(path))
     assert found.form.endswith(FORMS[write])
@@ -263,7 +269,7 @@ def test_a_damaged_automodel_folder_is_named(tmp_path: Path) -> None:
     value = json.loads(path.read_text())
     value["data"][4]["corpus_id"] = "none"
     path.write_text(json.dumps(value))
-    with pytest.raises(UserError, match=r"train.json, line 5: 'corpus_id': found 'none'; known: even, odd"):
+    with pytest.raises(UserError, match=r"train.json, line 1, entry 5: 'corpus_id': found 'none'; known: even, odd"):
         PairDataset([DataSource(path=str(path))])
     file = tmp_path / "odd" / "train.parquet"
     whole = file.read_bytes()
