@@ -32,6 +32,24 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _WANTED = "wanted an object with 'corpus' and 'data', a list of rows"
 
 
+def is_object(path: Path) -> bool:
+    """Whether a file that begins with a key ``corpus`` or ``data`` is one object with a list of rows under ``data``.
+
+    Else it holds JSON lines whose rows have such a key: the first line is JSON by itself, and others follow, or its
+    ``data`` is no list.
+    """
+    with path.open("rb") as file:
+        head = file.read(AROUND).removeprefix(BOM).lstrip()
+    line, _, others = head.partition(b"\n")
+    if re.search(rb"\S", others) is None:
+        return _list_of_data(head) is not None
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
 def entries_of_array(file: int, path: Path) -> Index:
     """``starts``, ``ends`` and ``lines`` (from 0) of the entries of a file that is one list.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.data_index import Index, indexed
-from megatron_embed.recipes.json_entries import entries_of_array, entries_of_data
+from megatron_embed.recipes.json_entries import entries_of_array, entries_of_data, is_object
 from megatron_embed.recipes.json_text import BOM, RowError, parse_json
 
 
@@ -74,7 +74,7 @@ def _recognised(path: str) -> Rows:
     head = head.removeprefix(BOM).lstrip()
     if re.match(rb"\[\s*([{\]]|$)", head):  # of objects, or empty: a line of text may begin with a bracket, too
         return JsonArrayRows(path)
-    if re.match(rb'\{\s*"(corpus|data)"\s*:', head):
+    if re.match(rb'\{\s*"(corpus|data)"\s*:', head) and is_object(Path(path)):
         return JsonObjectRows(path)
     return JsonLineRows(path)
 

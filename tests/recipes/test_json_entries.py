@@ -14,7 +14,7 @@ import pytest
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import json_entries
 from megatron_embed.recipes.json_text import RowError
-from megatron_embed.recipes.rows import JsonArrayRows, JsonObjectRows, Rows, open_rows
+from megatron_embed.recipes.rows import JsonArrayRows, JsonLineRows, JsonObjectRows, Rows, open_rows
 
 PIECES = [
     '"',
@@ -107,6 +107,30 @@ def test_entries_are_those_of_json_loads(
         assert entries(rows) == (wanted, wanted, lines_of(text, text.index("[", max(start, 0))))
         if isinstance(rows, JsonObjectRows):
             assert rows.head == {key: entry for key, entry in whole.items() if key != "data"}
+
+
+ONE_LINE = b'{"corpus": "msmarco", "query": "q", "positive": "p"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "form"),
+    [
+        (ONE_LINE, JsonLineRows),
+        (ONE_LINE + b"\n", JsonLineRows),
+        (ONE_LINE + b"\r\n\n" + ONE_LINE, JsonLineRows),
+        (b'\n{"data": "x", "query": "q", "positive": "p"}\n', JsonLineRows),
+        (b'{"data": [1], "query": "q", "positive": "p"}\n' * 2, JsonLineRows),
+        (b'{"corpus": {"data": [1]}, "query": "q", "positive": "p"}', JsonLineRows),
+        (b'{"corpus": "a", "data": [{}]}', JsonObjectRows),
+        (b'\xef\xbb\xbf \n{"corpus": "a", "data": [{}]} \n\n', JsonObjectRows),
+        (b'{"data": [{}], "corpus": "\xc3\xbc \\" ["}', JsonObjectRows),
+        (b'{"corpus": "a", "data":\n[{}]}', JsonObjectRows),
+        (b'{"corpus":\n"a", "data": [{}]}', JsonObjectRows),
+    ],
+)
+def test_the_object_with_corpus_and_data_is_told_from_json_lines(content: bytes, form: type, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(content)
+    assert type(open_rows(str(tmp_path / "a"))) is form
 
 
 @pytest.mark.parametrize(
