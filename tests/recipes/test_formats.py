@@ -293,6 +293,15 @@ def test_a_damaged_automodel_folder_is_named(tmp_path: Path) -> None:
         PairDataset([DataSource(path=str(path))])
 
 
+def test_two_corpus_folders_of_one_id_are_refused(tmp_path: Path) -> None:
+    """The documents of one would stand for the other's."""
+    path = automodel_corpus(tmp_path)
+    (tmp_path / "odd" / "merlin_metadata.json").write_text('{"corpus_id": "even"}')
+    both = f"{tmp_path}/even and {tmp_path}/odd both have corpus_id 'even'; rename one"
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: 'corpus': {re.escape(both)}$"):
+        PairDataset([DataSource(path=str(path))])
+
+
 def test_the_inspector_remarks_on_nuls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lines(tmp_path / "a.jsonl", [{"query": "q\0", "positive": "p"}, {"query": "r", "positive": "\ufffd"}])
     for arguments, status in (([], 0), (["--strict"], 1)):
