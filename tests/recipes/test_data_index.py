@@ -117,7 +117,7 @@ def nothing_is_read() -> Iterator[None]:
         patch.setattr(json_entries, "_entries", fail)
         patch.setattr(formats, "form_of", fail)
         patch.setattr(corpus.Corpus, "read_id", fail)
-        patch.setattr(beir_rows, "read_texts", fail)
+        patch.setattr(beir_rows, "checked_texts", fail)
         yield
 
 
