@@ -113,20 +113,27 @@ def _entries(file: int, path: Path, start: int) -> tuple[dict[str, np.ndarray], 
     while not scan.closed and (block := os.pread(file, BLOCK, scan.at)):
         scan.read(block)
     if not scan.closed or os.pread(file, 1, scan.ends[-1]) != b"]":
-        raise UserError(f"{path}, line {_where_it_ends(file, scan)}")
+        found = "'}' ends the list" if scan.closed else "the file ends before its list does"
+        bad = _first_bad_entry(file, scan) or f"{scan.line + 1}: not JSON: {found}; wanted ']'"
+        raise UserError(f"{path}, line {bad}")
     if len(scan.starts) == 1 and scan.starts[0] == scan.ends[0]:
         scan.starts, scan.ends, scan.lines = array("q"), array("q"), array("q")
     breaks = b"\n" * (scan.line - before.count(b"\n"))  # in the place of the list's: lines are named by the file's
     after = os.pread(file, AROUND, scan.at)
-    around = parse_file(path, b"%b[%b]%b" % (before.removeprefix(BOM), breaks, after), columns=False)
+    try:
+        around = parse_file(path, b"%b[%b]%b" % (before.removeprefix(BOM), breaks, after), columns=False)
+    except UserError:
+        if bad := _first_bad_entry(file, scan):  # it may have closed the list too early
+            raise UserError(f"{path}, line {bad}") from None
+        raise
     if len(after) == AROUND:
         raise UserError(f"{path}: holds more than {AROUND >> 20} MiB behind its list of rows; {_WANTED}")
     places = {"starts": scan.starts, "ends": scan.ends, "lines": scan.lines}
     return {name: np.frombuffer(found, dtype=np.int64) for name, found in places.items()}, around
 
 
-def _where_it_ends(file: int, scan: _Scan) -> str:
-    """What is wrong with a list without an end, line first: the first entry that is no JSON, if there is one."""
+def _first_bad_entry(file: int, scan: _Scan) -> str:
+    """The line of the first entry that is no JSON, and why; "": all are. One that is cut short counts."""
     whole = len(scan.ends)
     for index, (start, line) in enumerate(zip(scan.starts, scan.lines, strict=True)):
         end = scan.ends[index] if index < whole else start + AROUND
@@ -138,9 +145,7 @@ def _where_it_ends(file: int, scan: _Scan) -> str:
         except RowError as error:
             end_too = "; the file ends before its list does" if index == whole else ""
             return f"{line + 1}: {error}{end_too}"
-    if scan.closed:
-        return f"{scan.line + 1}: not JSON: '}}' ends the list; wanted ']'"
-    return f"{scan.line + 1}: not JSON: the file ends before its list does; wanted ']'"
+    return ""
 
 
 class _Scan:

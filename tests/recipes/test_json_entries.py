@@ -151,6 +151,15 @@ def test_the_object_with_corpus_and_data_is_told_from_json_lines(content: bytes,
             '[{"a": 1},\n{"a": [2},\n3]',
             "line 2: not JSON: Expecting ',' delimiter at column 9 of the entry: '{\"a\": [2}",
         ),
+        (
+            '[{"a": "6" pipe"},\n{"a": "see [1]"},\n{"a": "[2]]"}]',
+            """line 1: not JSON: Expecting ',' delimiter at column 11 of the entry: '{"a": "6" pipe"},\\n{""",
+        ),
+        # here what is not text ends the list
+        (
+            '[{"a": 1},\n{"a": "6" pipe"},\n{"a": "]]"}\n, {"a": "3"}]',
+            """line 2: not JSON: Expecting ',' delimiter at column 11 of the entry: '{"a": "6" pipe"},\\n{"a": "]'""",
+        ),
         ('[{"a": 1}\n}', "line 2: not JSON: '}' ends the list; wanted ']'"),
         ('[{"a": 1},\n{"a": 2}},\n{"a": 3}]', "line 2: not JSON: '}' ends the list; wanted ']'"),
         ('[{"a": 1}]\n x', "line 2: not JSON: Extra data"),
