@@ -119,7 +119,7 @@ def load_beir(folder: str | Path, split: str = "test") -> Collection:
 def _read_texts(folder: Path, name: str, what: str) -> tuple[dict[str, str], OddRows]:
     """Id → text of ``corpus.jsonl`` or ``queries.jsonl``, and what looks odd there."""
     texts, odd = {}, OddRows(str(folder / name))
-    for id_, row, _, line in read_texts(folder, name):
+    for id_, row, line in read_texts(folder, name):
         texts[id_] = text = document_text(row)
         for remark in (*of_text(text), *([] if text else [NO_TEXT])):
             odd.add(remark, line)
@@ -138,25 +138,35 @@ def load_collections(folders: Sequence[str | Path], split: str = "test") -> list
     return collections
 
 
-def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int, int]]:
-    """(id, row, row number from 0, line) of every row of ``corpus.jsonl`` or ``queries.jsonl``."""
+def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """(id, row, line) of every row of ``corpus.jsonl`` or ``queries.jsonl``; no id stands there twice."""
     rows = open_texts(folder, name)
     seen: set[str] = set()
+    for id_, row, line in checked_texts(rows):
+        if id_ in seen:
+            raise UserError(repeated_id(rows, line, id_))
+        seen.add(id_)
+        yield id_, row, line
+
+
+def checked_texts(rows: JsonLineRows) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """(id, row, line) of every row; ids may be repeated."""
     for index, row in enumerate(rows.scan()):
         line = rows.line(index)
-        where = f"{rows.path}, line {line}"
         try:
             if isinstance(row, RowError):
                 raise row
             id_, row = text_row(row)
         except RowError as error:
-            raise UserError(f"{where}: {error}") from None
-        if id_ in seen:
-            raise UserError(f"{where}: _id {id_!r} stands in the file twice")
-        seen.add(id_)
-        yield id_, row, index, line
-    if not seen:
+            raise UserError(f"{rows.path}, line {line}: {error}") from None
+        yield id_, row, line
+    if not len(rows):
         raise UserError(f"{rows.path}: holds no rows; wanted {WANTED}")
+
+
+def repeated_id(rows: JsonLineRows, line: int, id_: str) -> str:
+    """What is said of an id that an earlier row has."""
+    return f"{rows.path}, line {line}: _id {id_!r} stands in the file twice"
 
 
 def open_texts(folder: Path, name: str) -> JsonLineRows:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import document_text, open_texts, qrels_path, read_qrels, read_texts
+from megatron_embed.recipes.beir import (
+    checked_texts,
+    document_text,
+    id_of,
+    open_texts,
+    qrels_path,
+    read_qrels,
+    repeated_id,
+)
 from megatron_embed.recipes.data_index import Index, indexed
+from megatron_embed.recipes.duplicates import repeats
+from megatron_embed.recipes.rows import JsonLineRows
+from megatron_embed.recipes.targets import text_id
 
 _NAMES = ("corpus.jsonl", "queries.jsonl")
 
@@ -26,7 +37,7 @@ class BeirRows:
         self.path = str(qrels_path(root, "train"))
         self.files = [Path(self.path), *(root / name for name in _NAMES)]
         self._corpus, self._texts = (open_texts(root, name) for name in _NAMES)
-        arrays = indexed("beir", self.files, lambda: _read_through(root)).arrays
+        arrays = indexed("beir", self.files, lambda: _read_through(root, self._texts, self._corpus)).arrays
         self._queries, self._lines = arrays["queries"], arrays["lines"]
         self._documents, self._ends = arrays["documents"], arrays["ends"]
 
@@ -47,26 +58,50 @@ class BeirRows:
         yield from (self[index] for index in range(len(self)))
 
 
-def _read_through(root: Path) -> Index:
-    """A row for each query with a positive, in the order of the judgements: its row, line and documents' rows."""
-    index = {name: {id_: row for id_, _, row, _ in read_texts(root, name)} for name in _NAMES}
+def _read_through(root: Path, texts: JsonLineRows, corpus: JsonLineRows) -> Index:
+    """A row for each query with a positive, in the order of the judgements: its row, line and documents' rows.
+
+    Of a query and document judged more than once the last judgement counts, as in an evaluation.
+    """
     path = qrels_path(root, "train")
-    positives: dict[int, list[int]] = {}
-    lines: dict[int, int] = {}
+    ids, relevant, on = (array("Q"), array("Q")), array("b"), array("q")
     for query, document, grade, line in read_qrels(root, "train"):
-        for id_, name in ((query, "queries.jsonl"), (document, "corpus.jsonl")):
-            if id_ not in index[name]:
-                raise UserError(f"{path}, line {line}: {id_!r} is not in {name}")
-        if grade > 0:
-            row = index["queries.jsonl"][query]
-            positives.setdefault(row, []).append(index["corpus.jsonl"][document])
-            lines.setdefault(row, line)
-    if not positives:
+        ids[0].append(text_id(query))
+        ids[1].append(text_id(document))
+        relevant.append(grade > 0)
+        on.append(line)
+    lines = np.array(on)
+    queries, documents = (_rows_of(rows, np.array(wanted)) for rows, wanted in zip((texts, corpus), ids, strict=True))
+    if len(absent := np.flatnonzero((queries < 0) | (documents < 0))):
+        query, document, _, line = next(found for found in read_qrels(root, "train") if found[3] == lines[absent[0]])
+        id_, name = (query, "queries.jsonl") if queries[absent[0]] < 0 else (document, "corpus.jsonl")
+        raise UserError(f"{path}, line {line}: {id_!r} is not in {name}")
+    pairs = queries * len(corpus) + documents
+    last = len(pairs) - 1 - np.unique(pairs[::-1], return_index=True)[1]
+    kept = np.sort(last[np.array(relevant)[last] > 0])
+    if not len(kept):
         raise UserError(f"{path}: no judgement has a grade above 0")
-    found = {
-        "queries": list(positives),
-        "lines": list(lines.values()),
-        "documents": [document for documents in positives.values() for document in documents],
-        "ends": list(accumulate(map(len, positives.values()))),
-    }
-    return Index({name: np.array(values, dtype=np.int64) for name, values in found.items()})
+    _, first, which = np.unique(queries[kept], return_index=True, return_inverse=True)
+    begins = first[which]  # where the query of each judgement comes first
+    order, first = np.argsort(begins, kind="stable"), np.sort(first)
+    ends = np.searchsorted(begins[order], first, side="right")
+    return Index(
+        {
+            "queries": queries[kept][first],
+            "lines": lines[kept][first],
+            "documents": documents[kept][order],
+            "ends": ends.astype(np.int64),
+        }
+    )
+
+
+def _rows_of(rows: JsonLineRows, wanted: np.ndarray) -> np.ndarray:
+    """``[n]`` identities of ids → the rows that have them; −1: none. While it looks, a row takes some 40 bytes."""
+    found = np.fromiter((text_id(id_) for id_, *_ in checked_texts(rows)), dtype=np.uint64)
+    if len(again := repeats(found)):
+        row = int(again[0])
+        raise UserError(repeated_id(rows, rows.line(row), id_of(rows[row], "_id")))
+    order = np.argsort(found)
+    at = np.searchsorted(found, wanted, sorter=order)
+    at[at == len(order)] = 0
+    return np.where(found[order[at]] == wanted, order[at], -1)

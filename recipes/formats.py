@@ -272,6 +272,7 @@ def automodel_corpora(rows: JsonObjectRows) -> tuple[dict[str, Documents], list[
     """Corpus id → documents, of the folders that ``"corpus"`` names, relative to the file; and all files of these."""
     named = rows.head.get("corpus")
     found: dict[str, Documents] = {}
+    folders: dict[str, Path] = {}
     read: list[Path] = []
     for entry in named if isinstance(named, list) else [named]:
         path = entry.get("path") if isinstance(entry, Mapping) else entry
@@ -286,9 +287,12 @@ def automodel_corpora(rows: JsonObjectRows) -> tuple[dict[str, Documents], list[
         value = read_json(metadata)
         if not isinstance(value, Mapping) or "corpus_id" not in value:
             raise UserError(f"{metadata}: no 'corpus_id'")
+        name = str(value["corpus_id"])
+        if (first := folders.setdefault(name, folder)) != folder:
+            raise UserError(f"{rows.path}: 'corpus': {first} and {folder} both have corpus_id {name!r}; rename one")
         files = _files(folder)
         if not files:
             raise UserError(f"{folder}: no *.parquet or *.jsonl with the documents' id and text")
-        found[str(value["corpus_id"])] = Documents(files)
+        found[name] = Documents(files)
         read += [metadata, *files]
     return found, read

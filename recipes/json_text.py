@@ -15,26 +15,29 @@ class RowError(ValueError):
     """One row cannot be used; the message says why, without the place."""
 
 
-def parse_json(raw: bytes) -> Any:
-    """The value of one line.
+def parse_json(raw: bytes, line: int | None = None) -> Any:
+    """The value of one line, or of an entry that begins on ``line`` of its file and may stretch over several.
 
     Raises:
         RowError: not UTF-8, not JSON, or text that no UTF-8 can hold.
     """
-    text = decode(raw)
+    text = decode(raw, line)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RowError(f"not JSON: {_reason(error)}: {_clip(text)}") from None
+        place = f"column {error.colno}"
+        if line is not None:  # columns count from the entry's beginning, on its first line
+            place = f"line {line + error.lineno - 1}, {place}" if error.lineno > 1 else f"{place} of the entry"
+        raise RowError(f"not JSON: {_reason(error)} at {place}: {_clip(text)}") from None
     except (RecursionError, ValueError) as error:
         raise RowError(f"not usable JSON: {_limit(error)}") from None
-    if _may_hold_surrogates(text):
-        refuse_lone_surrogates(value)
+    if "\\ud" in text or "\\uD" in text:
+        _refuse_lone_surrogates(value)
     return value
 
 
-def decode(raw: bytes) -> str:
-    """The text of one line.
+def decode(raw: bytes, line: int | None = None) -> str:
+    """The text of one line, or of an entry that begins on ``line``.
 
     Raises:
         RowError: not UTF-8.
@@ -42,14 +45,17 @@ def decode(raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
+        place = f"at byte {error.start + 1} of the line"
+        if line is not None:
+            below = raw.count(b"\n", 0, error.start)
+            place = f"on line {line + below}"
         raise RowError(
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line; "
-            f"wanted the file converted to UTF-8"
+            f"not UTF-8: byte 0x{raw[error.start]:02x} {place}; wanted the file converted to UTF-8"
         ) from None
 
 
 def _reason(error: json.JSONDecodeError) -> str:
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return error.msg.removesuffix(" at")
 
 
 def _limit(error: Exception) -> str:
@@ -57,11 +63,7 @@ def _limit(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else "a number of more than 4,300 digits"
 
 
-def _may_hold_surrogates(text: str) -> bool:
-    return "\\ud" in text or "\\uD" in text
-
-
-def refuse_lone_surrogates(value: Any) -> None:
+def _refuse_lone_surrogates(value: Any) -> None:
     """What JSON can write, and no file, tokenizer or hash takes, is a :class:`RowError`."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -79,21 +81,20 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: not UTF-8, not JSON; the line is named.
     """
-    return parse_json_file(path)[0]
+    return parse_file(path, path.read_bytes().removeprefix(BOM))
 
 
-def parse_json_file(path: Path) -> tuple[Any, bool]:
-    """What :func:`read_json` gives, and whether any text in it may hold half a surrogate pair."""
-    raw = path.read_bytes().removeprefix(BOM)
+def parse_file(path: Path, raw: bytes, *, columns: bool = True) -> Any:
+    """The same of bytes that stand for the file's; ``columns``: whether theirs are the file's, too."""
     try:
-        text = raw.decode("utf-8")
-        return json.loads(text), _may_hold_surrogates(text)
+        return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}, line {line}: not UTF-8: byte 0x{raw[error.start]:02x}; wanted the file converted to UTF-8"
         ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {_reason(error)}") from None
+        place = f" at column {error.colno}" if columns else ""
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {_reason(error)}{place}") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: not usable JSON: {_limit(error)}") from None

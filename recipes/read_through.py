@@ -13,7 +13,7 @@ from megatron_embed.recipes.formats import PairReader
 from megatron_embed.recipes.json_text import RowError
 from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair
 from megatron_embed.recipes.pairs import Pair
-from megatron_embed.recipes.rows import Rows
+from megatron_embed.recipes.rows import Rows, place
 from megatron_embed.recipes.targets import text_id
 
 
@@ -41,7 +41,7 @@ def read_through(rows: Rows, reader: PairReader) -> Index:
     ids, odd = TextIds(), OddRows(rows.path)
     for index, (pair, problem) in enumerate(checked(rows, reader)):
         if pair is None:
-            first_problem = first_problem or f"line {rows.line(index)}: {problem}"
+            first_problem = first_problem or f"{place(rows, index)}: {problem}"
             unusable += 1
             continue
         if len(pair.positives) != 1:

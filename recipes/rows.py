@@ -17,7 +17,8 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.data_index import Index, indexed
-from megatron_embed.recipes.json_text import BOM, RowError, parse_json, parse_json_file, refuse_lone_surrogates
+from megatron_embed.recipes.json_entries import entries_of_array, entries_of_data, is_object
+from megatron_embed.recipes.json_text import BOM, RowError, parse_json
 
 
 class Rows(Protocol):
@@ -33,7 +34,7 @@ class Rows(Protocol):
         """The row's plain value; :class:`RowError` where it has none."""
 
     def line(self, index: int) -> int:
-        """The line (or entry) of the file that the row stands on, from 1."""
+        """The line of the file on which the row begins, from 1; of a table, its number."""
 
     def scan(self) -> Iterator[Any]:
         """Every row in order: its value, or the :class:`RowError` that says why it has none."""
@@ -54,6 +55,13 @@ def open_rows(path: str, wanted: str = "training pairs") -> Rows:
     return rows
 
 
+def place(rows: Rows, index: int) -> str:
+    """Where a row stands, for messages; on a line with others, which of all rows it is, too."""
+    line = rows.line(index)
+    beside = (other for other in (index - 1, index + 1) if 0 <= other < len(rows))
+    return f"line {line}, entry {index + 1}" if any(rows.line(other) == line for other in beside) else f"line {line}"
+
+
 def _recognised(path: str) -> Rows:
     if path.startswith("hf://"):
         return TableRows.from_hub(path)
@@ -66,7 +74,7 @@ def _recognised(path: str) -> Rows:
     head = head.removeprefix(BOM).lstrip()
     if re.match(rb"\[\s*([{\]]|$)", head):  # of objects, or empty: a line of text may begin with a bracket, too
         return JsonArrayRows(path)
-    if re.match(rb'\{\s*"(corpus|data)"\s*:', head):
+    if re.match(rb'\{\s*"(corpus|data)"\s*:', head) and is_object(Path(path)):
         return JsonObjectRows(path)
     return JsonLineRows(path)
 
@@ -74,16 +82,22 @@ def _recognised(path: str) -> Rows:
 _SCANNED = 1 << 20  # bytes read at once where all rows are read
 
 
-class JsonLineRows:
-    """JSON lines through an index of byte offsets: 16 bytes a row, mapped into memory where it is kept."""
+class _OffsetRows:
+    """Rows of JSON text through an index of byte offsets: 16 to 24 bytes a row, mapped into memory where it is kept."""
 
-    form = "JSON lines"
+    form: str
+    _kind: str  # tells its index from others of the same file
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.files = str(path), [Path(path)]
         self._file = os.open(self.path, os.O_RDONLY)
-        arrays = indexed("lines", self.files, lambda: _filled_lines(self._file)).arrays
+        self._index = indexed(self._kind, self.files, self._found)
+        arrays = self._index.arrays
         self._starts, self._ends, self._lines = arrays["starts"], arrays["ends"], arrays.get("lines")
+
+    def _found(self) -> Index:
+        """``starts``, ``ends`` and, where these are not all lines from the first, ``lines`` (from 0)."""
+        raise NotImplementedError
 
     def __del__(self) -> None:
         if (file := self.__dict__.pop("_file", None)) is not None:
@@ -110,12 +124,46 @@ class JsonLineRows:
             last = max(first + 1, int(np.searchsorted(self._ends, start + _SCANNED, side="right")))
             data = os.pread(self._file, int(self._ends[last - 1]) - start, start)
             bounds = ((offsets[first:last] - start).tolist() for offsets in (self._starts, self._ends))
-            for begin, end in zip(*bounds, strict=True):
+            for index, (begin, end) in enumerate(zip(*bounds, strict=True), start=first):
                 try:
                     yield parse_json(data[begin:end])
-                except RowError as error:
-                    yield error
+                except RowError:
+                    yield from _each(self, [index])  # whose message knows the row's lines
             first = last
+
+
+class JsonLineRows(_OffsetRows):
+    """JSON lines. Blank ones are no rows."""
+
+    form, _kind = "JSON lines", "lines"
+
+    def _found(self) -> Index:
+        return _filled_lines(self._file)
+
+
+class JsonArrayRows(_OffsetRows):
+    """A JSON array of rows. Every row is parsed by itself, when it is wanted."""
+
+    form, _kind = "JSON array", "array"
+
+    def _found(self) -> Index:
+        return entries_of_array(self._file, self.files[0])
+
+    def __getitem__(self, index: int) -> Any:
+        return parse_json(self.raw(index), self.line(index))
+
+
+class JsonObjectRows(JsonArrayRows):
+    """``{"corpus": …, "data": [rows]}``. ``head`` is all but the rows."""
+
+    form, _kind = "JSON object with corpus and data", "object"
+
+    def _found(self) -> Index:
+        return entries_of_data(self._file, self.files[0])
+
+    @property
+    def head(self) -> Any:
+        return self._index.facts["head"]
 
 
 def _filled_lines(file: int) -> Index:
@@ -149,47 +197,6 @@ def _line_offsets(file: int, chunk: int = 1 << 22) -> tuple[np.ndarray, np.ndarr
     if starts[-1] == ends[-1]:  # the last line break ends a line, it does not begin one
         starts, ends = starts[:-1], ends[:-1]
     return starts, ends
-
-
-class JsonArrayRows:
-    """A JSON array of rows. It cannot be indexed by line, so it lies in memory: use JSON lines for large data."""
-
-    form = "JSON array"
-
-    def __init__(self, path: str | Path) -> None:
-        self.path, self.files = str(path), [Path(path)]
-        value, self._suspicious = parse_json_file(Path(path))
-        self._values = self._entries(value)
-
-    def _entries(self, value: Any) -> list[Any]:
-        return value
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, index: int) -> Any:
-        value = self._values[index]
-        if self._suspicious:
-            refuse_lone_surrogates(value)
-        return value
-
-    def line(self, index: int) -> int:
-        return index + 1
-
-    def scan(self) -> Iterator[Any]:
-        return _each(self, range(len(self)))
-
-
-class JsonObjectRows(JsonArrayRows):
-    """``{"corpus": …, "data": [rows]}``. ``head`` is all but the rows."""
-
-    form = "JSON object with corpus and data"
-
-    def _entries(self, value: Any) -> list[Any]:
-        if not isinstance(value, dict) or not isinstance(value.get("data"), list):
-            raise UserError(f"{self.path}: wanted an object with 'corpus' and 'data', a list of rows")
-        self.head = {key: entry for key, entry in value.items() if key != "data"}
-        return value["data"]
 
 
 class TableRows:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes import beir_rows
+from megatron_embed.recipes.beir import load_beir, open_texts
 from megatron_embed.recipes.config import DataSection, DataSource
 from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.inspect_data import look_through
@@ -80,10 +83,11 @@ def test_every_form_gives_the_same_examples(form: str, tmp_path: Path) -> None:
             write_parquet(path, ROWS)
     data = dataset(path)
     assert len(data) == 10
+    begins = [line for line, text in enumerate(path.read_bytes().split(b"\n"), start=1) if text == b"  {"]
     for i, row in enumerate(ROWS):
         example = data[i]
         assert (example.query, example.positive, example.negatives) == (row["query"], row["positive"], row["negatives"])
-        assert (example.source, example.line) == (str(path), i + 1)
+        assert (example.source, example.line) == (str(path), begins[i] if form == "json" else i + 1)
         assert (example.query_prompt, example.passage_prompt) == ("q: ", "p: ")
         assert example.positives == [row["positive"]]
 
@@ -100,6 +104,41 @@ def test_beir_folder_with_a_train_split(tmp_path: Path) -> None:
         ("query 2", "passage 2", 4),
     ]
     assert data[0].positives == ["passage 0", "passage 2"]
+
+
+def test_of_judgements_of_one_pair_the_last_counts_as_in_an_evaluation(tmp_path: Path) -> None:
+    folder = write_beir(tmp_path / "b", ROWS[:4])
+    for name in ("train", "test"):
+        with (folder / "qrels" / f"{name}.tsv").open("w") as file:
+            for query, document, grade in ((3, 0, 0), (0, 2, 1), (0, 0, 1), (1, 1, 1), (0, 0, 0), (3, 0, 2), (0, 2, 3)):
+                file.write(f"q{query}\td{document}\t{grade}\n")
+            file.write("q1\td1\t-1\nq0\td3\t1\n")
+    data, collection = dataset(folder), load_beir(folder)
+    trained = {data[i].query: data[i].positives for i in range(len(data))}
+    assert trained == {
+        collection.queries[query]: [collection.corpus[document] for document, grade in grades.items() if grade > 0]
+        for query, grades in collection.qrels.items()
+    }
+    assert [(e.query[:7], e.positive) for e in (data[i] for i in range(len(data)))] == [
+        ("query 3", "passage 0"),
+        ("query 0", "passage 2"),
+        ("query 0", "passage 3"),
+    ]
+
+
+def test_a_beir_corpus_takes_little_memory_while_it_is_read(tmp_path: Path) -> None:
+    folder, count = write_beir(tmp_path / "b", ROWS[:4]), 60_000
+    documents = (f'{{"_id": "d{i}", "text": "passage {i}"}}\n' for i in range(count))
+    (folder / "corpus.jsonl").write_text("".join(documents))
+    texts, corpus = (open_texts(folder, name) for name in ("queries.jsonl", "corpus.jsonl"))
+    tracemalloc.start()
+    try:
+        found = beir_rows._read_through(folder, texts, corpus)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.arrays["documents"].tolist() == [0, 1, 2, 3]
+    assert most < 80 * count, most / count  # with a dict of the ids more than 200
 
 
 def test_blank_lines_are_skipped_and_lines_still_counted(tmp_path: Path) -> None:
@@ -143,6 +182,7 @@ def test_several_sources_lie_end_to_end_with_their_own_prompts(tmp_path: Path) -
 
 
 GOOD = json.dumps(ROWS[0])
+ARRAY = b"[" + GOOD.encode() + b",\n%b]"
 
 
 @pytest.mark.parametrize(
@@ -195,8 +235,8 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"latin.jsonl, line 2: not UTF-8: byte 0xe9 at byte 15 of the line"):
         dataset(path)
     path = tmp_path / "array.json"
-    path.write_bytes("[\n{}, \u00e9]".encode("latin-1"))
-    with pytest.raises(UserError, match=r"array.json, line 2: not UTF-8: byte 0xe9"):
+    path.write_bytes(f'[\n{GOOD}, {{\n\n"query": "caf\u00e9"}}]'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"array.json, line 2, entry 2: not UTF-8: byte 0xe9 on line 4; wanted"):
         dataset(path)
 
 
@@ -209,8 +249,8 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
         (b"[\n{},\n{]", "data, line 3: not JSON"),
         (b'[{"query": "q"}]', "data, line 1: no 'positive'"),
         (b'[{"query": "q", "positive": "\\ud83d"}]', "data, line 1: half a surrogate pair, .ud83d, is no text"),
-        (b"[{}, " + b"[" * 10**5 + b"]" * 10**5 + b"]", "data: not usable JSON: nested too deeply"),
-        (b"[{}, " + b"1" * 5000 + b"]", "data: not usable JSON: a number of more than 4,300 digits"),
+        (ARRAY % (b"[" * 10**5 + b"]" * 10**5), "data, line 2: not usable JSON: nested too deeply"),
+        (ARRAY % (b"1" * 5000), "data, line 2: not usable JSON: a number of more than 4,300 digits"),
         (b"PAR1 cut short", "data: not a readable Parquet file"),
         (b"\xef\xbb\xbf", "data: holds no rows"),
     ],
@@ -269,6 +309,14 @@ def test_beir_train_split_that_names_what_is_not_there(tmp_path: Path) -> None:
         file.write("q0\td9\t1\n")
     with pytest.raises(UserError, match=r"train.tsv, line 4: 'd9' is not in corpus.jsonl"):
         dataset(folder)
+    (folder / "qrels" / "train.tsv").write_text("q9\td9\t1\nq0\td9\t1\n")
+    with pytest.raises(UserError, match=r"train.tsv, line 1: 'q9' is not in queries.jsonl"):
+        dataset(folder)
+    queries = (folder / "queries.jsonl").read_text()
+    (folder / "queries.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"queries.jsonl: holds no rows; wanted an object with _id, text"):
+        dataset(folder)
+    (folder / "queries.jsonl").write_text(queries)
     (folder / "qrels" / "train.tsv").rename(folder / "qrels" / "test.tsv")
     with pytest.raises(UserError, match=r"train.tsv: no such split; present: test"):
         dataset(folder)

@@ -17,7 +17,7 @@ import pytest
 from support.full_disk import files_of_at_most
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import beir_rows, corpus, data_index, formats, rows
+from megatron_embed.recipes import beir_rows, corpus, data_index, formats, json_entries, rows
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.data_index import Index, cache_folder, indexed
@@ -114,9 +114,10 @@ def nothing_is_read() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "parse_json", fail)
         patch.setattr(rows, "_line_offsets", fail)
+        patch.setattr(json_entries, "_entries", fail)
         patch.setattr(formats, "form_of", fail)
         patch.setattr(corpus.Corpus, "read_id", fail)
-        patch.setattr(beir_rows, "read_texts", fail)
+        patch.setattr(beir_rows, "checked_texts", fail)
         yield
 
 

@@ -17,6 +17,7 @@ from megatron_embed.recipes import train
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.data import PairDataset
 from megatron_embed.recipes.inspect_data import look_through, main
+from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch
 
 #: (query, positives, negatives)
 ROWS = [(f"query {i} “ü”", [f"title {i} passage {i}"], [f"wrong {i}.{j}" for j in range(i % 3)]) for i in range(10)]
@@ -155,31 +156,87 @@ def test_every_form_gives_the_same_examples(write: Callable[[Path], Path], tmp_p
     path = write(tmp_path)
     data = PairDataset([DataSource(path=str(path), query_prompt="q: ")])
     assert [(e.query, e.positives, e.negatives) for e in (data[i] for i in range(len(data)))] == ROWS
+    texts = path.read_bytes().split(b"\n")
+    begins = {
+        automodel_corpus: [line for line, text in enumerate(texts, start=1) if text == b"    {" and line > 9],
+        automodel_corpus_on_one_line: [1] * 10,
+    }
     assert [(e.positive, e.line, e.query_prompt) for e in (data[i] for i in range(len(data)))] == [
-        (positives[0], number + 1, "q: ") for number, (_, positives, _) in enumerate(ROWS)
+        (positives[0], line, "q: ")
+        for line, (_, positives, _) in zip(begins.get(write, range(1, 11)), ROWS, strict=True)
     ]
     found = look_through(str(path))
     assert found.form.endswith(FORMS[write])
     assert not found.problems
 
 
-def test_every_form_gives_the_same_batches_and_losses(tmp_path: Path) -> None:
-    """From the file to the loss: two steps of five queries in each form, beside this project's own."""
+def own(path: Path) -> Path:
+    return lines(path, [{"query": q, "positive": p, "negatives": n} for q, p, n in ROWS])
+
+
+def own_array(folder: Path) -> Path:
+    path = folder / "train.json"
+    path.write_text(json.dumps([{"query": q, "positive": p, "negatives": n} for q, p, n in ROWS], indent=1))
+    return path
+
+
+def beir(folder: Path) -> Path:
+    """A BEIR folder has no negatives."""
+    ids = documents()
+    rows = [{"_id": id_, "text": text} for text, id_ in ids.items()]
+    for row in rows[::2]:
+        row["title"], row["text"] = row["text"].split(" ", 1)
+    lines(folder / "corpus.jsonl", rows[::-1])
+    lines(folder / "queries.jsonl", [{"_id": f"q{n}", "text": query} for n, (query, _, _) in enumerate(ROWS)][::-1])
+    (folder / "qrels").mkdir()
+    judged = [f"q{n}\t{ids[text]}\t1" for n, (_, positives, _) in enumerate(ROWS) for text in positives]
+    lines(folder / "qrels" / "train.tsv", ["query-id\tcorpus-id\tscore", *judged])
+    return folder
+
+
+@pytest.fixture
+def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Trains two steps of five queries: of each its token ids, the identities of its texts, loss and gradient norm."""
     save_vlm(tmp_path / "model")
-    rows = [{"query": q, "positive": p, "negatives": n} for q, p, n in ROWS]
-    paths = {"own": lines(tmp_path / "own.jsonl", rows)}
-    for write in FORMS:
+    build = BatchBuilder.build
+    built: list[Any] = []
+
+    def recorded(builder: BatchBuilder, step: int) -> RankBatch:
+        batch = build(builder, step)
+        ids = [getattr(batch.targets, name) for name in ("valid", "query_ids", "passage_ids", "known_ids")]
+        built.append([batch.sequences, [values if values is None else values.tolist() for values in ids]])
+        return batch
+
+    monkeypatch.setattr(BatchBuilder, "build", recorded)
+
+    def run(name: str, path: str | Path, *settings: str) -> list[Any]:
+        built.clear()
+        common = ["train.train_iters=2", "train.global_batch_size=5", f"data.train={path}", "device=cpu"]
+        train(recipe(tmp_path, f"run-{name}", *common, *settings))
+        steps = read_metrics(tmp_path / f"run-{name}")
+        assert len(built) == len(steps) == 2
+        return [[*batch, step["loss"], step["grad_norm"]] for batch, step in zip(built, steps, strict=True)]
+
+    return run
+
+
+def test_every_form_gives_the_same_batches_and_losses(
+    batches: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file to the loss, beside this project's own."""
+    import datasets
+
+    hub = datasets.Dataset.from_parquet(str(columns(tmp_path)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    paths: dict[str, str | Path] = {"hub": "hf://org/name"}
+    for write in (*FORMS, own_array):
         (tmp_path / write.__name__).mkdir()
         paths[write.__name__] = write(tmp_path / write.__name__)
-    found = {}
-    for name, path in paths.items():
-        settings = ["train.train_iters=2", "train.global_batch_size=5", f"data.train={path}", "device=cpu"]
-        train(recipe(tmp_path, f"run-{name}", *settings))
-        found[name] = [
-            [step[key] for key in ("tokens", "loss", "grad_norm")] for step in read_metrics(tmp_path / f"run-{name}")
-        ]
-    assert len(found["own"]) == 2
-    assert found == dict.fromkeys(paths, found["own"])
+    wanted = batches("own", own(tmp_path / "own.jsonl"))
+    assert {name: batches(name, path) for name, path in paths.items()} == dict.fromkeys(paths, wanted)
+    (tmp_path / "beir").mkdir()
+    without = batches("without", tmp_path / "own.jsonl", "data.negatives_per_query=0")
+    assert batches("beir", beir(tmp_path / "beir")) == without != wanted
 
 
 def test_flag_embedding_scores_and_prompt(tmp_path: Path) -> None:
@@ -263,7 +320,7 @@ def test_a_damaged_automodel_folder_is_named(tmp_path: Path) -> None:
     value = json.loads(path.read_text())
     value["data"][4]["corpus_id"] = "none"
     path.write_text(json.dumps(value))
-    with pytest.raises(UserError, match=r"train.json, line 5: 'corpus_id': found 'none'; known: even, odd"):
+    with pytest.raises(UserError, match=r"train.json, line 1, entry 5: 'corpus_id': found 'none'; known: even, odd"):
         PairDataset([DataSource(path=str(path))])
     file = tmp_path / "odd" / "train.parquet"
     whole = file.read_bytes()
@@ -284,6 +341,15 @@ def test_a_damaged_automodel_folder_is_named(tmp_path: Path) -> None:
         PairDataset([DataSource(path=str(path))])
     path.write_text('{"data": [\n')
     with pytest.raises(UserError, match=r"train.json, line 2: not JSON"):
+        PairDataset([DataSource(path=str(path))])
+
+
+def test_two_corpus_folders_of_one_id_are_refused(tmp_path: Path) -> None:
+    """The documents of one would stand for the other's."""
+    path = automodel_corpus(tmp_path)
+    (tmp_path / "odd" / "merlin_metadata.json").write_text('{"corpus_id": "even"}')
+    both = f"{tmp_path}/even and {tmp_path}/odd both have corpus_id 'even'; rename one"
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: 'corpus': {re.escape(both)}$"):
         PairDataset([DataSource(path=str(path))])
 
 
@@ -334,3 +400,11 @@ def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
         assert all(data[i].query == "who wrote it?" and data[i].positive for i in range(len(data)))
         seen.add(data.sources[0].reader.form.name)
     assert seen == {*FORMS.values()}
+    (block,) = [block.split("```")[0] for block in text.split("```text\n")[1:]]
+    for name, *rows in (part.splitlines() for part in block.split("# ")[1:]):
+        (tmp_path / "beir" / name).parent.mkdir(parents=True, exist_ok=True)
+        lines(tmp_path / "beir" / name, rows)
+    data = PairDataset([DataSource(path=str(tmp_path / "beir"))])
+    assert [(data[i].query, data[i].positives) for i in range(len(data))] == [
+        ("who wrote it?", ["A book It was written by …"])
+    ]
