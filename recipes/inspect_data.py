@@ -21,7 +21,7 @@ from megatron_embed.recipes.json_text import RowError
 from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair, report
 from megatron_embed.recipes.pairs import Pair
 from megatron_embed.recipes.read_through import checked
-from megatron_embed.recipes.rows import Rows
+from megatron_embed.recipes.rows import Rows, place
 from megatron_embed.recipes.tokenization import Kind, TextTokenizer
 
 _SHOWN = 20  # problems named one by one
@@ -60,7 +60,7 @@ def look_through(path: str) -> Findings:
         if pair is None:
             found.unusable += 1
             if len(found.problems) < _SHOWN:
-                found.problems.append(f"line {rows.line(index)}: {problem}")
+                found.problems.append(f"{place(rows, index)}: {problem}")
             continue
         for remark in of_pair(pair):
             found.odd.add(remark, rows.line(index))

@@ -37,7 +37,7 @@ def write_collection(folder: Path, seed: int) -> dict[str, Any]:
     (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]) + "\n")
     return {
         "queries": {row["_id"]: row["text"] for row in queries},
-        "corpus": {row["_id"]: f"{row['title']} {row['text']}".strip() for row in documents},
+        "corpus": {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in documents},
         "relevant_docs": relevant,
     }
 
