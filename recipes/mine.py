@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(prog="megatron_embed.recipes.mine", description="Mine hard negatives.")
     parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
     parser.add_argument("--data", required=True, help="training data, any form that training takes")
-    parser.add_argument("--corpus", required=True, help="BEIR folder, or file of texts")
+    parser.add_argument("--corpus", required=True, help="BEIR folder, file of texts, or hf://org/name")
     parser.add_argument("--output", required=True, type=Path, metavar="OUT.jsonl")
     parser.add_argument("--negatives", type=int, default=4, help="of each query, at most (default: 4)")
     parser.add_argument(
