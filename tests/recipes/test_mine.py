@@ -186,11 +186,15 @@ def mine_and_encode(folder: str, layouts: dict[str, tuple[int, int]]) -> None:
 
 
 def mine_in_other_ways(folder: str, layouts: dict[str, tuple[int, int]]) -> None:
-    """The same, then with a cross-encoder's scores, and a step of training on these."""
+    """The same, then by a FAISS index, with a cross-encoder's scores, and a step of training on these."""
     mine_and_encode(folder, layouts)
     root = Path(folder)
     with Encoder.from_pretrained(root / "model", device="cpu") as encoder:
         run(encoder, root, root / "cross.jsonl", cache=root / "vectors-dp", cross_encoder=root / "cross")
+        run(encoder, root, root / "faiss.jsonl", cache=root / "vectors-dp", faiss="Flat")
+        make_parts_small(setattr, shard_rows=1000)  # one shard: the second rank has none
+        run(encoder, root, root / "one-shard.jsonl", cache=root / "vectors-one", faiss="Flat")
+        run(encoder, root, root / "one-shard-exact.jsonl", cache=root / "vectors-one")
     for weight in (0, 1):
         distilled = ("train.train_iters=1", f"loss.score_distillation_weight={weight}")
         train(recipe(root, f"weight-{weight}", f"data.train={root / 'cross.jsonl'}", *distilled))
@@ -233,6 +237,16 @@ def test_a_cross_encoders_scores_are_the_same_on_two_ranks(two_ranks: Path, enco
 def test_training_distils_from_them(two_ranks: Path) -> None:
     plain, distilled = (read_metrics(two_ranks / f"weight-{weight}")[0]["loss"] for weight in (0, 1))
     assert distilled > plain + 0.01  # by a divergence
+
+
+@pytest.mark.parametrize("name", ["faiss", "one-shard", "one-shard-exact"])
+def test_a_flat_faiss_index_over_two_ranks_finds_the_same(
+    name: str, two_ranks: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    run(encoder, two_ranks, tmp_path / "one.jsonl")
+    assert (two_ranks / f"{name}.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    shards = {len(list(path.glob("vectors-*.npy"))) for path in (two_ranks / "vectors-one").iterdir() if path.is_dir()}
+    assert shards == {1}
 
 
 def test_faiss_that_is_not_installed_is_named(
