@@ -1,4 +1,4 @@
-"""Texts to encode, with ids: a BEIR folder, JSON lines or Parquet with ``_id``, ``title``, ``text``, or plain lines."""
+"""Texts to encode, with ids: a BEIR folder, JSON lines, Parquet or hub data with ``_id``, ``text``, or plain lines."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Corpus:
     """A file of texts, by offsets: 16 bytes a row, mapped into memory where they are kept.
 
     Args:
-        path: a BEIR folder, a file of objects with ``_id``, ``text`` and perhaps ``title``, or a file of plain lines,
-            whose ids are the line numbers from 1.
+        path: a BEIR folder, a file of objects with ``_id``, ``text`` and perhaps ``title``, ``hf://org/name[/config]``
+            with such rows, or a file of plain lines, whose ids are the line numbers from 1.
         kind: of a BEIR folder, ``passage`` means its corpus and ``query`` its queries.
 
     Raises:
@@ -95,8 +95,20 @@ class Corpus:
         """A corpus has no prompts of its own."""
 
     def digest(self) -> str:
-        """SHA-256 of the file."""
-        return file_digest(Path(self.path))
+        """SHA-256 of the file, or of the files in which ``datasets`` keeps hub data.
+
+        Of data that it keeps in memory, of the rows: no file stands for these from one run to the next.
+
+        Raises:
+            UserError: of data in memory, a row that cannot be used.
+        """
+        if self.rows.files:
+            return file_digest(*self.rows.files)
+        total = hashlib.sha256()
+        for index in range(len(self)):
+            for text in map(str.encode, self._parse(index)):
+                total.update(b"%d\0%b" % (len(text), text))
+        return total.hexdigest()
 
     def check(self) -> CorpusFacts:
         """Read every row once, so that what is wrong shows before anything is computed.

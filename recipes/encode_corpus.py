@@ -204,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         description="Encode a corpus. Several processes: torchrun --nproc-per-node N -m …. Run again to resume.",
     )
     parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
-    parser.add_argument("--input", required=True, help="BEIR folder, JSONL or Parquet with _id and text, plain lines")
+    parser.add_argument(
+        "--input", required=True, help="BEIR folder; JSONL, Parquet or hf://org/name with _id and text; plain lines"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the vectors")
     parser.add_argument("--kind", choices=("query", "passage"), default="passage", help="which prompt and length")
     parser.add_argument("--dim", type=int, help="keep the first DIM numbers of each vector (Matryoshka)")

@@ -25,12 +25,13 @@ from megatron_embed.bridge import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.corpus import Corpus, Texts
+from megatron_embed.recipes.cross_encoder import CrossScorer
 from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.encode import Encoder
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
-from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose
+from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose, still_said
 from megatron_embed.recipes.mining_input import check_corpus
 from megatron_embed.recipes.mining_report import describe, write_audit
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
@@ -52,6 +53,7 @@ def mine(
     rules: MiningRules,
     cache: Path,
     with_scores: bool = False,
+    cross_encoder: str | Path | None = None,
     faiss: str | None = None,
     progress: bool = False,
     strict: bool = False,
@@ -61,11 +63,15 @@ def mine(
     Args:
         cache: folder for vectors, shared by all ranks; kept, so that a second run encodes nothing again.
         with_scores: add the model's scores of the positives and negatives as a teacher's.
+        cross_encoder: add those of this cross-encoder instead, see :class:`CrossScorer`.
         strict: what looks odd in the corpus or the training data is an error.
 
     Raises:
-        UserError: bad input, or a cache that holds other vectors under the key.
+        UserError: bad input, a cross-encoder that cannot be used, or a cache that holds other vectors under the key.
     """
+    if with_scores and cross_encoder is not None:
+        raise UserError("--scores and --cross-encoder: both write 'scores'; give one of them")
+    scorer = None if cross_encoder is None else CrossScorer(str(cross_encoder))  # what is wrong with it shows first
     source = PairSource(DataSource(path=data))
     assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
     opened = encoder.source
@@ -89,14 +95,10 @@ def mine(
         positives=encoded(TrainingTexts(source, "passage", ""), "passage"),
         searcher=Searcher(documents, rules.ranks[1], faiss=faiss),
         with_scores=with_scores,
+        scorer=scorer,
         audit=Audit(1.0 if encoder.config.normalize else _bound(documents), odd),
     )
-    if dist.get_rank() == 0:
-        _write_lines(output, miner.lines())
-    else:
-        for _ in miner.lines():  # takes part in the search
-            pass
-    on_first_rank(lambda: None)  # nobody leaves before the file is whole
+    miner.write(output)
     return miner.total_audit()
 
 
@@ -108,11 +110,6 @@ def key(stamp: dict[str, Any]) -> str:
 def _bound(documents: VectorFolder) -> float:
     """The greatest score that vectors of no fixed length are likely to have."""
     return float(np.linalg.norm(documents.shard(0), axis=1).max() ** 2)
-
-
-def _write_lines(output: Path, blocks: Iterator[list[str]]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, lambda file: [file.write("".join(block).encode()) for block in blocks])
 
 
 class _Miner:
@@ -127,13 +124,25 @@ class _Miner:
         positives: VectorFolder,
         searcher: Searcher,
         with_scores: bool,
+        scorer: CrossScorer | None,
         audit: Audit,
     ) -> None:
         self.source, self.corpus, self.rules, self.text_ids = source, corpus, rules, text_ids
         self.queries, self.positives, self.searcher = queries, positives, searcher
-        self.with_scores, self.audit, self.known = with_scores, audit, KnownPositives(source)
+        self.with_scores, self.scorer, self.audit = with_scores, scorer, audit
+        self.known = KnownPositives(source)
 
-    def lines(self) -> Iterator[list[str]]:
+    def write(self, output: Path) -> None:
+        """Rank 0 writes the rows; on the others they only take part in finding them."""
+        if dist.get_rank() == 0:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_file(output, lambda file: [file.write(_line(row)) for block in self.blocks() for row in block])
+        else:
+            for _ in self.blocks():
+                pass
+        on_first_rank(lambda: None)  # nobody leaves before the file is whole
+
+    def blocks(self) -> Iterator[list[dict[str, Any]]]:
         """The output, block by block, on every rank; each rank has chosen for its part of a block."""
         rank, world = dist.get_rank(), dist.get_world_size()
         for first in range(0, len(self.queries), _BLOCK):
@@ -141,12 +150,14 @@ class _Miner:
             scores, rows = self.searcher.search(vectors)
             count = len(vectors)
             own = range(count * rank // world, count * (rank + 1) // world)
-            lines = [self._row(first + i, vectors[i], scores[i], rows[i]) for i in own]
             parts: list[Any] = [None] * world
-            dist.all_gather_object(parts, lines)
-            yield [line for part in parts for line in part]
+            dist.all_gather_object(parts, [self._row(first + i, vectors[i], scores[i], rows[i]) for i in own])
+            block = [row for part in parts for row in part]
+            if self.scorer is not None:
+                self.scorer.add_scores(block)
+            yield block
 
-    def _row(self, row: int, query: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> str:
+    def _row(self, row: int, query: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
         pair = self.source.pair(row)
         examples = self.source.examples(row)
         positives = self.positives.rows(examples.start, examples.stop) @ query
@@ -166,11 +177,20 @@ class _Miner:
             "positive": pair.positives if len(pair.positives) > 1 else pair.positives[0],
             "negatives": negatives,
         }
+        teacher = still_said(pair, negatives)
         if self.with_scores:
             found["scores"] = [round(float(x), 6) for x in (*positives, *scores[chosen])]
+        elif self.scorer is None and teacher.scores is not None:
+            found["scores"] = teacher.scores
+        if teacher.passages is not None:
+            vectors = {"positive_embedding": teacher.passages[0], "negative_embeddings": teacher.passages[1:]}
+            found.update(query_embedding=teacher.query, **vectors)
         if pair.query_prompt is not None:
             found["query_prompt"] = pair.query_prompt
-        return json.dumps(found, ensure_ascii=False) + "\n"
+        kept = teacher.scores is not None and found.get("scores") is teacher.scores
+        self.audit.scores_dropped += pair.teacher.scores is not None and not kept
+        self.audit.vectors_dropped += pair.teacher.passages is not None and teacher.passages is None
+        return found
 
     def total_audit(self) -> Audit:
         """The counts of all ranks."""
@@ -178,6 +198,10 @@ class _Miner:
         dist.all_reduce(numbers)
         self.audit.take(numbers.cpu().numpy())
         return self.audit
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
 
 
 # ---- the command line
@@ -188,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(prog="megatron_embed.recipes.mine", description="Mine hard negatives.")
     parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
     parser.add_argument("--data", required=True, help="training data, any form that training takes")
-    parser.add_argument("--corpus", required=True, help="BEIR folder, or file of texts")
+    parser.add_argument("--corpus", required=True, help="BEIR folder, file of texts, or hf://org/name")
     parser.add_argument("--output", required=True, type=Path, metavar="OUT.jsonl")
     parser.add_argument("--negatives", type=int, default=4, help="of each query, at most (default: 4)")
     parser.add_argument(
@@ -196,7 +220,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     parser.add_argument("--margin", type=float, help="negatives score lower than the positive by this at least")
     parser.add_argument("--rank-range", type=_rank_range, default=(0, 100), metavar="A:B", help="default: 0:100")
-    parser.add_argument("--scores", action="store_true", help="write the model's scores, for distillation")
+    teacher = parser.add_mutually_exclusive_group()
+    teacher.add_argument("--scores", action="store_true", help="write the model's scores, for distillation")
+    teacher.add_argument("--cross-encoder", metavar="MODEL", help="write this cross-encoder's scores, for distillation")
     parser.add_argument(
         "--faiss", nargs="?", const="Flat", metavar="FACTORY", help="search a FAISS index (default: Flat)"
     )
@@ -232,6 +258,7 @@ def _run(args: argparse.Namespace) -> None:
             rules=rules,
             cache=args.cache or args.output.parent / "vectors",
             with_scores=args.scores,
+            cross_encoder=args.cross_encoder,
             faiss=args.faiss,
             progress=sys.stderr.isatty() or "RANK" not in os.environ,
             strict=args.strict,

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.odd_rows import OddRows
+from megatron_embed.recipes.pairs import Pair, Teacher
 from megatron_embed.recipes.targets import text_id
 
 #: why a candidate is no negative, in the order in which they are asked
@@ -24,6 +25,7 @@ REASONS = (
 _BY_SCORE = REASONS[4:]
 
 BINS = 100
+_COUNTS = ("queries", "short", "without", "candidates", "kept", "spare", "scores_dropped", "vectors_dropped")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Audit:
 
     Attributes:
         odd: what looked odd in the corpus and in the training data.
+        scores_dropped, vectors_dropped: rows of whose teacher's answers the output has none, see :func:`still_said`.
     """
 
     bound: float = 1.0
@@ -96,19 +99,22 @@ class Audit:
     candidates: int = 0
     kept: int = 0
     spare: int = 0
+    scores_dropped: int = 0
+    vectors_dropped: int = 0
     dropped: np.ndarray = field(default_factory=lambda: np.zeros(len(REASONS), dtype=np.int64))
     histograms: np.ndarray = field(default_factory=lambda: np.zeros((3, BINS), dtype=np.int64))
 
     def numbers(self) -> np.ndarray:
         """All counts in one array, to be added up over ranks; undone by :meth:`take`."""
-        single = [self.queries, self.short, self.without, self.candidates, self.kept, self.spare]
-        return np.concatenate([np.array(single, dtype=np.int64), self.dropped, self.histograms.ravel()])
+        single = np.array([getattr(self, name) for name in _COUNTS], dtype=np.int64)
+        return np.concatenate([single, self.dropped, self.histograms.ravel()])
 
     def take(self, numbers: np.ndarray) -> None:
         """Replace all counts."""
-        self.queries, self.short, self.without, self.candidates, self.kept, self.spare = map(int, numbers[:6])
-        self.dropped = numbers[6 : 6 + len(REASONS)]
-        self.histograms = numbers[6 + len(REASONS) :].reshape(3, BINS)
+        single, self.dropped, histograms = np.split(numbers, np.cumsum([len(_COUNTS), len(REASONS)]))
+        for name, number in zip(_COUNTS, single.tolist(), strict=True):
+            setattr(self, name, number)
+        self.histograms = histograms.reshape(3, BINS)
 
     def count(self, group: int, scores: np.ndarray) -> None:
         """Add scores to a histogram: 0 positives, 1 negatives, 2 dropped for their score."""
@@ -166,3 +172,16 @@ def choose(
     audit.count(0, positives)
     audit.count(1, scores[chosen])
     return chosen
+
+
+def still_said(pair: Pair, negatives: list[str]) -> Teacher:
+    """What a row's teacher said of its positives and of other negatives; nothing where one of these is new to it.
+
+    Nothing then of the positives either: training takes answers for all of a row's texts, or none.
+    """
+    place = {text: number for number, text in enumerate(pair.negatives)}
+    if not all(text in place for text in negatives):
+        return Teacher()
+    kept = [*range(len(pair.positives)), *(len(pair.positives) + place[text] for text in negatives)]
+    scores, query, passages = pair.teacher
+    return Teacher(scores and [scores[i] for i in kept], query, passages and [passages[i] for i in kept])

@@ -25,6 +25,11 @@ def describe(audit: Audit, rules: MiningRules) -> str:
         f"{audit.short:,} queries have fewer than {rules.negatives} negatives, {audit.without:,} of them none"
         + ("; a wider --rank-range or a higher --max-score-ratio gives more" if audit.short else "")
     )
+    if audit.scores_dropped or audit.vectors_dropped:
+        lines.append(
+            f"a teacher's answers that the data had and the output has not, since they go with the old negatives: "
+            f"scores of {audit.scores_dropped:,} rows, vectors of {audit.vectors_dropped:,}"
+        )
     lines.extend(f"{rows.path}: {remark}" for rows in audit.odd for remark in rows.remarks())
     return "\n".join(lines)
 
@@ -39,6 +44,8 @@ def write_audit(audit: Audit, rules: MiningRules, output: Path) -> None:
         "kept": audit.kept,
         "queries_with_fewer": audit.short,
         "queries_with_none": audit.without,
+        "rows_without_their_teachers_scores": audit.scores_dropped,
+        "rows_without_their_teachers_vectors": audit.vectors_dropped,
         "odd_rows": {rows.path: rows.counts() for rows in audit.odd},
         "rules": vars(rules),
     }

@@ -107,7 +107,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write beside, flush to the disk, rename.
 
     Raises:
-        UserError: no room on the disk.
+        UserError: no room on the disk, or what ``write`` raises; then nothing is left behind.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -116,6 +116,9 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except UserError:
+        partial.unlink(missing_ok=True)
+        raise
     except OSError as error:
         partial.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.mining import make_data, make_parts_small, read, run, save_cross_encoder
+from support.runs import read_metrics, recipe
 from support.tiny_models import save_model
 from support.worlds import run_world
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.recipes import Encoder, encode_corpus, mine
+from megatron_embed.recipes import Encoder, encode_corpus, mine, train
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.data import PairDataset
-from megatron_embed.recipes.mining import REASONS, Audit, MiningRules
-from megatron_embed.recipes.vectors import plan_shards
+from megatron_embed.recipes.mining import REASONS, MiningRules
 
 RULES = {
     "default": MiningRules(),
@@ -32,26 +30,12 @@ RULES = {
 }
 
 
-def make_data(folder: Path) -> None:
-    """120 documents, some twice, some the same as a query; 30 rows, a query on two of them, several positives."""
-    generator = random.Random(0)
-    texts = [" ".join(f"w{generator.randint(0, 60)}" for _ in range(generator.randint(3, 12))) for _ in range(110)]
-    texts += [*texts[:5], "query 3", "query 4", "", "", " "]
-    corpus = [
-        {"_id": f"d{i}", "title": "t" if i % 7 == 0 and text else "", "text": text} for i, text in enumerate(texts)
-    ]
-    rows: list[Any] = [{"query": f"query {i}", "positive": texts[3 * i]} for i in range(28)]
-    rows.append({"query": "query 0", "positive": texts[50]})
-    rows.append({"query": "query 28", "positive": [texts[60], texts[61], "not in the corpus"], "negatives": ["old"]})
-    for name, lines in {"corpus": corpus, "train": rows}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mining")
     make_data(folder)
     save_model(folder / "model")
+    save_cross_encoder(folder / "cross")
     return folder
 
 
@@ -68,22 +52,6 @@ def encoder(folder: Path) -> Iterator[Encoder]:
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     make_parts_small(monkeypatch.setattr)
-
-
-def make_parts_small(replace: Any) -> None:
-    replace(encode_corpus, "plan_shards", lambda rows, _: plan_shards(rows, 16))
-    replace(mine, "_BLOCK", 7)
-
-
-def run(encoder: Encoder, folder: Path, output: Path, rules: MiningRules = RULES["default"], **options: Any) -> Audit:
-    options = {"cache": folder / "vectors", **options}
-    return mine.mine(
-        encoder, str(folder / "train.jsonl"), Corpus(folder / "corpus.jsonl"), output, rules=rules, **options
-    )
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def brute_force(encoder: Encoder, folder: Path, rules: MiningRules) -> list[list[str]]:
@@ -201,6 +169,12 @@ def test_the_cache_keeps_models_apart_and_refuses_anothers_vectors(
     assert not (tmp_path / "c.jsonl").exists()
 
 
+LAYOUTS = {
+    2: {"dp": (1, 1), "tp": (2, 1), "pp": (1, 2)},
+    4: {"dp4": (1, 1), "tp2dp2": (2, 1), "tp2pp2": (2, 2)},
+}
+
+
 def mine_and_encode(folder: str, layouts: dict[str, tuple[int, int]]) -> None:
     """In a world of several ranks: the same mining, and corpora encoded under every layout."""
     make_parts_small(setattr)
@@ -211,17 +185,41 @@ def mine_and_encode(folder: str, layouts: dict[str, tuple[int, int]]) -> None:
             run(encoder, root, root / f"{name}.jsonl", cache=root / f"vectors-{name}")
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layouts"),
-    [(2, {"dp": (1, 1), "tp": (2, 1), "pp": (1, 2)}), (4, {"dp4": (1, 1), "tp2dp2": (2, 1), "tp2pp2": (2, 2)})],
-)
+def mine_in_other_ways(folder: str, layouts: dict[str, tuple[int, int]]) -> None:
+    """The same, then by a FAISS index, with a cross-encoder's scores, and a step of training on these."""
+    mine_and_encode(folder, layouts)
+    root = Path(folder)
+    with Encoder.from_pretrained(root / "model", device="cpu") as encoder:
+        run(encoder, root, root / "cross.jsonl", cache=root / "vectors-dp", cross_encoder=root / "cross")
+        run(encoder, root, root / "faiss.jsonl", cache=root / "vectors-dp", faiss="Flat")
+        make_parts_small(setattr, shard_rows=1000)  # one shard: the second rank has none
+        run(encoder, root, root / "one-shard.jsonl", cache=root / "vectors-one", faiss="Flat")
+        run(encoder, root, root / "one-shard-exact.jsonl", cache=root / "vectors-one")
+    for weight in (0, 1):
+        distilled = ("train.train_iters=1", f"loss.score_distillation_weight={weight}")
+        train(recipe(root, f"weight-{weight}", f"data.train={root / 'cross.jsonl'}", *distilled))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> Path:
+    run_world(mine_in_other_ways, 2, str(folder), LAYOUTS[2])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_ranks(folder: Path) -> Path:
+    run_world(mine_and_encode, 4, str(folder), LAYOUTS[4])
+    return folder
+
+
+@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
 def test_two_and_four_ranks_equal_one(
-    ranks: int, layouts: dict[str, tuple[int, int]], encoder: Encoder, folder: Path, tmp_path: Path
+    ranks: str, request: pytest.FixtureRequest, encoder: Encoder, folder: Path, tmp_path: Path
 ) -> None:
     run(encoder, folder, tmp_path / "one.jsonl")
-    run_world(mine_and_encode, ranks, str(folder), layouts)
+    request.getfixturevalue(ranks)
     one = read(tmp_path / "one.jsonl")
-    for name, layout in layouts.items():
+    for name, layout in LAYOUTS[2 if ranks == "two_ranks" else 4].items():
         assert read(folder / f"{name}.jsonl") == one
         vectors = list((folder / f"vectors-{name}").glob("*/vectors-*.npy"))
         assert len(vectors) == 8 + 2 + 2  # of documents, queries, positives
@@ -229,6 +227,26 @@ def test_two_and_four_ranks_equal_one(
             found, wanted = np.load(path), np.load(folder / "vectors" / path.parent.name / path.name)
             # a layout adds up in another order; data parallelism alone changes nothing
             np.testing.assert_allclose(found, wanted, atol=0 if layout == (1, 1) else 2e-6)
+
+
+def test_a_cross_encoders_scores_are_the_same_on_two_ranks(two_ranks: Path, encoder: Encoder, tmp_path: Path) -> None:
+    run(encoder, two_ranks, tmp_path / "one.jsonl", cross_encoder=two_ranks / "cross")
+    assert (two_ranks / "cross.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+def test_training_distils_from_them(two_ranks: Path) -> None:
+    plain, distilled = (read_metrics(two_ranks / f"weight-{weight}")[0]["loss"] for weight in (0, 1))
+    assert distilled > plain + 0.01  # by a divergence
+
+
+@pytest.mark.parametrize("name", ["faiss", "one-shard", "one-shard-exact"])
+def test_a_flat_faiss_index_over_two_ranks_finds_the_same(
+    name: str, two_ranks: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    run(encoder, two_ranks, tmp_path / "one.jsonl")
+    assert (two_ranks / f"{name}.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    shards = {len(list(path.glob("vectors-*.npy"))) for path in (two_ranks / "vectors-one").iterdir() if path.is_dir()}
+    assert shards == {1}
 
 
 def test_faiss_that_is_not_installed_is_named(

@@ -1,0 +1,116 @@
+"""A corpus from the hub: encoded, resumed and mined like a file with the same rows, in this run and the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from support.mining import make_data, make_parts_small, read, run
+from support.tiny_models import save_model
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes import Encoder, encode_corpus
+from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.vectors import VectorFolder
+
+HUB = "hf://org/name"
+Publish = Callable[[list[dict[str, Any]]], None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    make_data(folder)
+    save_model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> Iterator[Encoder]:
+    with Encoder.from_pretrained(folder / "model", device="cpu") as encoder:
+        yield encoder
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_parts_small(monkeypatch.setattr)
+
+
+@pytest.fixture(params=["in memory", "on disk"])
+def publish(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
+    """Lets ``load_dataset`` find rows, each call anew, as each run of a program does."""
+    versions = iter(range(10))
+
+    def publish(rows: list[dict[str, Any]]) -> None:
+        stored = tmp_path / "hub" / str(next(versions))
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list(rows).save_to_disk(stored)
+
+        def load(*_: Any, **__: Any) -> Any:
+            if request.param == "on disk":
+                return datasets.load_from_disk(str(stored))
+            return datasets.Dataset.from_list(rows)
+
+        assert bool(load().cache_files) == (request.param == "on disk")
+        monkeypatch.setattr(datasets, "load_dataset", load)
+
+    return publish
+
+
+def vectors_of(folder: Path) -> tuple[list[str], list[list[float]]]:
+    parts = list(VectorFolder(folder))
+    return [id_ for ids, _ in parts for id_ in ids], [row for _, rows in parts for row in rows.tolist()]
+
+
+def test_encode_takes_the_hub_and_resumes(
+    publish: Publish, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def encode(source: str, output: str) -> int:
+        arguments = ["--model", str(folder / "model"), "--device", "cpu", "--input", source]
+        with pytest.raises(SystemExit) as ended:
+            encode_corpus.main([*arguments, "--output", str(tmp_path / output)])
+        return int(ended.value.code or 0)
+
+    rows = read(folder / "corpus.jsonl")
+    publish(rows)
+    assert encode(HUB, "hub-vectors") == encode(str(folder / "corpus.jsonl"), "file-vectors") == 0
+    assert vectors_of(tmp_path / "hub-vectors") == vectors_of(tmp_path / "file-vectors")
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_corpus, "encode_here", None)  # a second run encodes nothing
+        assert encode(HUB, "hub-vectors") == 0
+    for changed in ({"text": "other"}, {"_id": "other"}):
+        publish([*rows[:-1], {**rows[-1], **changed}])
+        assert encode(HUB, "hub-vectors") == 1
+        assert "vectors of another model, input or setting: input_sha256" in capsys.readouterr().err
+
+
+def test_mine_takes_the_hub_and_encodes_it_once(
+    publish: Publish, encoder: Encoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(read(folder / "corpus.jsonl"))
+    run(encoder, folder, tmp_path / "file.jsonl")
+    run(encoder, folder, tmp_path / "hub.jsonl", corpus=HUB, cache=tmp_path / "vectors")
+    assert read(tmp_path / "hub.jsonl") == read(tmp_path / "file.jsonl")
+    monkeypatch.setattr(encode_corpus, "encode_here", None)
+    run(encoder, folder, tmp_path / "again.jsonl", corpus=HUB, cache=tmp_path / "vectors")
+    assert read(tmp_path / "again.jsonl") == read(tmp_path / "file.jsonl")
+
+
+def test_the_digest_knows_title_from_text(publish: Publish) -> None:
+    """The text alone tells mining known positives."""
+    found = []
+    for title, text in (("a", "b"), ("", "a b"), ("a", "b")):
+        publish([{"_id": "1", "title": title, "text": text}])
+        found.append(Corpus(HUB).digest())
+    assert found[0] == found[2] != found[1]
+
+
+def test_rows_of_the_hub_that_cannot_be_used_are_named(
+    publish: Publish, encoder: Encoder, folder: Path, tmp_path: Path
+) -> None:
+    publish([{"_id": 1.5, "text": "a"}])
+    with pytest.raises(UserError, match=r"hf://org/name, line 1: '_id': found 1.5; wanted text or a whole number"):
+        run(encoder, folder, tmp_path / "out.jsonl", corpus=HUB, cache=tmp_path / "vectors")
