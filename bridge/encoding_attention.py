@@ -48,26 +48,25 @@ def attention_by_products(
         ``[Q, H * D]``.
     """
     tokens, heads, size = query.shape
-    groups = key.shape[1]
+    groups, sharing = key.shape[1], heads // key.shape[1]
     # Head by head, so that each sequence's rows are one contiguous matrix. A softmax goes row by row, so the heads that
     # share keys may follow one another token by token.
-    queries = _copy(query.view(tokens, groups, -1, size).permute(1, 0, 2, 3), torch.float32)
+    queries = _copy(query.view(tokens, groups, sharing, size).permute(1, 0, 2, 3), torch.float32).flatten(1, 2)
     keys = _copy(key.permute(1, 0, 2), torch.float32).mul_(size**-0.5 if scale is None else scale)
-    values = _copy(value.permute(1, 0, 2), value.dtype)
-    output = query.new_empty(tokens, groups, heads // groups, size)
-    start = key_start = 0
-    sequences = [(run.queries, run.keys) for run in runs for _ in range(run.sequences)]
-    for query_count, key_count in sequences:
-        stop, key_stop = start + query_count, key_start + key_count
-        step = max(1, _SCORES // (key_count * heads // groups))
-        for group in range(groups):
-            theirs, meanings = keys[group, key_start:key_stop], values[group, key_start:key_stop].t()
-            for first in range(start, stop, step):
-                last = min(stop, first + step)
-                weights = times_transposed(queries[group, first:last].view(-1, size), theirs).softmax(-1)
-                summed = times_transposed(weights.to(value.dtype), meanings)
-                output[first:last, group] = summed.view(last - first, -1, size)
-        start, key_start = stop, key_stop
+    values = _copy(value.permute(1, 0, 2), value.dtype).mT
+    output = query.new_empty(tokens, groups, sharing, size)
+    asking = [run.queries for run in runs for _ in range(run.sequences)]
+    asked = [run.keys for run in runs for _ in range(run.sequences)]
+    for group in range(groups):
+        # All sequences are cut in one call: each product is so short that a Python call more would show.
+        rows = queries[group].split([count * sharing for count in asking])
+        columns, contents = keys[group].split(asked), values[group].split(asked, dim=1)
+        for q, k, v, into in zip(rows, columns, contents, output[:, group].split(asking), strict=True):
+            step = max(1, _SCORES // (len(k) * sharing))
+            parts = [(q, into)] if step >= len(into) else zip(q.split(step * sharing), into.split(step), strict=True)
+            for part, target in parts:
+                weights = times_transposed(part, k).softmax(-1).to(value.dtype)
+                target.copy_(times_transposed(weights, v).view_as(target))
     return output.view(tokens, heads * size)
 
 

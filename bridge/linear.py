@@ -8,7 +8,6 @@ encodes can have the weights laid out once as oneDNN wants them, in place of onc
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
-from torch.nn import Module
 
 #: multiplications from which oneDNN's product is worth its start (some 20 µs)
 _LARGE = 1 << 22
@@ -57,6 +55,12 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
+def silu_of_product(a: Tensor, b: Tensor) -> Tensor:
+    """``silu(a bᵀ)``, rounded once; the operands as for :func:`times_transposed`."""
+    gate: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, None, "swish", [], "")
+    return gate
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -80,14 +84,19 @@ class _OneDNN:
 
     weight: Tensor
     sequence_parallel: bool
-    #: the weight as oneDNN wants it, see :func:`pack_weights`
+    #: the weight as oneDNN wants it, see :mod:`megatron_embed.bridge.packing`
     packed: Tensor | None = None
+    #: where not None, this is the gate's half of the weight, ``packed`` the other one, and SwiGLU is computed here
+    packed_gate: Tensor | None = None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.packed is not None:
             assert not torch.is_grad_enabled(), "packed weights are for encoding only"
             rows = input.contiguous().flatten(0, -2)
-            return times_transposed(rows, self.packed).unflatten(0, input.shape[:-1])
+            output = times_transposed(rows, self.packed)
+            if self.packed_gate is not None:
+                output.mul_(silu_of_product(rows, self.packed_gate))
+            return output.unflatten(0, input.shape[:-1])
         plain = kwargs["bias"] is None and not kwargs["sequence_parallel"]
         if not plain or not onednn_takes(input, weight):
             return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
@@ -102,23 +111,3 @@ class ColumnParallelLinear(_OneDNN, layers.ColumnParallelLinear):
 
 class RowParallelLinear(_OneDNN, layers.RowParallelLinear):
     """megatron-core's; its weight is cut by input features."""
-
-
-def pack_weights(stages: Iterable[Module]) -> None:
-    """Lay out the linear layers' weights as oneDNN wants them, where that is faster; from then on they only encode.
-
-    The plain weights' memory is given back, so that none is in memory twice.
-    """
-    for stage in stages:
-        for layer in stage.modules():
-            if isinstance(layer, _OneDNN) and not layer.sequence_parallel and _packing_helps(layer.weight):
-                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-                layer.weight.untyped_storage().resize_(0)
-
-
-def _packing_helps(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not onednn_is_there():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32 and onednn_is_faster()

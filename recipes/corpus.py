@@ -15,7 +15,7 @@ from megatron_embed.recipes.beir import WANTED, document_text, is_beir, text_row
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.json_text import RowError, decode
 from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
-from megatron_embed.recipes.rows import JsonLineRows, Rows, open_rows
+from megatron_embed.recipes.rows import JsonLineRows, Rows, open_rows, place
 from megatron_embed.recipes.targets import text_id
 
 _ID_KEYS = ("_id", "id", "docid")
@@ -134,7 +134,7 @@ class Corpus:
         again = repeats(ids)
         if len(again):
             index = int(again[0])
-            where = f"{self.path}, line {self.rows.line(index)}"
+            where = f"{self.path}, {place(self.rows, index)}"
             raise UserError(f"{where}: _id {self._parse(index)[0]!r} stands in the file twice ({len(again)} such rows)")
 
     def _parse(self, index: int) -> tuple[str, str, str]:
@@ -146,7 +146,7 @@ class Corpus:
                 return str(self.rows.line(index)), text, text
             return _parse_row(self.rows[index])
         except RowError as error:
-            raise UserError(f"{self.path}, line {self.rows.line(index)}: {error}") from None
+            raise UserError(f"{self.path}, {place(self.rows, index)}: {error}") from None
 
 
 def _parse_row(row: Any) -> tuple[str, str, str]:

@@ -17,7 +17,7 @@ from megatron_embed.bridge import host, parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.bridge.linear import pack_weights
+from megatron_embed.bridge.packing import pack_weights
 from megatron_embed.conversion.sentence_files import SentenceSettings
 from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
 from megatron_embed.recipes.source import ModelSource
@@ -63,14 +63,13 @@ class Encoder:
             device: ``auto``, ``cpu`` or ``cuda``.
             dtype: of the computation; None: that of the weights.
             layout: None: each process holds the whole model; under torchrun the texts are shared out.
-            max_tokens: token budget of a micro-batch; None: 16384 on CUDA, 4096 on a CPU, whose caches hold no more.
-                A longer text is a micro-batch of its own.
+            max_tokens: token budget of a micro-batch; None: :func:`token_budget`. A longer text is a micro-batch of its
+                own.
 
         Raises:
             UserError: no such model, or one that cannot be loaded.
         """
         parallel.select_device(device)
-        max_tokens = max_tokens or (4096 if host.device().type == "cpu" else 16384)
         source = ModelSource.open(path)
         layout = layout or Layout()
         resources = ExitStack()
@@ -95,7 +94,7 @@ class Encoder:
         plan = BatchingPlan(
             pad_id=tokenizer.pad_token_id,
             packed=True,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens or token_budget(wanted),
             multiple_of=layout.tp * layout.cp,
             longer_alone=True,
         )
@@ -133,6 +132,11 @@ class Encoder:
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def token_budget(dtype: torch.dtype) -> int:
+    """Tokens of a micro-batch that only encodes: on CUDA 16384; on a CPU what its caches hold, by a value's bytes."""
+    return 16384 if host.device().type == "cuda" else 16384 // dtype.itemsize
 
 
 def encode_sequences(

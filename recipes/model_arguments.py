@@ -14,7 +14,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """How a model is laid out and run."""
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of a model replica")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages of a model replica")
-    parser.add_argument("--max-tokens", type=int, help="tokens of a micro-batch (default: 16384, on a CPU 4096)")
+    parser.add_argument("--max-tokens", type=int, help="tokens of a micro-batch (default: 16384, on a CPU less)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 

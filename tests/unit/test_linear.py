@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.transformer.mlp import MLP
 from support.megatron import filled_stages
 from support.oracle import hf_model
 from support.tiny_models import tiny_config
 from torch import Tensor
 
-from megatron_embed.bridge import EncoderConfig, host
+from megatron_embed.bridge import EncoderConfig, host, packing
 from megatron_embed.bridge import linear as module
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.bridge.linear import ColumnParallelLinear, RowParallelLinear, linear, onednn_takes, pack_weights
+from megatron_embed.bridge.linear import ColumnParallelLinear, RowParallelLinear, linear, onednn_takes
 from megatron_embed.bridge.parallel import parallel_world
 
 TOKENS, ROWS, FEATURES, OUTPUTS = 37, 3, 130, 66
@@ -55,21 +56,30 @@ def test_what_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_packed_weights_compute_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the layers before packing, which the parity tests hold against transformers'."""
     host.run_on_cpu()
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(packing, "onednn_is_faster", lambda: True)
     config = tiny_config()
     with parallel_world(Layout()):
         (encoder,) = filled_stages(EncoderConfig.from_hf(config), Layout(), hf_model(config).state_dict(), dtype)
-        layers = [m for m in encoder.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
-        assert len(layers) == 4 * config.num_hidden_layers
-        inputs = [random(5, 2, layer.weight.shape[1], seed=i).to(dtype) for i, layer in enumerate(layers)]
+        linears = [m for m in encoder.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+        assert len(linears) == 4 * config.num_hidden_layers
+        # An MLP is compared as a whole: its first layer takes the activation over.
+        mlps = [m for m in encoder.modules() if isinstance(m, MLP)]
+        inside = {layer for mlp in mlps for layer in (mlp.linear_fc1, mlp.linear_fc2)}
+        layers = mlps + [layer for layer in linears if layer not in inside]
+        widths = [(m.linear_fc1 if isinstance(m, MLP) else m).weight.shape[1] for m in layers]
+        inputs = [random(5, 2, width, seed=i).to(dtype) for i, width in enumerate(widths)]
         before = [layer(x)[0].detach() for layer, x in zip(layers, inputs, strict=True)]
-        pack_weights([encoder])
-        for layer, x, wanted in zip(layers, inputs, before, strict=True):
-            assert (layer.packed is None) == (dtype == torch.float64)
-            if layer.packed is None:
-                continue
+        packing.pack_weights([encoder])
+        packing.pack_weights([encoder])  # what is packed stays so
+        if dtype == torch.float64:
+            assert all(layer.packed is None and layer.packed_gate is None for layer in linears)
+            return
+        for layer in linears:
             assert layer.weight.untyped_storage().nbytes() == 0  # not in memory twice
+            assert (layer.packed_gate is not None) == any(layer is mlp.linear_fc1 for mlp in mlps)
+        for layer, x, wanted in zip(layers, inputs, before, strict=True):
             with pytest.raises(AssertionError, match="for encoding only"):
                 layer(x)
             with torch.no_grad():

@@ -1,0 +1,61 @@
+"""Weights laid out for encoding alone: once as oneDNN wants them, in place of once a product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+from torch.nn import Identity, Module
+
+from megatron_embed.bridge.layer_spec import SwiGLU
+from megatron_embed.bridge.linear import ColumnParallelLinear, RowParallelLinear, onednn_is_faster, onednn_is_there
+
+
+def pack_weights(stages: Iterable[Module]) -> None:
+    """Lay out the linear layers' weights as oneDNN wants them, where that is faster; from then on they only encode.
+
+    The plain weights' memory is given back, so that none is in memory twice. A gated MLP's first layer becomes two: the
+    gate's product then ends with SiLU while it is in the registers, and each output is half as large.
+    """
+    for stage in stages:
+        for module in list(stage.modules()):
+            if isinstance(module, MLP) and isinstance(module.activation_func, SwiGLU) and _helps(module.linear_fc1):
+                _pack_gated(module)
+            elif isinstance(module, ColumnParallelLinear | RowParallelLinear) and _helps(module):
+                module.packed = _packed(module.weight.detach())
+                _give_back(module.weight)
+
+
+def _pack_gated(mlp: MLP) -> None:
+    layer = mlp.linear_fc1
+    gate, up = layer.weight.detach().chunk(2)
+    layer.packed_gate, layer.packed = _packed(gate), _packed(up)
+    mlp.activation_func = Identity()
+    _give_back(layer.weight)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+def _give_back(weight: Tensor) -> None:
+    weight.untyped_storage().resize_(0)
+
+
+def _helps(layer: Module) -> bool:
+    """Whether to pack a layer's weight; one that is packed already is left alone."""
+    if (
+        not isinstance(layer, ColumnParallelLinear | RowParallelLinear)
+        or layer.sequence_parallel
+        or layer.packed is not None
+    ):
+        return False
+    weight = layer.weight
+    if weight.device.type != "cpu" or not onednn_is_there():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 and onednn_is_faster()
