@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +12,6 @@ from torch import Tensor
 from megatron_embed.bridge import encoding_attention as module
 from megatron_embed.bridge.attention import Run
 from megatron_embed.bridge.encoding_attention import attention_by_products, products_are_faster
-from megatron_embed.bridge.linear import times_transposed
 
 #: [runs of one row]; the last is what a context-parallel slice sees, whose sequences reach over its edges
 ROWS = {
@@ -44,15 +46,16 @@ def test_equals_the_definition(
     row: str, heads: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     largest = 50_000
+    name = "_one_by_one" if dtype == torch.float32 else "_together"
+    attend: Callable[..., Tensor] = getattr(module, name)
 
-    def bounded(a: Tensor, b: Tensor) -> Tensor:
-        product = times_transposed(a, b)
-        assert product.numel() <= largest
-        return product
+    def bounded(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+        assert query.shape[0] * query.shape[1] * key.shape[1] <= largest
+        return attend(query, key, *rest)
 
     # so that long sequences are computed part by part
     monkeypatch.setattr(module, "_SCORES", largest)
-    monkeypatch.setattr(module, "times_transposed", bounded)
+    monkeypatch.setattr(module, name, bounded)
     runs, (many, few) = ROWS[row], heads
     queries, keys = (sum(run.sequences * getattr(run, name) for run in runs) for name in ("queries", "keys"))
     query = random(queries, many, 32, dtype=dtype, seed=0)
@@ -67,13 +70,26 @@ def test_equals_the_definition(
     assert all(torch.equal(x, y) for x, y in zip((query, key, value), before, strict=True))
     by_default = attention_by_products(query, key, value, runs)
     assert torch.equal(by_default, attention_by_products(query, key, value, runs, 32**-0.5))
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # of others' products
+
+
+def test_the_precision_setting_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> Tensor:
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(module, "_together", fails)
+    x = torch.zeros(3, 2, 4, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="lost"):
+        attention_by_products(x, x, x, [Run(1, 3, 3)])
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
 def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     query, long, short = (
         torch.zeros(8, 2, 4),
-        [Run(1, 100, 100), Run(1, 156, 156)],
-        [Run(1, 100, 100), Run(1, 155, 155)],
+        [Run(1, 60, 60), Run(1, 132, 132)],
+        [Run(1, 60, 60), Run(1, 131, 131)],
     )
     for faster in (True, False):
         monkeypatch.setattr(module, "onednn_is_faster", lambda faster=faster: faster)
