@@ -26,15 +26,19 @@ ALLOWED = 0.01
 
 
 def ndcg_without_us(folder: Path) -> float:
-    """Mean nDCG@10 of the test split: the files by json, bm25s' own call, pytrec_eval's own measure."""
-    qrels: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    """Mean nDCG@10 of the test split: the files by json, bm25s' own call, pytrec_eval's own measure.
+
+    Over the queries that have a relevant document; ``liveqa_medquad`` judges some that have none.
+    """
+    judged: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for line in (folder / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()[1:]:
         query, document, grade = line.split("\t")
-        qrels[query][document] = int(grade)
+        judged[query][document] = int(grade)
     corpus, queries = (
         [json.loads(line) for line in (folder / name).open(encoding="utf-8")]
         for name in ("corpus.jsonl", "queries.jsonl")
     )
+    qrels = {query: grades for query, grades in judged.items() if max(grades.values()) > 0}
     queries = [row for row in queries if row["_id"] in qrels]
     stemmer = Stemmer.Stemmer("english")
     texts = [f"{row.get('title', '')} {row['text']}" for row in corpus]
@@ -46,7 +50,7 @@ def ndcg_without_us(folder: Path) -> float:
         row["_id"]: dict(zip(documents, map(float, values), strict=True))
         for row, documents, values in zip(queries, found.tolist(), scores.tolist(), strict=True)
     }
-    each = pytrec_eval.RelevanceEvaluator(dict(qrels), {"ndcg_cut.10"}).evaluate(run)
+    each = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(run)
     return sum(each[query]["ndcg_cut_10"] for query in qrels) / len(qrels)
 
 
