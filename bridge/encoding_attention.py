@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: mean length from which this is the faster way; the products of shorter sequences are not worth their calls
 _LONG = 96
+#: length up to which it is in fp32, where torch's kernel gains again
+_LONGEST = 4096
 #: scores held at once, 8 MiB
 _SCORES = 1 << 21
 
@@ -27,6 +29,8 @@ _SCORES = 1 << 21
 def products_are_faster(query: Tensor, runs: Sequence[Run]) -> bool:
     """Whether to compute this packed row here: a CPU whose products by oneDNN are fast, and sequences long enough."""
     suitable = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
+    if query.dtype == torch.float32 and max(run.keys for run in runs) > _LONGEST:
+        return False
     mean = sum(run.sequences * run.keys for run in runs) / sum(run.sequences for run in runs)
     return suitable and mean >= _LONG and onednn_is_faster()
 
@@ -93,7 +97,7 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
     return torch.stack(
         [
             times_transposed(times_transposed(q, k).softmax(-1), v.t())
-            for q, k, v in zip(query, key * scale, value, strict=True)
+            for q, k, v in zip(query * scale, key, value, strict=True)
         ]
     )
 

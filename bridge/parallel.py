@@ -68,13 +68,19 @@ def shut_down(*, process_group: bool = True) -> None:
 
 @contextmanager
 def parallel_world(layout: Layout) -> Iterator[None]:
-    """:func:`initialize` on entry, :func:`shut_down` on exit; a process group that was there before stays."""
+    """:func:`initialize` on entry, :func:`shut_down` on exit; a process group that was there before stays.
+
+    Where one of several ranks fails, it leaves the group to the end of its process: closed at once, the others would
+    fail of that, and be heard before the one that knows why.
+    """
     owned = not dist.is_initialized()
     initialize(layout)
     try:
         yield
-    finally:
-        shut_down(process_group=owned)
+    except BaseException:
+        shut_down(process_group=owned and dist.get_world_size() == 1)
+        raise
+    shut_down(process_group=owned)
 
 
 def world_size() -> int:

@@ -85,7 +85,7 @@ def _facts(config: EncoderConfig, settings: SentenceSettings, base: object) -> s
         "query prompt": f"`{json.dumps(settings.query_prompt)}`",
         "passage prompt": f"`{json.dumps(settings.passage_prompt)}`",
         "longest query, passage": f"{settings.query_max_length}, {settings.passage_max_length} tokens",
-        "similarity": "cosine",
+        "similarity": "cosine" if config.normalize else "scalar product",
         "temperature": config.temperature,
         "weights": config.dtype,
     }

@@ -106,7 +106,7 @@ def write_sentence_files(out: Path, config: EncoderConfig, settings: SentenceSet
             "model_type": "SentenceTransformer",
             "prompts": {"query": settings.query_prompt, "document": settings.passage_prompt},
             "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": "cosine" if config.normalize else "dot",
         },
     )
 

@@ -197,7 +197,7 @@ def read_qrels(folder: Path, split: str) -> Iterator[tuple[str, str, int, int]]:
         except RowError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         fields = line.rstrip("\r").split("\t")
-        if fields == [""] or (number == 1 and not _is_grade(fields[-1])):  # a blank line; the header
+        if not line.strip() or (number == 1 and _is_header(fields)):
             continue
         if len(fields) != 3 or not _is_grade(fields[2]):
             raise UserError(f"{path}, line {number}: found {line!r}; wanted query-id, corpus-id, score between tabs")
@@ -205,6 +205,11 @@ def read_qrels(folder: Path, split: str) -> Iterator[tuple[str, str, int, int]]:
         yield fields[0], fields[1], int(fields[2]), number
     if empty:
         raise UserError(f"{path}: no judgements")
+
+
+def _is_header(fields: list[str]) -> bool:
+    """Three names; what holds a digit is a judgement, if perhaps a malformed one."""
+    return len(fields) == 3 and bool(fields[2].strip()) and not any(map(str.isdigit, fields[2]))
 
 
 def _is_grade(text: str) -> bool:

@@ -54,6 +54,10 @@ class BeirRows:
     def line(self, index: int) -> int:
         return int(self._lines[index])
 
+    def check_unchanged(self) -> None:
+        for rows in (self._texts, self._corpus):
+            rows.check_unchanged()
+
     def scan(self) -> Iterator[Any]:
         yield from (self[index] for index in range(len(self)))
 
@@ -72,13 +76,16 @@ def _read_through(root: Path, texts: JsonLineRows, corpus: JsonLineRows) -> Inde
         on.append(line)
     lines = np.array(on)
     queries, documents = (_rows_of(rows, np.array(wanted)) for rows, wanted in zip((texts, corpus), ids, strict=True))
-    if len(absent := np.flatnonzero((queries < 0) | (documents < 0))):
+    wanted = np.array(relevant, dtype=bool)  # of what is not relevant nothing is read
+    if len(absent := np.flatnonzero(wanted & ((queries < 0) | (documents < 0)))):
         query, document, _, line = next(found for found in read_qrels(root, "train") if found[3] == lines[absent[0]])
         id_, name = (query, "queries.jsonl") if queries[absent[0]] < 0 else (document, "corpus.jsonl")
         raise UserError(f"{path}, line {line}: {id_!r} is not in {name}")
+    for rows in (texts, corpus):
+        rows.check_unchanged()
     pairs = queries * len(corpus) + documents
     last = len(pairs) - 1 - np.unique(pairs[::-1], return_index=True)[1]
-    kept = np.sort(last[np.array(relevant)[last] > 0])
+    kept = np.sort(last[wanted[last]])
     if not len(kept):
         raise UserError(f"{path}: no judgement has a grade above 0")
     _, first, which = np.unique(queries[kept], return_index=True, return_inverse=True)

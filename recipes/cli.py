@@ -187,9 +187,11 @@ def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
 
 
 def _exit_with(status: int, message: str) -> NoReturn:
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if _speaks_for_all():
-        print(f"error: {message.strip()}", file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # another rank's progress bar may stand on this line
+        print(f"{'' if alone else chr(10)}error: {message.strip()}", file=sys.stderr, flush=True)
+    if not alone:
         # A thread of a collective or a writer that waits for another rank must not keep this one alive, nor may a
         # process that this one started outlive it.
         for child in multiprocessing.active_children():

@@ -252,6 +252,7 @@ class RecipeConfig(Section):
             model.sequence_parallel = True
         if train.save_dir is None:
             train.save_dir = os.environ.get("SAVE_DIR") or f"runs/{cfg.recipe}"
+        train.save_dir = os.path.expanduser(train.save_dir)  # which no shell does behind "train.save_dir="
         if optimizer.warmup_iters is None:
             optimizer.warmup_iters = train.train_iters // 10
         return cfg

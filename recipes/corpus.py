@@ -14,7 +14,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import WANTED, document_text, is_beir, text_row
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.json_text import RowError, decode
-from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
+from megatron_embed.recipes.odd_rows import JSON_LOOKING, NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.rows import JsonLineRows, Rows, open_rows, place
 from megatron_embed.recipes.targets import text_id
 
@@ -65,14 +65,15 @@ class Corpus:
     """
 
     def __init__(self, path: str | Path, kind: str = "passage") -> None:
-        if is_beir(path):
+        beir = is_beir(path)
+        if beir:
             path = Path(path) / ("queries.jsonl" if kind == "query" else "corpus.jsonl")
         elif Path(path).is_dir():
             raise UserError(f"{path}: a folder, but no BEIR folder; wanted corpus.jsonl and queries.jsonl, or a file")
         self.path = str(path)
         self.rows: Rows = open_rows(self.path, _WANTED)
         self.form = self.rows.form
-        if isinstance(self.rows, JsonLineRows) and not self.rows.raw(0).lstrip().startswith(b"{"):
+        if not beir and isinstance(self.rows, JsonLineRows) and not self.rows.raw(0).lstrip().startswith(b"{"):
             self.form = "plain lines"
 
     def __len__(self) -> int:
@@ -122,8 +123,9 @@ class Corpus:
         for index in range(len(self)):
             id_, full, alone = self._parse(index)
             ids[index] = text_id(id_)
-            text_ids[index] = [text_id(text if text.strip() else "") for text in (full, alone)]
-            for remark in (*of_text(full), *([] if full.strip() else [NO_TEXT])):
+            text_ids[index] = [text_id(text.strip()) for text in (full, alone)]
+            unlikely = [JSON_LOOKING] if self.form == "plain lines" and full.lstrip().startswith('{"') else []
+            for remark in (*of_text(full), *([] if full.strip() else [NO_TEXT]), *unlikely):
                 odd.add(remark, self.rows.line(index))
         if odd.counts().get(NO_TEXT) == len(self):
             raise UserError(f"{self.path}: no row has any text; wanted {_WANTED}")

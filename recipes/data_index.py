@@ -52,17 +52,17 @@ def indexed(kind: str, files: Sequence[Path], build: Callable[[], Index]) -> Ind
         kind: tells apart what is kept of the same files.
         files: all that the answer depends on; without any, or where they are small, nothing is kept.
     """
-    stamps = _stamps(files)
-    if not stamps or sum(size for _, size, *_ in stamps) < LEAST_BYTES:
+    before = stamps(files)
+    if not before or sum(size for _, size, *_ in before) < LEAST_BYTES:
         return build()
-    place = cache_folder() / f"index-{VERSION}" / f"{kind}-{_digest([path for path, *_ in stamps])}" / _digest(stamps)
+    place = cache_folder() / f"index-{VERSION}" / f"{kind}-{_digest([path for path, *_ in before])}" / _digest(before)
     if (found := _load(place)) is not None:
         return found
     with _turn(place.parent):
         if (found := _load(place)) is not None:
             return found
         built = build()
-        if _stamps(files) != stamps:  # written to meanwhile
+        if stamps(files) != before:  # written to meanwhile
             return built
         _store(place, built)
     return _load(place) or built  # mapped, so that what was built need not stay in memory
@@ -76,7 +76,7 @@ def cache_folder() -> Path:
     return Path(os.path.abspath(above)) / "megatron-embed"
 
 
-def _stamps(files: Sequence[Path]) -> list[tuple[str, int, int, str]]:
+def stamps(files: Sequence[Path]) -> list[tuple[str, int, int, str]]:
     """(absolute path, size, time of the last change, hash of first and last bytes) of each; [] if one is not there."""
     found = []
     try:

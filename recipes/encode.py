@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron_embed.bridge import host, parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import build_stages, transformer_config
+from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.packing import pack_weights
 from megatron_embed.conversion.sentence_files import SentenceSettings
@@ -131,7 +132,7 @@ class Encoder:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self._resources.__exit__(kind, value, trace)
 
 
 def token_budget(dtype: torch.dtype) -> int:
@@ -179,6 +180,9 @@ def encode_here(
     """Token ids → ``[n, hidden]`` fp32 on the last stage of this model replica, None on the others.
 
     The ranks of a replica must call this together; other replicas take no part.
+
+    Raises:
+        UserError: a vector is not finite; it would be ranked somewhere, and nobody would know.
     """
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     vectors = torch.zeros(len(sequences), hidden_size, device=host.device()) if last else None
@@ -192,6 +196,12 @@ def encode_here(
                 vectors[micro_batch.texts.to(vectors.device)] = rows.float()
     for stage, mode in zip(stages, modes, strict=True):
         stage.train(mode)
+    if vectors is not None and (bad := int((~vectors.isfinite()).any(1).sum())):
+        dtype = str(stages[-1].config.params_dtype).removeprefix("torch.")
+        raise UserError(
+            f"{bad} of {len(vectors)} vectors hold numbers that are not finite, computed in {dtype}: "
+            f"take a dtype of a wider range (bf16, fp32), or look whether the weights are finite"
+        )
     return vectors
 
 

@@ -33,7 +33,7 @@ from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
 from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose, still_said
 from megatron_embed.recipes.mining_input import check_corpus
-from megatron_embed.recipes.mining_report import describe, write_audit
+from megatron_embed.recipes.mining_report import beside, describe, write_audit
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
 from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.search import Searcher
@@ -82,7 +82,7 @@ def mine(
         return encode_texts(encoder, texts, cache / key(stamp), kind=kind, stamp=stamp, progress=progress)
 
     stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
-    text_ids = cache / f"{stamp['input_sha256'][:24]}.text_ids.npy"
+    text_ids = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
     odd = [on_first_rank(lambda: check_corpus(corpus, text_ids)), source.odd]
     on_first_rank(lambda: report(odd, strict=strict))
     documents = encoded(corpus, "passage")
@@ -244,10 +244,19 @@ def _rank_range(text: str) -> tuple[int, int]:
     return int(first or "0"), int(last)
 
 
+def _existing(path: Path) -> Path:
+    """The nearest of the folders above that is there."""
+    return next(folder for folder in path.absolute().parents if folder.is_dir())
+
+
 def _run(args: argparse.Namespace) -> None:
     rules = MiningRules(args.negatives, args.rank_range, args.max_score_ratio, args.margin)
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output}: is there already; name another file, or --overwrite")
+    if args.output.is_dir():
+        raise UserError(f"{args.output}: a folder; wanted a file's name")
+    if not os.access(_existing(args.output), os.W_OK):
+        raise UserError(f"{_existing(args.output)}: cannot be written to")
     corpus = Corpus(args.corpus)
     with open_encoder(args) as encoder:
         audit = mine(
@@ -266,7 +275,7 @@ def _run(args: argparse.Namespace) -> None:
         if dist.get_rank() == 0:
             write_audit(audit, rules, args.output)
             print(describe(audit, rules))
-            print(f"written to {args.output}; scores in {args.output.with_suffix('.scores.png')}")
+            print(f"written to {args.output}; scores in {beside(args.output, '.scores.png')}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ def describe(audit: Audit, rules: MiningRules) -> str:
     return "\n".join(lines)
 
 
+def beside(output: Path, ending: str) -> Path:
+    """``OUT.audit.json`` of ``OUT.jsonl``; of a name with another ending all of it is kept."""
+    return output.with_name(output.name.removesuffix(".jsonl").removesuffix(".json") + ending)
+
+
 def write_audit(audit: Audit, rules: MiningRules, output: Path) -> None:
     """``OUT.audit.json``, and the picture of the scores, ``OUT.scores.png``."""
     value = {
@@ -47,11 +53,12 @@ def write_audit(audit: Audit, rules: MiningRules, output: Path) -> None:
         "rows_without_their_teachers_scores": audit.scores_dropped,
         "rows_without_their_teachers_vectors": audit.vectors_dropped,
         "odd_rows": {rows.path: rows.counts() for rows in audit.odd},
-        "rules": vars(rules),
+        "rules": vars(rules)
+        | {"max_score_ratio": None if math.isinf(rules.max_score_ratio) else rules.max_score_ratio},
     }
     text = json.dumps(value, indent=2) + "\n"
-    write_file(output.with_suffix(".audit.json"), lambda file: file.write(text.encode()))
-    write_file(output.with_suffix(".scores.png"), lambda file: _draw(audit, file))
+    write_file(beside(output, ".audit.json"), lambda file: file.write(text.encode()))
+    write_file(beside(output, ".scores.png"), lambda file: _draw(audit, file))
 
 
 def _draw(audit: Audit, file: Any) -> None:

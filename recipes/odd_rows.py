@@ -11,6 +11,7 @@ from megatron_embed.recipes.pairs import Pair
 
 NO_TEXT = "rows have no text; their vectors are the prompt's"
 REPEATED_PAIRS = "repeated pairs"
+JSON_LOOKING = "lines look like JSON in a file of plain lines"
 
 
 @dataclass

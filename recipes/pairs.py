@@ -90,7 +90,10 @@ def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list
     if positive is not None:
         if len(positives) > 1:
             raise RowError(f"a teacher's vectors go with one positive; found {len(positives)}")
-        passages = [positive, *(row.get("negative_embeddings") or [])]
+        of_negatives = row.get("negative_embeddings")
+        if not isinstance(of_negatives, list | None):
+            raise RowError(f"'negative_embeddings': found {kind_of(of_negatives)}; wanted a list of vectors")
+        passages = [positive, *(of_negatives or [])]
         for vector in (query, *passages):
             _check_numbers("…_embedding", vector)
         if len(passages) != wanted:

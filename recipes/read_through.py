@@ -69,5 +69,6 @@ def read_through(rows: Rows, reader: PairReader) -> Index:
         if len(again := repeated_pairs(groups)):
             row = int(np.searchsorted(arrays["ends"], again[0], side="right")) if "ends" in arrays else int(again[0])
             odd.add(REPEATED_PAIRS, rows.line(row), len(again))
+    rows.check_unchanged()
     facts = {"max_negatives": most, "no_scores": no_scores, "no_vectors": no_vectors, "vector_widths": sorted(widths)}
     return Index(arrays, {**facts, "odd": odd.found})

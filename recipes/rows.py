@@ -6,6 +6,7 @@ line, count the problems or list them.
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from array import array
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.data_index import Index, indexed
+from megatron_embed.recipes.data_index import Index, indexed, stamps
 from megatron_embed.recipes.json_entries import entries_of_array, entries_of_data, is_object
 from megatron_embed.recipes.json_text import BOM, RowError, parse_json
 
@@ -38,6 +39,13 @@ class Rows(Protocol):
 
     def scan(self) -> Iterator[Any]:
         """Every row in order: its value, or the :class:`RowError` that says why it has none."""
+
+    def check_unchanged(self) -> None:
+        """What is found in rows that were opened before a change must not be kept as the files' after it.
+
+        Raises:
+            UserError: a file was written to since it was opened.
+        """
 
 
 def open_rows(path: str, wanted: str = "training pairs") -> Rows:
@@ -80,6 +88,7 @@ def _recognised(path: str) -> Rows:
 
 
 _SCANNED = 1 << 20  # bytes read at once where all rows are read
+_BLANK = 64  # bytes of white space that may make a blank line
 
 
 class _OffsetRows:
@@ -90,10 +99,14 @@ class _OffsetRows:
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.files = str(path), [Path(path)]
+        self._opened = stamps(self.files)
         self._file = os.open(self.path, os.O_RDONLY)
         self._index = indexed(self._kind, self.files, self._found)
         arrays = self._index.arrays
         self._starts, self._ends, self._lines = arrays["starts"], arrays["ends"], arrays.get("lines")
+
+    def check_unchanged(self) -> None:
+        _check_unchanged(self.path, self.files, self._opened)
 
     def _found(self) -> Index:
         """``starts``, ``ends`` and, where these are not all lines from the first, ``lines`` (from 0)."""
@@ -191,12 +204,23 @@ def _line_offsets(file: int, chunk: int = 1 << 22) -> tuple[np.ndarray, np.ndarr
     np.add(ends[:-1], 1, out=starts[1:])
     if os.pread(file, len(BOM), 0) == BOM:
         starts[0] = len(BOM)
-    for line in np.flatnonzero(ends - starts == 1):  # "\r\n" alone is blank too
-        if os.pread(file, 1, int(starts[line])).isspace():
+    lengths = ends - starts
+    short = np.flatnonzero((lengths > 0) & (lengths <= _BLANK))
+    for line in short[_begins_with_space(file, starts[short])]:  # "\r\n" alone is blank too
+        if os.pread(file, int(lengths[line]), int(starts[line])).isspace():
             ends[line] = starts[line]
     if starts[-1] == ends[-1]:  # the last line break ends a line, it does not begin one
         starts, ends = starts[:-1], ends[:-1]
     return starts, ends
+
+
+def _begins_with_space(file: int, starts: np.ndarray) -> np.ndarray:
+    """Whether white space is at each of these places of a file; without a read for each, of which there may be many."""
+    if not len(starts):
+        return np.zeros(0, dtype=bool)
+    with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
+        first = np.frombuffer(content, dtype=np.uint8)[starts]
+    return np.isin(first, np.frombuffer(b" \t\r\v\f", dtype=np.uint8))
 
 
 class TableRows:
@@ -204,6 +228,7 @@ class TableRows:
 
     def __init__(self, path: str, table: Any, form: str, files: list[Path]) -> None:
         self.path, self.form, self.files, self._table = path, form, files, table
+        self._opened = stamps(files)
 
     @classmethod
     def from_parquet(cls, path: str) -> TableRows:
@@ -216,7 +241,7 @@ class TableRows:
             # datasets cannot read a file without rows
             table = _quiet_datasets().Dataset.from_parquet(path) if rows else []
             return cls(path, table, "Parquet", [Path(path)])
-        except (pyarrow.ArrowException, OSError, _datasets_error()) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, _datasets_error()) as error:  # ValueError: its schema
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"{path}: not a readable Parquet file ({reason})") from None
 
@@ -240,20 +265,30 @@ class TableRows:
             return self._table[index]
         except UnicodeDecodeError as error:  # Arrow does not look into its texts
             raise RowError(f"not UTF-8: byte 0x{error.object[error.start]:02x} in a column of text") from None
+        except (OverflowError, ValueError) as error:  # a date beyond Python's
+            raise RowError(f"a value that cannot be read ({error})") from None
 
     def line(self, index: int) -> int:
         return index + 1
+
+    def check_unchanged(self) -> None:
+        _check_unchanged(self.path, self.files, self._opened)
 
     def scan(self) -> Iterator[Any]:
         for first in range(0, len(self), 1000):  # row by row is 20 times slower
             try:
                 block = self._table[first : first + 1000]
-            except UnicodeDecodeError:
+            except (OverflowError, ValueError):
                 yield from _each(self, range(first, min(first + 1000, len(self))))
                 continue
             names = list(block)
             for values in zip(*block.values(), strict=True):
                 yield dict(zip(names, values, strict=True))
+
+
+def _check_unchanged(path: str, files: list[Path], before: list[Any]) -> None:
+    if stamps(files) != before:
+        raise UserError(f"{path}: was written to while it was read; start again when it is whole")
 
 
 def _each(rows: Rows, indices: Iterable[int]) -> Iterator[Any]:

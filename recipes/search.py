@@ -72,10 +72,19 @@ class Searcher:
         best, where = _nothing(len(queries), self.k)
         if not len(self._index_rows):
             return best, where
-        scores, found = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), self.k)
+        _, found = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), self.k)
         rows = np.where(found >= 0, self._index_rows[found], -1)
-        scores = np.where(found >= 0, scores, -np.inf).astype(np.float32)
+        scores = self._exact_scores(queries, rows)  # an index that compresses estimates them only
         return torch.from_numpy(scores).to(best), torch.from_numpy(rows).to(where)
+
+    def _exact_scores(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+        for number in self._own:
+            shard = self.corpus.manifest.shards[number]
+            asking, place = np.nonzero((rows >= shard.first) & (rows < shard.first + shard.rows))
+            theirs = self.corpus.shard(number)[rows[asking, place] - shard.first]
+            scores[asking, place] = np.einsum("ij,ij->i", queries[asking], theirs)
+        return scores
 
     def _build_index(self, factory: str) -> None:
         try:

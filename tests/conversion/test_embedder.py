@@ -64,6 +64,7 @@ def test_vectors_are_the_source_models(pooling: str, normalize: bool, source: So
     tower = Mistral3ForConditionalGeneration.from_pretrained(folder).model.language_model.eval()
     tower.config.is_causal = False
     sentences = SentenceTransformer(str(out), device="cpu", local_files_only=True)
+    assert sentences.similarity_fn_name == ("cosine" if normalize else "dot")  # as in the loss
     assert sentences[0].auto_model.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.split_special_tokens = True

@@ -69,6 +69,38 @@ def test_one_rank_failing_ends_all_with_its_message_once(folder: Path) -> None:
     assert shows_no_code(done.stderr)
 
 
+FAILS_ALONE = """
+import torch
+import torch.distributed as dist
+from megatron_embed.bridge import host, parallel
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.recipes.cli import run_program
+
+def main():
+    host.run_on_cpu()
+    try:
+        with parallel.parallel_world(Layout()):
+            if dist.get_rank() == 1:
+                raise UserError("rank 1 knows why")
+            dist.all_reduce(torch.zeros(1))
+    except UserError:
+        assert dist.is_initialized(), "closed: the others fail of that, and may be heard first"
+        raise
+
+run_program(main)
+"""
+
+
+def test_the_rank_that_fails_is_heard_not_those_that_wait_for_it(tmp_path: Path) -> None:
+    program = tmp_path / "fails.py"
+    program.write_text(FAILS_ALONE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == ["error: rank 1 knows why"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "processes", "message"),
     [

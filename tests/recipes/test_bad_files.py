@@ -41,6 +41,16 @@ def parquet_in_latin_1(**columns: list[bytes]) -> bytes:
     return file.getvalue()
 
 
+def parquet_of_a_map() -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"query": ["q"], "positive": ["p"], "m": pyarrow.array([[("k", 1)]], pyarrow.map_("string", "int32"))}
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
 def damaged(whole: bytes) -> bytes:
     """With its end, where a Parquet file says what it holds, but not the beginning."""
     return whole[:4] + b"\xff" * 200 + whole[204:]
@@ -81,7 +91,15 @@ PAIRS: dict[str, tuple[bytes, str]] = {
         parquet_in_latin_1(query=[b"a", b"b\xe9"], positive=[b"p", b"p"]),
         ", line 2: not UTF-8: byte 0xe9 in a column of text",
     ),
-    "without rows": (b"\n", ": holds no rows; wanted training pairs"),
+    "without rows": (b"\n \t\r\n", ": holds no rows; wanted training pairs"),
+    "of vectors that are none": (
+        PAIR.replace("}", ', "query_embedding": [1], "positive_embedding": [1], "negative_embeddings": 5}').encode(),
+        ", line 1: 'negative_embeddings': found the number 5; wanted a list of vectors",
+    ),
+    "Parquet of a type that datasets has not": (
+        parquet_of_a_map(),
+        ": not a readable Parquet file (Arrow type map<string, int32",
+    ),
 }
 CORPORA: dict[str, tuple[bytes, str]] = {
     "of JSON and plain lines": ((DOCUMENT + "plain").encode(), ", line 2: not JSON: Expecting value at column 1: 'pla"),
@@ -123,6 +141,8 @@ TABLES: dict[str, tuple[bytes, str]] = {
 }
 QRELS: dict[str, tuple[bytes, str]] = {
     "in Latin-1": ("q\ta\t1\né\ta\t1\n".encode("latin-1"), ", line 2: not UTF-8: byte 0xe9 at byte 1 of the line; wan"),
+    "with another number in its first line": (b"q\ta\t1.0\nq\ta\t1\n", ", line 1: found 'q\\ta\\t1.0'; wanted q"),
+    "with spaces in its first line": (b"q a 1\nq\ta\t1\n", ", line 1: found 'q a 1'; wanted query-id, corpus-id, sco"),
     "with spaces": (b"q\ta\t1\nq a 1\n", ", line 2: found 'q a 1'; wanted query-id, corpus-id, score between tabs"),
     "of queries that are not there": (b"q\ta\t1\nr\ta\t1\n", ", line 2: "),
     "of no documents that are there": (b"q\tb\t1\n", ""),

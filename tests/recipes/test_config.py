@@ -285,6 +285,8 @@ def test_resolved_fills_derived_values(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # TP 1: nothing to split
     monkeypatch.setenv("SAVE_DIR", "/elsewhere")
     assert cfg.resolved().train.save_dir == "/elsewhere"
+    cfg.train.save_dir = "~/runs"
+    assert cfg.resolved().train.save_dir == str(Path.home() / "runs")
     assert override("train.save_dir=here").resolved().train.save_dir == "here"
 
 

@@ -12,7 +12,7 @@ import pytest
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import Encoder, encode_corpus, mine
+from megatron_embed.recipes import Encoder, encode_corpus, mine, odd_rows
 from megatron_embed.recipes.beir import load_beir, read_texts
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.corpus import Corpus
@@ -76,6 +76,17 @@ def test_odd_texts_are_kept_counted_and_refused_only_by_strict(
     assert f"{path}: 1 rows hold NUL characters, first line 2" in err
     assert err.startswith("error: ") == strict
     assert (tmp_path / "out").exists() != strict
+
+
+@pytest.mark.parametrize("first", ["version https://git-lfs.github.com/spec/v1", '["a", "b"]'])
+def test_a_beir_folder_holds_no_plain_lines(first: str, tmp_path: Path) -> None:
+    document = {"_id": "a", "text": "one"}
+    write(tmp_path / "corpus.jsonl", [first, document])
+    write(tmp_path / "queries.jsonl", [document])
+    with pytest.raises(UserError, match=r"corpus.jsonl, line 1: "):
+        Corpus(tmp_path).check()
+    # in a file of any lines it may be meant
+    assert Corpus(tmp_path / "corpus.jsonl").check().odd.counts() == {odd_rows.JSON_LOOKING: 1}
 
 
 def test_control_tokens_and_nuls_are_encoded_as_text(encoder: Encoder, tmp_path: Path) -> None:

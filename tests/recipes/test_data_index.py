@@ -17,9 +17,9 @@ import pytest
 from support.full_disk import files_of_at_most
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import beir_rows, corpus, data_index, formats, json_entries, rows
+from megatron_embed.recipes import beir_rows, corpus, data, data_index, formats, json_entries, rows
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset, PairSource
 from megatron_embed.recipes.data_index import Index, cache_folder, indexed
 
 
@@ -348,3 +348,22 @@ def test_a_file_written_to_meanwhile_is_not_kept(tmp_path: Path, cache: Path) ->
 
     assert number_of(indexed("kind", [path], build)) == 1
     assert not entries(cache)
+
+
+def test_rows_opened_before_a_change_are_not_kept_as_the_changed_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = DataSource(path=str(json_lines(tmp_path)))
+    reader = data.PairReader
+
+    def meanwhile(rows: Any) -> Any:
+        with open(source.path, "a") as file:
+            file.write("not JSON\n")
+        return reader(rows)
+
+    monkeypatch.setattr(data, "PairReader", meanwhile)
+    with pytest.raises(UserError, match="was written to while it was read; start again when it is whole"):
+        PairSource(source)
+    monkeypatch.setattr(data, "PairReader", reader)
+    with pytest.raises(UserError, match="line 31: not JSON"):
+        PairSource(source)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.tiny_models import save_vlm
 
 from megatron_embed.bridge import host
+from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.recipes import Encoder
@@ -26,6 +28,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_hf(root / "vlm", root / "megatron", progress=False)
     export_hf(root / "megatron", root / "export", progress=False)
     return root / "export"
+
+
+def test_vectors_that_are_not_finite_are_an_error(model: Path) -> None:
+    with Encoder.from_pretrained(model, device="cpu") as encoder:
+        with torch.no_grad():
+            encoder.stages[-1].decoder.final_layernorm.weight[0] = float("inf")
+        with pytest.raises(UserError, match=r"2 of 2 vectors hold numbers that are not finite, computed in \w+: take"):
+            encoder.encode(TEXTS[:2])
 
 
 def test_texts_longer_than_a_micro_batch_are_encoded_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.mining import make_data, make_parts_small, read, run, save_cross_encoder
+from support.mining import make_data, make_parts_small, read, run, save_cross_encoder, texts_of, write
 from support.runs import read_metrics, recipe
 from support.tiny_models import save_model
 from support.worlds import run_world
@@ -265,6 +265,29 @@ def test_a_flat_faiss_index_finds_the_same(encoder: Encoder, folder: Path, tmp_p
         run(encoder, folder, tmp_path / "out.jsonl", faiss="Nonsense")
 
 
+@pytest.mark.parametrize("index", ["SQ4", "PCA8,Flat"])
+def test_scores_of_an_index_that_compresses_are_exact(
+    index: str, encoder: Encoder, folder: Path, tmp_path: Path
+) -> None:
+    """Else the limits would be asked of estimates, and a student taught these."""
+    pytest.importorskip("faiss")
+    run(encoder, folder, tmp_path / "out.jsonl", faiss=index, with_scores=True)
+    for row in read(tmp_path / "out.jsonl"):
+        exact = encoder.encode(texts_of(row), kind="passage") @ encoder.encode(row["query"], kind="query")
+        np.testing.assert_allclose(row["scores"], exact, atol=2e-6)
+
+
+def test_white_space_around_a_text_hides_no_positive(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"query": f"{row['query']} ", "positive": f"{row['positive']}\n"} for row in read(folder / "train.jsonl")[:20]
+    ]
+    write(tmp_path / "train.jsonl", rows)
+    shutil.copy(folder / "corpus.jsonl", tmp_path / "corpus.jsonl")
+    run(encoder, tmp_path, tmp_path / "out.jsonl", RULES["no limits"])
+    for row in read(tmp_path / "out.jsonl"):
+        assert {row["query"].strip(), row["positive"].strip()}.isdisjoint(row["negatives"])
+
+
 @pytest.mark.parametrize("ranks", [(5, 5), (-1, 3)])
 def test_rank_ranges_that_are_none(ranks: tuple[int, int]) -> None:
     with pytest.raises(UserError, match=r"--rank-range: found .*; wanted A:B with 0 <= A < B"):
@@ -280,14 +303,19 @@ def test_limits_beside_a_negative_positive_score() -> None:
 def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.jsonl"
     arguments = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--device", "cpu"]
-    arguments += ["--corpus", str(folder / "corpus.jsonl"), "--output", str(out), "--rank-range", ":50"]
+    arguments += ["--corpus", str(folder / "corpus.jsonl"), "--rank-range", ":50", "--max-score-ratio", "inf"]
+    with pytest.raises(SystemExit) as ended:
+        mine.main([*arguments, "--output", str(tmp_path), "--overwrite"])
+    assert ended.value.code == 1
+    assert "a folder; wanted a file's name" in capsys.readouterr().err
+    arguments += ["--output", str(out)]
     with pytest.raises(SystemExit) as ended:
         mine.main(arguments)
     assert not ended.value.code
     text = capsys.readouterr().out
     assert "30 queries, 1,500 candidates at ranks 0 to 49" in text
     assert "known positive" in text
-    audit = json.loads((tmp_path / "out.audit.json").read_text())
+    audit = json.loads((tmp_path / "out.audit.json").read_text(), parse_constant=pytest.fail)
     assert audit["kept"] == sum(len(row["negatives"]) for row in read(out))
     assert (tmp_path / "out.scores.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit) as ended:

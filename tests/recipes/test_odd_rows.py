@@ -170,7 +170,7 @@ def test_nothing_odd_says_nothing(model: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_white_space_on_a_plain_line_is_no_negative(tmp_path: Path) -> None:
     """Training refuses such a text: mining must not give it."""
-    (tmp_path / "plain.txt").write_text("one\n  \ntwo\n\u3000\n")
+    (tmp_path / "plain.txt").write_text("one\n\u3000\ntwo\n\u3000\u3000\n")
     corpus = Corpus(tmp_path / "plain.txt")
     ids = corpus.check().text_ids
     assert (ids[1] == ids[3]).all()

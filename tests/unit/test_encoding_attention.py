@@ -96,6 +96,9 @@ def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert products_are_faster(query, long) == faster
         assert products_are_faster(query.bfloat16(), long) == faster
         assert not products_are_faster(query, short)
+        assert products_are_faster(query, [Run(1, 4096, 4096)]) == faster
+        assert not products_are_faster(query, [*long, Run(1, 4097, 4097)])
+        assert products_are_faster(query.bfloat16(), [Run(1, 4097, 4097)]) == faster
         assert not products_are_faster(query.half(), long)
         assert not products_are_faster(query.double(), long)
         assert not products_are_faster(query.to("meta"), long)
