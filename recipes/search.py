@@ -81,9 +81,10 @@ class Searcher:
         scores = np.full(rows.shape, -np.inf, dtype=np.float32)
         for number in self._own:
             shard = self.corpus.manifest.shards[number]
-            asking, place = np.nonzero((rows >= shard.first) & (rows < shard.first + shard.rows))
-            theirs = self.corpus.shard(number)[rows[asking, place] - shard.first]
-            scores[asking, place] = np.einsum("ij,ij->i", queries[asking], theirs)
+            theirs, inside = self.corpus.shard(number), (rows >= shard.first) & (rows < shard.first + shard.rows)
+            for asking in np.flatnonzero(inside.any(axis=1)):  # one by one: all at once would be GBs of vectors
+                place = np.flatnonzero(inside[asking])
+                scores[asking, place] = theirs[rows[asking, place] - shard.first] @ queries[asking]
         return scores
 
     def _build_index(self, factory: str) -> None:
