@@ -73,10 +73,9 @@ class Encoder:
         parallel.select_device(device)
         source = ModelSource.open(path)
         layout = layout or Layout()
-        resources = ExitStack()
-        if not parallel_state.model_parallel_is_initialized():
-            resources.enter_context(parallel.parallel_world(layout))
-        try:
+        with ExitStack() as resources:
+            if not parallel_state.model_parallel_is_initialized():
+                resources.enter_context(parallel.parallel_world(layout))
             wanted = dtype or getattr(torch, source.config.dtype)
             stages = build_stages(source.config, transformer_config(source.config, layout, dtype=wanted))
             source.fill(stages, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
@@ -89,17 +88,14 @@ class Encoder:
                 query_max_length=settings.query_max_length,
                 passage_max_length=settings.passage_max_length,
             )
-        except BaseException:
-            resources.close()
-            raise
-        plan = BatchingPlan(
-            pad_id=tokenizer.pad_token_id,
-            packed=True,
-            max_tokens=max_tokens or token_budget(wanted),
-            multiple_of=layout.tp * layout.cp,
-            longer_alone=True,
-        )
-        return cls(stages, source.config, tokenizer, plan, resources=resources, source=source)
+            plan = BatchingPlan(
+                pad_id=tokenizer.pad_token_id,
+                packed=True,
+                max_tokens=max_tokens or token_budget(wanted),
+                multiple_of=layout.tp * layout.cp,
+                longer_alone=True,
+            )
+            return cls(stages, source.config, tokenizer, plan, resources=resources.pop_all(), source=source)
 
     def encode(
         self,

@@ -38,6 +38,17 @@ def test_vectors_that_are_not_finite_are_an_error(model: Path) -> None:
             encoder.encode(TEXTS[:2])
 
 
+def test_a_model_that_cannot_be_loaded_leaves_no_process_group(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        assert torch.distributed.is_initialized()
+        raise UserError("unreadable")
+
+    monkeypatch.setattr(module, "pack_weights", fails)
+    with pytest.raises(UserError, match="unreadable"):
+        Encoder.from_pretrained(model, device="cpu")
+    assert not torch.distributed.is_initialized()
+
+
 def test_texts_longer_than_a_micro_batch_are_encoded_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Encoder.from_pretrained(model, device="cpu") as encoder:
         wanted = encoder.encode(TEXTS, kind="passage")
