@@ -47,6 +47,7 @@ def initialize(layout: Layout, *, timeout_minutes: int = 30) -> None:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     layout.data_parallel_size(dist.get_world_size())
+    _groups_before.update(_process_groups())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -62,8 +63,24 @@ def shut_down(*, process_group: bool = True) -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if process_group and dist.is_initialized():
-        dist.destroy_process_group()
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None  # the one that it overlooks
+    if dist.is_initialized():
+        # megatron-core forgets its groups without destroying them. Each keeps threads that poll for as long as the
+        # process lives: 51 at two ranks for every layout that was entered.
+        for group in _process_groups() - _groups_before:
+            dist.destroy_process_group(group)
+        if process_group:
+            dist.destroy_process_group()
+    _groups_before.clear()
+
+
+#: the groups that were there when :func:`initialize` began: somebody else's
+_groups_before: set[dist.ProcessGroup] = set()
+
+
+def _process_groups() -> set[dist.ProcessGroup]:
+    """Every process group that this process is a member of; torch lists them in no public place."""
+    return set(dist.distributed_c10d._world.pg_map)
 
 
 @contextmanager
