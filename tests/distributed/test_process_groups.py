@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from support.worlds import run_world
 
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
-from support.worlds import run_world
 
 LAYOUTS = [
     layout
