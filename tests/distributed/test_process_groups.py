@@ -26,6 +26,15 @@ def _threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def _use_groups() -> None:
+    for group in (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    ):
+        dist.all_reduce(torch.ones(1), group=group)
+
+
 def _enter(count: int) -> tuple[int, list[int], int]:
     """Threads before, after each layout, and groups that torch still knows at the end."""
     other = dist.new_group()  # somebody else's: it must outlive every layout
@@ -34,12 +43,7 @@ def _enter(count: int) -> tuple[int, list[int], int]:
     after = []
     for number in range(count):
         with parallel_world(LAYOUTS[number % len(LAYOUTS)]):
-            for group in (
-                parallel_state.get_tensor_model_parallel_group(),
-                parallel_state.get_pipeline_model_parallel_group(),
-                parallel_state.get_data_parallel_group(with_context_parallel=True),
-            ):
-                dist.all_reduce(torch.ones(1), group=group)
+            _use_groups()
         after.append(_threads())
     total = torch.ones(1)
     dist.all_reduce(total, group=other)
