@@ -22,7 +22,7 @@ from megatron_embed.recipes.beir import (
 from megatron_embed.recipes.data_index import Index, indexed
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.rows import JsonLineRows
-from megatron_embed.recipes.targets import text_id
+from megatron_embed.recipes.targets import exact_id
 
 _NAMES = ("corpus.jsonl", "queries.jsonl")
 
@@ -70,8 +70,8 @@ def _read_through(root: Path, texts: JsonLineRows, corpus: JsonLineRows) -> Inde
     path = qrels_path(root, "train")
     ids, relevant, on = (array("Q"), array("Q")), array("b"), array("q")
     for query, document, grade, line in read_qrels(root, "train"):
-        ids[0].append(text_id(query))
-        ids[1].append(text_id(document))
+        ids[0].append(exact_id(query))
+        ids[1].append(exact_id(document))
         relevant.append(grade > 0)
         on.append(line)
     lines = np.array(on)
@@ -104,7 +104,7 @@ def _read_through(root: Path, texts: JsonLineRows, corpus: JsonLineRows) -> Inde
 
 def _rows_of(rows: JsonLineRows, wanted: np.ndarray) -> np.ndarray:
     """``[n]`` identities of ids → the rows that have them; −1: none. While it looks, a row takes some 40 bytes."""
-    found = np.fromiter((text_id(id_) for id_, *_ in checked_texts(rows)), dtype=np.uint64)
+    found = np.fromiter((exact_id(id_) for id_, *_ in checked_texts(rows)), dtype=np.uint64)
     if len(again := repeats(found)):
         row = int(again[0])
         raise UserError(repeated_id(rows, rows.line(row), id_of(rows[row], "_id")))

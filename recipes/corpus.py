@@ -16,7 +16,7 @@ from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.json_text import RowError, decode
 from megatron_embed.recipes.odd_rows import JSON_LOOKING, NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.rows import JsonLineRows, Rows, open_rows, place
-from megatron_embed.recipes.targets import text_id
+from megatron_embed.recipes.targets import exact_id, text_id
 
 _ID_KEYS = ("_id", "id", "docid")
 _WANTED = f"texts: {WANTED}, a row, or plain lines"
@@ -45,7 +45,7 @@ class CorpusFacts:
 
     Attributes:
         odd: rows that are kept as they are, without any text, with NUL characters, ….
-        text_ids: ``[rows, 2]`` uint64: of title with text, and of the text alone; white space alone is no text.
+        text_ids: ``[rows, 2]`` uint64: of title with text, and of the text alone.
     """
 
     odd: OddRows
@@ -122,8 +122,8 @@ class Corpus:
         odd = OddRows(self.path)
         for index in range(len(self)):
             id_, full, alone = self._parse(index)
-            ids[index] = text_id(id_)
-            text_ids[index] = [text_id(text.strip()) for text in (full, alone)]
+            ids[index] = exact_id(id_)
+            text_ids[index] = [text_id(full), text_id(alone)]
             unlikely = [JSON_LOOKING] if self.form == "plain lines" and full.lstrip().startswith('{"') else []
             for remark in (*of_text(full), *([] if full.strip() else [NO_TEXT]), *unlikely):
                 odd.add(remark, self.rows.line(index))

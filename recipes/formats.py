@@ -20,7 +20,7 @@ from megatron_embed.recipes.data_index import Index, indexed
 from megatron_embed.recipes.json_text import RowError, read_json
 from megatron_embed.recipes.pairs import Pair, kind_of, parse_pair
 from megatron_embed.recipes.rows import JsonObjectRows, Rows
-from megatron_embed.recipes.targets import text_id
+from megatron_embed.recipes.targets import exact_id
 
 #: (corpus id or None, document id) → text
 Lookup = Callable[[Any, Any], str]
@@ -222,7 +222,7 @@ class Documents:
 
     def _sorted(self) -> Index:
         """``ids``, sorted, and the numbers of their documents, ``order``."""
-        ids = (text_id(corpus.read_id(row)) for corpus in self.corpora for row in range(len(corpus)))
+        ids = (exact_id(corpus.read_id(row)) for corpus in self.corpora for row in range(len(corpus)))
         found = np.fromiter(ids, dtype=np.uint64)
         order = np.argsort(found, kind="stable")
         found = found[order]
@@ -235,7 +235,7 @@ class Documents:
 
     def text(self, id_: Any) -> str:
         """The document, title first."""
-        wanted = np.uint64(text_id(str(id_)))
+        wanted = np.uint64(exact_id(str(id_)))
         at = int(np.searchsorted(self._ids, wanted))
         if at == len(self._ids) or self._ids[at] != wanted:
             raise RowError(f"document {id_!r} is not in {', '.join(corpus.path for corpus in self.corpora)}")

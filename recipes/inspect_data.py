@@ -69,8 +69,9 @@ def look_through(path: str) -> Findings:
         found.lengths["query"][len(pair.query)] += 1
         found.lengths["positive"].update(map(len, pair.positives))
         found.lengths["negative"].update(map(len, pair.negatives))
-        queries.append(hash(pair.query))
-        pairs.extend(hash((pair.query, positive)) for positive in pair.positives)
+        query = pair.query.strip()  # the same text as text_id has it
+        queries.append(hash(query))
+        pairs.extend(hash((query, positive.strip())) for positive in pair.positives)
         row_of_pair.extend([index] * len(pair.positives))
         if len(found.samples) < _SAMPLES:
             found.samples.append(pair)

@@ -64,23 +64,20 @@ class MiningRules:
 
 
 class KnownPositives:
-    """All positives of each query text, over all rows of the data: 16 bytes an example.
-
-    White space around a text is none of it: a corpus's copy of a positive may have lost it.
-    """
+    """All positives of each query text, over all rows of the data: 16 bytes an example."""
 
     def __init__(self, source: PairSource) -> None:
         pairs = np.empty((len(source), 2), dtype=np.uint64)
         for row in range(len(source.rows)):
             pair, examples = source.pair(row), source.examples(row)
-            pairs[examples.start : examples.stop, 0] = text_id(pair.query.strip())
-            pairs[examples.start : examples.stop, 1] = [text_id(text.strip()) for text in pair.positives]
+            pairs[examples.start : examples.stop, 0] = text_id(pair.query)
+            pairs[examples.start : examples.stop, 1] = [text_id(text) for text in pair.positives]
         order = np.argsort(pairs[:, 0], kind="stable")
         self._queries, self._positives = pairs[order].T.copy()
 
     def of(self, query: str) -> np.ndarray:
         """Identities of the query's positives."""
-        wanted = np.uint64(text_id(query.strip()))  # a Python int would be compared in floating point
+        wanted = np.uint64(text_id(query))  # a Python int would be compared in floating point
         first = np.searchsorted(self._queries, wanted)
         last = np.searchsorted(self._queries, wanted, side="right")
         return self._positives[first:last]
@@ -154,7 +151,7 @@ def choose(
     lowest = float(positives.min())
     reasons: tuple[Any, ...] = (
         np.isin(ids, known).any(axis=1),
-        (ids == text_id(query.strip())).any(axis=1),
+        (ids == text_id(query)).any(axis=1),
         ids[:, 0] == text_id(""),
         earlier,
         found > rules.ratio_limit(lowest),

@@ -60,8 +60,9 @@ def of_pair(pair: Pair) -> list[str]:
     for text in (pair.query, *pair.positives, *pair.negatives):
         if "\0" in text or "\ufffd" in text:
             found.extend(remark for remark in of_text(text) if remark not in found)
+    positives = {text.strip() for text in pair.positives}  # the same text as text_id has it
     for text in pair.negatives:
-        if text in pair.positives:
+        if text.strip() in positives:
             found.append("rows have a positive among their negatives")
             break
     return found

@@ -12,8 +12,17 @@ from torch import Tensor
 
 
 def text_id(text: str) -> int:
-    """A 63-bit number that stands for a text; never 0."""
-    return (int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1) | 1
+    """A 63-bit number that stands for a text; never 0.
+
+    This is what "the same text" means everywhere: in the loss's masks, in the order of batches, in mining. White space
+    around a text is none of it, for another copy of the text (a corpus's, say) may have lost it.
+    """
+    return exact_id(text.strip())
+
+
+def exact_id(key: str) -> int:
+    """A 63-bit number that stands for a key, such as a document's id, to the last character; never 0."""
+    return (int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) >> 1) | 1
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,21 @@ class Targets:
             for column in self.known_ids.unbind(1):
                 queries_RG |= positives == column
         return passages_RN.flatten(1), queries_RG
+
+    def own_false_negatives(self) -> Tensor:
+        """``[Q, K]``: which of a query's own slots hold the text of its positive or a known positive of it.
+
+        The positive itself is among them. A scalar (False) where texts have no identities.
+        """
+        if self.passage_ids is None:
+            return torch.zeros((), dtype=torch.bool, device=self.valid.device)
+        known_QM = self.passage_ids[:, :1]
+        if self.known_ids is not None:
+            known_QM = torch.cat((known_QM, self.known_ids), dim=1)
+        found_QK = torch.zeros_like(self.valid)
+        for column in known_QM.unbind(1):
+            found_QK |= (column[:, None] == self.passage_ids) & (column[:, None] != 0)
+        return found_QK
 
 
 def _is_among(ids_N: Tensor, wanted_RM: Tensor) -> Tensor:
