@@ -93,11 +93,23 @@ class LossSection(Section):
     false_negative_margin: Number | None = None
     """A negative scoring above positive + margin is masked; null: none is."""
     matryoshka_dims: list[Count] = []
-    """Prefixes of the embedding that are trained too."""
+    """Prefixes of the embedding that are trained beside all of it: the loss is the mean over these widths."""
     score_distillation_weight: NonNegative = 0.0
     """Weight of the KL divergence to the teacher scores in the data."""
     embedding_distillation_weight: NonNegative = 0.0
     """Weight of the cosine distance to the teacher embeddings in the data."""
+
+    @field_validator("matryoshka_dims")
+    @classmethod
+    def _each_once(cls, dims: list[int]) -> list[int]:
+        twice = [dim for number, dim in enumerate(dims) if dim in dims[:number]]
+        if twice:
+            raise ValueError(f"each width once; {twice[0]} stands there twice")
+        return dims
+
+    def widths(self, hidden_size: int) -> list[int]:
+        """The widths that the loss is the mean over: the whole embedding's first, then ``matryoshka_dims``."""
+        return [hidden_size, *(dim for dim in self.matryoshka_dims if dim != hidden_size)]
 
 
 class DataSource(Section):

@@ -37,9 +37,15 @@ class ContrastiveLoss:
     * ``symmetric``: the mean with the same over queries for each positive (Günther et al. 2023).
     * ``query_query_negatives``, ``passage_passage_negatives``: further candidates; then all directions share one
       softmax (Li et al. 2023, GTE).
-    * ``matryoshka_dims``: the sum over truncated (and renormalised) vectors (Kusupati et al. 2022).
-    * ``score_distillation_weight``: plus KL(teacher ‖ student) over each query's own slots, student temperature T.
-    * ``embedding_distillation_weight``: plus the mean of 1 - cos(vector, teacher's vector) over texts that have one.
+    * ``in_batch_negatives=false``: j over the query's own slots. The masks are the same: a slot that holds the text of
+      the positive, or of another known positive of the query, is no negative.
+    * ``matryoshka_dims`` (Kusupati et al. 2022): ``L = 1/|W| Σ_w L_w`` over the widths W = {D} ∪ ``matryoshka_dims``,
+      ``L_w`` being the loss of the vectors' first w numbers, brought to length 1 again. The whole width D is always
+      among them, and each counts once.
+    * ``score_distillation_weight``: plus KL(teacher ‖ student) over each query's own slots, student temperature T. It
+      is part of ``L_w``: every width learns the teacher's order, and the weight does not grow with their number.
+    * ``embedding_distillation_weight``: plus the mean of 1 - cos(vector, teacher's vector) over texts that have one. It
+      is of the whole width alone, which the teacher's vectors have, and is added once to the mean.
 
     Attributes:
         normalize: whether the vectors have length 1 (truncated ones are then brought to it again).
@@ -75,12 +81,14 @@ class ContrastiveLoss:
             passages = zeros.masked_scatter(targets.valid.reshape(-1, 1), passages)
         passages_QKD = passages.view(*targets.valid.shape, -1)
         total = embeddings.new_zeros(())
-        for dim in self.config.matryoshka_dims or [embeddings.shape[1]]:
-            queries, slots = self._truncate(queries_QD, dim), self._truncate(passages_QKD, dim)
+        widths = self.config.widths(embeddings.shape[1])
+        for width in widths:
+            queries, slots = self._truncate(queries_QD, width), self._truncate(passages_QKD, width)
             total = total + self._info_nce(queries, slots, targets, temperature)
             if self.config.score_distillation_weight:
                 kl = _score_distillation(queries, slots, targets, temperature)
                 total = total + self.config.score_distillation_weight * kl / self._global_queries(targets)
+        total = total / len(widths)
         if self.config.embedding_distillation_weight:
             total = total + self.config.embedding_distillation_weight * self._embedding_distillation(
                 embeddings, targets
@@ -101,7 +109,7 @@ class ContrastiveLoss:
     def _info_nce(self, queries: Tensor, slots: Tensor, targets: Targets, temperature: Tensor | float) -> Tensor:
         if not self.config.in_batch_negatives:
             scores_QK = torch.einsum("qd,qkd->qk", queries, slots)
-            masked = ~targets.valid | self._above_margin(scores_QK, scores_QK[:, :1])
+            masked = ~targets.valid | targets.own_false_negatives() | self._above_margin(scores_QK, scores_QK[:, :1])
             masked[:, 0] = False
             log_p = (scores_QK / temperature).masked_fill(masked, float("-inf")).log_softmax(dim=1)
             return -log_p[:, 0].sum() / self._global_queries(targets)

@@ -131,7 +131,7 @@ def loss_bytes(cfg: RecipeConfig, config: EncoderConfig, step: Step, replicas: i
     rows = min(step.queries, max(1, CHUNK_BYTES // (width * FP32)))
     scores = 2 * rows * width if loss.in_batch_negatives else 2 * slots
     values = 3 * step.texts * config.hidden_size
-    for dim in loss.matryoshka_dims or [config.hidden_size]:
+    for dim in loss.widths(config.hidden_size):
         values += 2 * dim * (slots + candidates + queries)
     return FP32 * (values + scores)
 
@@ -212,7 +212,7 @@ def _loss_gather(cfg: RecipeConfig, config: EncoderConfig, step: Step, replicas:
     if not loss.in_batch_negatives or not loss.cross_rank_negatives:
         return 0
     vectors = step.queries * (step.slots + (loss.symmetric or loss.query_query_negatives))
-    dims = sum(loss.matryoshka_dims or [config.hidden_size])
+    dims = sum(loss.widths(config.hidden_size))
     return _ring(2 * replicas * vectors * dims * FP32, replicas)
 
 

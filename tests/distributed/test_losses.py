@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sentence_transformers.losses import DistillKLDivLoss, MultipleNegativesRankingLoss
+from sentence_transformers.losses import DistillKLDivLoss, MatryoshkaLoss, MultipleNegativesRankingLoss
 from support.worlds import run_world
 from torch import Tensor
 
@@ -25,8 +25,12 @@ CASES: dict[str, dict[str, Any]] = {
     "passage_passage": {"passage_passage_negatives": True},
     "margin": {"false_negative_margin": 0.05},
     "margin symmetric": {"false_negative_margin": -0.1, "symmetric": True},
-    "matryoshka": {"matryoshka_dims": [4, 8, 12]},
+    "own slots margin": {"in_batch_negatives": False, "false_negative_margin": -0.1},
+    "matryoshka": {"matryoshka_dims": [4, 8]},
+    "matryoshka with the whole width": {"matryoshka_dims": [12, 4]},
     "scores": {"score_distillation_weight": 0.7},
+    "scores matryoshka": {"score_distillation_weight": 0.7, "matryoshka_dims": [4, 8]},
+    "vectors matryoshka": {"embedding_distillation_weight": 0.3, "matryoshka_dims": [4, 8]},
     "vectors": {"embedding_distillation_weight": 0.3},
     "everything": {
         "symmetric": True,
@@ -54,6 +58,8 @@ def batch(kind: str) -> dict[str, Any]:
         passages[2][1] = passages[6][0]  # a hard negative that is somebody's positive
         known[3] = [passages[3][0], passages[4][0]]  # one more known positive, which is another's
         passages[5][2] = passages[5][0]  # the positive drawn as its own negative
+        known[7] = [passages[7][0], passages[7][1]]  # a known positive among the query's own negatives
+        passages[4][1] = f" {passages[4][0]}\n"  # the positive again, in other white space
     return {
         "valid": valid,
         "queries": queries,
@@ -72,7 +78,8 @@ def batch(kind: str) -> dict[str, Any]:
 def by_hand(data: dict[str, Any], config: dict[str, Any], q: Tensor, p: Tensor, t: Tensor, world: int) -> Tensor:
     """The definitions as loops over queries and candidates."""
     total = q.new_zeros(())
-    for dim in config.get("matryoshka_dims", [WIDTH]):
+    widths = {WIDTH, *config.get("matryoshka_dims", [])}
+    for dim in widths:
         total = total + info_nce(data, config, cut(q, dim), cut(p, dim), t, world)
         for i in range(QUERIES if "score_distillation_weight" in config else 0):
             filled = data["valid"][i]
@@ -80,6 +87,7 @@ def by_hand(data: dict[str, Any], config: dict[str, Any], q: Tensor, p: Tensor, 
             teacher = data["teacher_scores"][i][filled].softmax(0)
             kl = (teacher * (teacher.log() - student)).sum()
             total = total + config["score_distillation_weight"] * kl / QUERIES
+    total = total / len(widths)
     if "embedding_distillation_weight" in config:
         ours = torch.cat((q, p[data["valid"]]))
         theirs = torch.cat((data["teacher_queries"], data["teacher_slots"][data["valid"]]))
@@ -92,7 +100,8 @@ def cut(x: Tensor, dim: int) -> Tensor:
 
 
 def info_nce(data: dict[str, Any], config: dict[str, Any], q: Tensor, p: Tensor, t: Tensor, world: int) -> Tensor:
-    queries, passages, known, valid = (data[key] for key in ("queries", "passages", "known", "valid"))
+    valid, queries = data["valid"], [text.strip() for text in data["queries"]]
+    passages, known = ([[text.strip() for text in group] for group in data[key]] for key in ("passages", "known"))
     margin = config.get("false_negative_margin", math.inf)
     share = QUERIES // world
     losses = []
@@ -107,10 +116,9 @@ def info_nce(data: dict[str, Any], config: dict[str, Any], q: Tensor, p: Tensor,
             return [j for j in range(QUERIES) if whole or j // share == i // share]
 
         slots = [(j, k) for j in reach(i) for k in range(SLOTS) if valid[j, k]]
-        own = config.get("in_batch_negatives", True)
 
-        def no_negative(j: int, k: int, i: int = i, answers: set[str] = answers, own: bool = own) -> bool:
-            return own and (passages[j][k] in answers or (k == 0 and queries[j] == queries[i]))
+        def no_negative(j: int, k: int, i: int = i, answers: set[str] = answers) -> bool:
+            return passages[j][k] in answers or (k == 0 and queries[j] == queries[i])
 
         def twin(j: int, i: int = i, answers: set[str] = answers) -> bool:
             return queries[j] == queries[i] or passages[j][0] in answers or passages[i][0] in known[j]
@@ -183,6 +191,16 @@ def test_losses_equal_the_definitions(world: int, chunked: bool) -> None:
             torch.testing.assert_close(sum(t_grad), log_t.grad, msg=message, **tight)
 
 
+class GivenVectors(torch.nn.Module):
+    """What MatryoshkaLoss wants of a model."""
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(features)
+
+    def get_embedding_dimension(self) -> int:
+        return WIDTH
+
+
 def sentence_transformers_loss(name: str, q: Tensor, slots: list[Tensor], scores: Tensor) -> Tensor:
     """The same by sentence-transformers' own code."""
     model: Any = torch.nn.Identity()
@@ -196,8 +214,11 @@ def sentence_transformers_loss(name: str, q: Tensor, slots: list[Tensor], scores
         return loss.compute_loss_from_embeddings([q, *slots], None)
     plain = MultipleNegativesRankingLoss(model, 1 / T)
     if name == "matryoshka":
-        dims = CASES[name]["matryoshka_dims"]
-        return sum(plain.compute_loss_from_embeddings([x[:, :d] for x in (q, *slots)], None) for d in dims)
+        dims = [WIDTH, *CASES[name]["matryoshka_dims"]]
+        shares = [1 / len(dims)] * len(dims)
+        given = GivenVectors()
+        truncated = MatryoshkaLoss(given, MultipleNegativesRankingLoss(given, 1 / T), dims, shares)
+        return truncated([{"sentence_embedding": x} for x in (q, *slots)], torch.empty(0))
     distill = DistillKLDivLoss(model, student_temperature=T, teacher_temperature=1.0)
     # theirs is multiplied by the square of the student's temperature
     kl = distill.compute_loss_from_embeddings([q, *slots], scores) / T**2

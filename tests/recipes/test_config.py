@@ -187,6 +187,10 @@ def test_last_override_wins_and_the_config_given_stays_as_it_was() -> None:
         ("loss.temperature=0", r"loss.temperature: found '0'; wanted a number above 0"),
         ("model.normalize=1", r"model.normalize: found '1'; wanted true or false"),
         ("loss.matryoshka_dims=64", r"loss.matryoshka_dims: found '64'; wanted a list"),
+        (
+            "loss.matryoshka_dims=[16,8,16]",
+            r"loss.matryoshka_dims: found '\[16,8,16\]'; wanted each width once; 16 stands there twice",
+        ),
         ("data.train=[3]", r"data.train.0: found '\[3\]'; wanted a path or \{path, weight"),
         ("data.train=[{weight: 2}]", r"data.train.0.path: .*wanted keys path, weight"),
         ("data.train={path: a, weigth: 2}", r"data.train.0.weigth: .*wanted keys path, weight"),
