@@ -39,6 +39,36 @@ def validate(cfg: RecipeConfig, world_size: int, *, inputs: bool = True) -> None
             f"(world size {world_size})"
         )
     _validate_values(cfg)
+    if not cfg.data.negatives_per_query:
+        check_candidates(cfg, replicas, 0, "data.negatives_per_query 0")
+
+
+def check_candidates(cfg: RecipeConfig, replicas: int, negatives: int, why: str) -> None:
+    """Refuse batches in which a query is scored against its positive alone: their loss is 0, whatever is learned.
+
+    Args:
+        replicas: data-parallel ranks.
+        negatives: hard negatives that a query has at most; ``why`` says what that follows from.
+
+    Raises:
+        UserError: naming the key that leaves a single candidate.
+    """
+    loss, batch = cfg.loss, cfg.train.global_batch_size
+    if negatives or loss.embedding_distillation_weight:
+        return
+    if not loss.in_batch_negatives:
+        key, way = "loss.in_batch_negatives: false", "set it to true"
+    elif batch == 1:
+        key, way = "train.global_batch_size: 1", "raise it"
+    elif not loss.cross_rank_negatives and batch == replicas:
+        key = f"loss.cross_rank_negatives: false, and train.global_batch_size {batch} is one query a rank,"
+        way = "raise the batch"
+    else:
+        return
+    raise UserError(
+        f"{key} with {why} leaves nothing to tell a positive from: the loss would be 0 at every step; "
+        f"{way}, or train with hard negatives"
+    )
 
 
 def _validate_inputs(cfg: RecipeConfig) -> None:
@@ -72,10 +102,6 @@ def _validate_values(cfg: RecipeConfig) -> None:
         for key in ("symmetric", "query_query_negatives", "passage_passage_negatives"):
             if getattr(loss, key):
                 raise UserError(f"loss.{key}: true needs loss.in_batch_negatives, which is false")
-    if not loss.in_batch_negatives and not data.negatives_per_query:
-        raise UserError(
-            "loss.in_batch_negatives: false with data.negatives_per_query 0 leaves nothing to tell a positive from"
-        )
     for key in ("query_max_length", "passage_max_length"):
         length = getattr(data, key)
         if length < 3:

@@ -22,7 +22,7 @@ from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig, save_run_config
 from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.encode import encode_sequences
-from megatron_embed.recipes.layout import layout_of, validate, validate_layout
+from megatron_embed.recipes.layout import check_candidates, layout_of, validate, validate_layout
 from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
 from megatron_embed.recipes.odd_rows import report
@@ -55,6 +55,10 @@ def train(cfg: RecipeConfig) -> Path:
     resume = checkpointing.find_resume(cfg, save_dir)
     dataset = PairDataset(cfg.data.sources())
     check_teachers(dataset, cfg.loss, source.config.hidden_size)
+    replicas = layout_of(cfg).data_parallel_size(world)
+    for each in dataset.sources:  # every batch is of one source
+        negatives = min(each.max_negatives, cfg.data.negatives_per_query)
+        check_candidates(cfg, replicas, negatives, f"{each.rows.path}, which has no hard negatives,")
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
     collections = _open_collections(cfg)
     with parallel.parallel_world(layout_of(cfg)):

@@ -39,6 +39,16 @@ def test_every_recipe_is_valid_on_eight_gpus(name: str) -> None:
         (["data.query_max_length=2"], 1, "data.query_max_length: found 2; wanted at least 3"),
         (["train.micro_batch_tokens=100"], 1, "data.query_max_length: 512 does not fit train.micro_batch_tokens 100"),
         (["loss.in_batch_negatives=false", "data.negatives_per_query=0"], 1, "loss.in_batch_negatives: false with"),
+        (
+            ["train.global_batch_size=1", "data.negatives_per_query=0"],
+            1,
+            "train.global_batch_size: 1 with data.negatives_per_query 0 leaves nothing to tell a positive from",
+        ),
+        (
+            ["train.global_batch_size=4", "loss.cross_rank_negatives=false", "data.negatives_per_query=0"],
+            4,
+            "loss.cross_rank_negatives: false, and train.global_batch_size 4 is one query a rank, with",
+        ),
         (["model.virtual_pipeline_model_parallel_size=2"], 1, "interleaved stages need model.pipeline_model"),
         (["loss.symmetric=true", "loss.in_batch_negatives=false"], 1, "loss.symmetric: true needs loss.in_batch"),
         (["data.train=[{path: a, weight: 1}, b]"], 1, "data.train: b has no weight, others have"),
@@ -51,6 +61,19 @@ def test_refused(overrides: list[str], world: int, message: str) -> None:
 
 def test_a_micro_batch_size_replaces_the_token_budget() -> None:
     validate(recipe("train.micro_batch_tokens=100", "train.micro_batch_size=4"), 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world"),
+    [
+        (["train.global_batch_size=1"], 1),  # whether the data has negatives is not known yet
+        (["train.global_batch_size=2", "data.negatives_per_query=0"], 2),
+        (["train.global_batch_size=4", "loss.cross_rank_negatives=false", "data.negatives_per_query=0"], 2),
+        (["train.global_batch_size=1", "data.negatives_per_query=0", "loss.embedding_distillation_weight=1"], 1),
+    ],
+)
+def test_batches_that_have_something_to_learn_from(overrides: list[str], world: int) -> None:
+    validate(recipe(*overrides), world)
 
 
 def test_inputs_may_be_missing_where_nothing_is_built() -> None:
