@@ -22,10 +22,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.checkpoint_folder import iteration_folder, refuse_unsafe_loading, safe_metadata
+from megatron_embed.conversion.checkpoint_folder import (
+    iteration_folder,
+    load_common,
+    refuse_unsafe_loading,
+    safe_metadata,
+)
+from megatron_embed.conversion.param_groups import ask_for_saved_groups, take_groups
 
 #: iteration folder while it is being written
 PARTIAL = ".partial"
+#: whether the optimizer has a parameter group that the checkpoint lacks; beside the plain values that were saved
+NEW_GROUPS = "new parameter groups"
 
 
 def save_model_state(
@@ -78,7 +86,7 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
     """Fill the stages (and the optimizer) from an iteration folder, whatever layout it was written under.
 
     Returns:
-        The plain values that were saved beside the tensors.
+        The plain values that were saved beside the tensors and, with an optimizer, :data:`NEW_GROUPS`.
 
     Raises:
         UserError: the checkpoint lacks a tensor, has one of another shape, or carries what is not plain data.
@@ -89,6 +97,7 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
     state: dict[str, Any] = dict(model)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
+        groups = ask_for_saved_groups(state["optimizer"], load_common(iter_dir).get("optimizer", {}))
     try:
         with mock.patch("torch.load", _load_plain), _quiet():
             loaded = dist_checkpointing.load(state, str(iter_dir), strict=StrictHandling.RAISE_UNEXPECTED)
@@ -98,6 +107,7 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
         name = f"model{index}" if len(encoders) > 1 else "model"
         encoder.load_state_dict(loaded.pop(name), strict=False)
     if optimizer is not None:
+        loaded[NEW_GROUPS] = not take_groups(loaded["optimizer"], groups)
         optimizer.load_state_dict(loaded.pop("optimizer"))
     return loaded
 

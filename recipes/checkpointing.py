@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
-from megatron_embed.conversion.model_state import load_model_state, save_model_state
+from megatron_embed.conversion.model_state import NEW_GROUPS, load_model_state, save_model_state
 from megatron_embed.recipes.config import RecipeConfig, differences, load_run_config
-from megatron_embed.recipes.optimizer import TrainState
+from megatron_embed.recipes.optimizer import TrainState, reset_groups
 
 #: what a run that goes on must not have changed
 RESUME_KEYS = ("model.hf_model", "data.", "loss.", "optimizer.", "train.seed", "train.global_batch_size")
@@ -123,8 +126,12 @@ def restore(cfg: RecipeConfig, state: TrainState, iter_dir: Path, data: dict[str
             f"continue with the batch size that it was trained with"
         )
     step = samples // batch
-    for group in state.optimizer.param_groups:
-        # the schedule reads these from the groups, where loading put the other run's
-        group["max_lr"], group["min_lr"] = cfg.optimizer.lr, cfg.optimizer.min_lr
+    if loaded[NEW_GROUPS] and dist.get_rank() == 0:
+        print(
+            f"{iter_dir}: from before optimizer.temperature_lr: its temperature learned at the rate of optimizer.lr, "
+            f"and goes on at up to {cfg.optimizer.temperature_lr:g}",
+            file=sys.stderr,
+        )
+    reset_groups(state.optimizer, cfg.optimizer)
     state.scheduler.step(increment=step)
     return step

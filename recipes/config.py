@@ -205,6 +205,8 @@ class OptimizerSection(Section):
     """The highest learning rate."""
     min_lr: NonNegative = 0.0
     """The learning rate at the end."""
+    temperature_lr: Positive = 1e-2
+    """The highest learning rate of a learned temperature's logarithm, on lr's course; it has no weight decay."""
     weight_decay: NonNegative = 0.01
     """Decoupled, as in AdamW."""
     clip_grad: NonNegative = 1.0

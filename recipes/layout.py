@@ -98,6 +98,12 @@ def _validate_values(cfg: RecipeConfig) -> None:
         raise UserError(
             f"optimizer.warmup_iters: {optimizer.warmup_iters} is above train.train_iters {train.train_iters}"
         )
+    precision = cfg.model.precision
+    if loss.learn_temperature and not optimizer.distributed and precision != "fp32":
+        raise UserError(
+            f"loss.learn_temperature: true with model.precision {precision} needs optimizer.distributed=true: "
+            f"megatron-core's other optimizer cannot save the temperature, an fp32 number among 16-bit ones"
+        )
     if not loss.in_batch_negatives:
         for key in ("symmetric", "query_query_negatives", "passage_passage_negatives"):
             if getattr(loss, key):

@@ -10,7 +10,14 @@ import torch
 from megatron.core import optimizer as mcore_optimizer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, clip_grads, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    clip_grads,
+    distrib_optimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -44,11 +51,12 @@ class FusedAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
+            # Of groups without parameters here, too: one rank's count goes into the checkpoint for all.
+            group["step"] = group.get("step", 0) + 1
             # The distributed optimizer gives a rank empty slices of parameters that others hold.
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             if not params:
                 continue
-            group["step"] = group.get("step", 0) + 1
             for p in params:
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -128,31 +136,61 @@ def wrap_ddp(
     return stages
 
 
+#: the parameter that :func:`temperature_group` is about; the name in DDP's wrapper
+_TEMPERATURE = ParamKey(name="*.log_temperature")
+
+
+def temperature_group(section: OptimizerSection) -> dict[str, Any]:
+    """What megatron-core's parameter group of a learned temperature has of its own.
+
+    ``is_decoupled_lr`` is one of the keys by which megatron-core finds a group again in a checkpoint: without it this
+    one would pass for that of the norms, which are not decayed either.
+    """
+    # the schedule's course between min_lr and lr, scaled
+    least = section.min_lr * section.temperature_lr / section.lr
+    return {"max_lr": section.temperature_lr, "min_lr": least, "wd_mult": 0.0, "is_decoupled_lr": True}
+
+
+def reset_groups(optimizer: MegatronOptimizer, section: OptimizerSection) -> None:
+    """Give the parameter groups the recipe's rates again, where loading put the other run's; the schedule reads them.
+
+    And the one number of updates done: Transformer Engine's optimizer counts none for a group that is empty on its
+    rank, and of all ranks' groups the first rank's are in the checkpoint.
+    """
+    steps = max(group.get("step", 0) for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        rates = {"max_lr": section.lr, "min_lr": section.min_lr}
+        group.update(temperature_group(section) if group["is_decoupled_lr"] else rates)
+        if steps:
+            group["step"] = steps
+
+
 def set_up_training(encoders: list[Encoder], section: OptimizerSection, *, train_iters: int) -> TrainState:
-    """DDP, AdamW and the schedule for stages whose weights are in place (main parameters are copied from them)."""
+    """DDP, AdamW and the schedule for stages whose weights are in place (main parameters are copied from them).
+
+    Matrices are decayed, norms are not; a learned temperature is not either and has a rate of its own.
+    """
     _use_fused_kernels()
     transformer = encoders[0].config
     stages = wrap_ddp(encoders, distributed_optimizer=section.distributed, overlap=section.overlap_grad_reduce)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=section.lr,
-            min_lr=section.min_lr,
-            weight_decay=section.weight_decay,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            adam_eps=1e-8,
-            # 0 would also leave out the norm that is logged
-            clip_grad=section.clip_grad or float("inf"),
-            bf16=transformer.bf16,
-            fp16=transformer.fp16,
-            params_dtype=transformer.params_dtype,
-            use_distributed_optimizer=section.distributed,
-            initial_loss_scale=2.0**16,
-        ),
-        stages,
-        use_gloo_process_groups=False,
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_eps=1e-8,
+        # 0 would also leave out the norm that is logged
+        clip_grad=section.clip_grad or float("inf"),
+        bf16=transformer.bf16,
+        fp16=transformer.fp16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=section.distributed,
+        initial_loss_scale=2.0**16,
     )
+    overrides = {**get_standard_config_overrides(config), _TEMPERATURE: temperature_group(section)}
+    optimizer = get_megatron_optimizer(config, stages, overrides, use_gloo_process_groups=False)
     transformer.grad_scale_func = optimizer.scale_loss
     warmup = section.warmup_iters if section.warmup_iters is not None else train_iters // 10
     scheduler = OptimizerParamScheduler(

@@ -151,6 +151,20 @@ def _share_loss(loss: Tensor | None) -> float:
     if loss is not None:
         value += loss
         dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    return _from_last_stage(value)
+
+
+def learned_temperature(stages: Sequence[torch.nn.Module]) -> float:
+    """What the next step divides scores by, where it is learned: the last stage's parameter, told to every rank."""
+    value = torch.zeros((), dtype=torch.float64, device=host.device())
+    log_temperature = unwrap(stages)[-1].log_temperature
+    if log_temperature is not None:
+        value += log_temperature.detach().double().exp().squeeze()
+    return _from_last_stage(value)
+
+
+def _from_last_stage(value: Tensor) -> float:
+    """The number that the last pipeline stage has, on every stage."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(
             value,

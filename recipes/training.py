@@ -29,7 +29,7 @@ from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.optimizer import TrainState, set_up_training
 from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, check_teachers, micro_batches
 from megatron_embed.recipes.source import ModelSource
-from megatron_embed.recipes.step import contrastive_step
+from megatron_embed.recipes.step import contrastive_step, learned_temperature
 from megatron_embed.recipes.tokenization import TextTokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -167,9 +167,12 @@ class Run:
                     reporter.say(f"step {step}: loss.mode {mode}{self._why(mode)}")
                     told.add(mode)
                 learning_rate = self.state.optimizer.param_groups[0]["lr"]
+                learned = {}
+                if self.cfg.loss.learn_temperature:  # as it divides this step's scores
+                    learned["temperature"] = learned_temperature(self.state.stages)
                 loss, grad_norm, padding = self._step(batch, mode, step)
                 record = self._record(step, batch, padding, time.perf_counter() - began)
-                record.update(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
+                record.update(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, **learned)
                 last = step == train.train_iters
                 if self.collections and (last or step % train.eval_interval == 0):
                     record["eval"] = self._evaluate()

@@ -49,6 +49,11 @@ def test_every_recipe_is_valid_on_eight_gpus(name: str) -> None:
             4,
             "loss.cross_rank_negatives: false, and train.global_batch_size 4 is one query a rank, with",
         ),
+        (
+            ["loss.learn_temperature=true", "optimizer.distributed=false"],
+            1,
+            "loss.learn_temperature: true with model.precision bf16 needs optimizer.distributed=true",
+        ),
         (["model.virtual_pipeline_model_parallel_size=2"], 1, "interleaved stages need model.pipeline_model"),
         (["loss.symmetric=true", "loss.in_batch_negatives=false"], 1, "loss.symmetric: true needs loss.in_batch"),
         (["data.train=[{path: a, weight: 1}, b]"], 1, "data.train: b has no weight, others have"),
@@ -70,6 +75,7 @@ def test_a_micro_batch_size_replaces_the_token_budget() -> None:
         (["train.global_batch_size=2", "data.negatives_per_query=0"], 2),
         (["train.global_batch_size=4", "loss.cross_rank_negatives=false", "data.negatives_per_query=0"], 2),
         (["train.global_batch_size=1", "data.negatives_per_query=0", "loss.embedding_distillation_weight=1"], 1),
+        (["loss.learn_temperature=true", "optimizer.distributed=false", "model.precision=fp32"], 1),
     ],
 )
 def test_batches_that_have_something_to_learn_from(overrides: list[str], world: int) -> None:

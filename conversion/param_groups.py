@@ -1,0 +1,59 @@
+"""The parameter groups of an optimizer and those of a checkpoint, where these are not the same.
+
+megatron-core's checkpoint holds the groups as a list of settings, which it merges with the optimizer's own by place:
+with one more or one less on either side nothing can be loaded, though the state of every parameter is there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+Groups = list[dict[str, Any]]
+
+
+def ask_for_saved_groups(wanted: dict[str, Any], saved: dict[str, Any]) -> Groups:
+    """Make ``wanted`` ask for the groups that a checkpoint has, in its order.
+
+    Args:
+        wanted: the optimizer's sharded state; changed.
+        saved: the optimizer's part of the checkpoint's plain values.
+
+    Returns:
+        The optimizer's own groups, for :func:`take_groups`.
+    """
+    holder, of_checkpoint = _holder(wanted), _holder(saved)
+    own: Groups = holder["param_groups"]
+    if "param_groups" in of_checkpoint:
+        by_key = {_key(group): group for group in own}
+        none: dict[str, Any] = {"params": LocalNonpersistentObject([])} if "params" in own[0] else {}
+        holder["param_groups"] = [by_key.get(_key(group), none) for group in of_checkpoint["param_groups"]]
+    return own
+
+
+def take_groups(loaded: dict[str, Any], own: Groups) -> bool:
+    """Put the optimizer's ``own`` groups into ``loaded``, with the checkpoint's settings where it has them.
+
+    Returns:
+        Whether it has them all.
+    """
+    holder = _holder(loaded)
+    by_key = {_key(group): group for group in holder["param_groups"]}
+    holder["param_groups"] = [by_key.get(_key(group)) or _without_wrapper(group) for group in own]
+    return all(_key(group) in by_key for group in own)
+
+
+def _holder(state: dict[str, Any]) -> dict[str, Any]:
+    """Where the groups lie: optimizers that keep main parameters have torch's state inside their own."""
+    return state.get("optimizer", state)
+
+
+def _key(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(name) for name in param_group_identifier_keys)
+
+
+def _without_wrapper(group: dict[str, Any]) -> dict[str, Any]:
+    params = group.get("params")
+    return {**group, "params": params.unwrap()} if isinstance(params, LocalNonpersistentObject) else group
