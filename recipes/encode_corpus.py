@@ -47,6 +47,7 @@ from megatron_embed.recipes.vectors import (
     write_array,
     write_file,
 )
+from megatron_embed.recipes.writer_lock import LOCK, writing
 
 _CALIBRATION_ROWS = 1024
 
@@ -83,31 +84,47 @@ def encode_texts(
     shards = plan_shards(len(texts), min(max(-(-len(texts) // 32), 256), 8192))
     stamp = stamp or on_first_rank(lambda: fingerprint(encoder, texts, kind, dim, precision))
     wanted = Manifest(stamp, len(texts), dim or hidden, precision, shards)
-    manifest = on_first_rank(lambda: _open_output(output, wanted))
-    job = _Job(encoder, texts, output, manifest, kind)
-    if precision == "int8":
-        job.calibrate()
-    job.run(progress=progress)
+    found = on_first_rank(lambda: _found(output, wanted))
+    if found is not None and found.complete and precision != "int8":  # whose calibration may be missing
+        return VectorFolder(output)  # nothing is to be written, so that others may read it at the same time
+    with writing(output, output / LOCK):
+        manifest = on_first_rank(lambda: _open_output(output, wanted))
+        job = _Job(encoder, texts, output, manifest, kind)
+        if precision == "int8":
+            job.calibrate()
+        job.run(progress=progress)
     return VectorFolder(output)
 
 
 def _open_output(output: Path, wanted: Manifest) -> Manifest:
-    """The manifest to go on from; what is not whole in the folder is not complete in it."""
-    found = Manifest.read(output)
+    """The manifest to go on from, in the folder that is this run's to write."""
+    found = _found(output, wanted)
+    for partial in output.glob("*.partial"):  # of a run that was killed
+        partial.unlink()
     if found is None:
-        strange = [p.name for p in output.iterdir() if p.suffix != ".partial"] if output.is_dir() else []
-        if strange or output.is_file():
-            raise UserError(f"{output}: holds {', '.join(sorted(strange)[:3]) or 'a file'}; wanted an empty folder")
-        output.mkdir(parents=True, exist_ok=True)
         wanted.write(output)
         return wanted
+    return found
+
+
+def _found(output: Path, wanted: Manifest) -> Manifest | None:
+    """The folder's manifest, in which what is not whole is not complete; None: it has none.
+
+    Raises:
+        UserError: a folder of other vectors, or of something else.
+    """
+    found = Manifest.read(output)
+    if found is None:
+        names = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
+        strange = [name for name in names if not name.endswith(".partial") and name != LOCK]
+        if strange or output.is_file():
+            raise UserError(f"{output}: holds {', '.join(strange[:3]) or 'a file'}; wanted an empty folder")
+        return None
     if found.fingerprint != wanted.fingerprint:
         raise UserError(
             f"{output / MANIFEST}: vectors of another model, input or setting: "
             f"{'; '.join(differences(found.fingerprint, wanted.fingerprint))}; give another folder"
         )
-    for partial in output.glob("*.partial"):  # of a run that was killed
-        partial.unlink()
     shards = [replace(shard, complete=shard.complete and is_whole(output, found, shard)) for shard in found.shards]
     return replace(found, shards=shards)
 

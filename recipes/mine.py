@@ -2,8 +2,9 @@
 
 ``torchrun … -m megatron_embed.recipes.mine --model M --data TRAIN --corpus BEIR_FOLDER_OR_JSONL --output OUT.jsonl``
 
-Corpus, queries and positives are encoded into a cache, each under a key made of everything that its vectors depend
-on; the ranks then search the corpus together and choose negatives by :mod:`megatron_embed.recipes.mining`'s rules.
+Corpus, queries and those positives that are no documents are encoded into a cache, each under a key made of everything
+that its vectors depend on; the ranks then search the corpus together and choose negatives by the rules of
+:mod:`megatron_embed.recipes.mining`.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
 from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose, still_said
-from megatron_embed.recipes.mining_input import check_corpus
+from megatron_embed.recipes.mining_input import check_corpus, checked_before
 from megatron_embed.recipes.mining_report import beside, describe, write_audit
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
-from megatron_embed.recipes.odd_rows import report
+from megatron_embed.recipes.odd_rows import OddRows, report
+from megatron_embed.recipes.positives import PositiveVectors, find_documents
 from megatron_embed.recipes.search import Searcher
 from megatron_embed.recipes.tokenization import Kind
 from megatron_embed.recipes.training_texts import TrainingTexts
 from megatron_embed.recipes.vectors import VectorFolder, write_file
+from megatron_embed.recipes.writer_lock import LOCK, writing
 
 _BLOCK = 4096  # queries searched together
 
@@ -67,7 +70,8 @@ def mine(
         strict: what looks odd in the corpus or the training data is an error.
 
     Raises:
-        UserError: bad input, a cross-encoder that cannot be used, or a cache that holds other vectors under the key.
+        UserError: bad input, a cross-encoder that cannot be used, a cache that holds other vectors under the key, or
+            another run that is writing the output or the same vectors.
     """
     if with_scores and cross_encoder is not None:
         raise UserError("--scores and --cross-encoder: both write 'scores'; give one of them")
@@ -81,25 +85,38 @@ def mine(
         stamp = on_first_rank(lambda: fingerprint(encoder, texts, kind, model=model))
         return encode_texts(encoder, texts, cache / key(stamp), kind=kind, stamp=stamp, progress=progress)
 
-    stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
-    text_ids = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
-    odd = [on_first_rank(lambda: check_corpus(corpus, text_ids)), source.odd]
-    on_first_rank(lambda: report(odd, strict=strict))
-    documents = encoded(corpus, "passage")
-    miner = _Miner(
-        source,
-        corpus,
-        rules,
-        text_ids=np.load(text_ids, mmap_mode="r", allow_pickle=False),
-        queries=encoded(TrainingTexts(source, "query", encoder.tokenizer.prompts["query"]), "query"),
-        positives=encoded(TrainingTexts(source, "passage", ""), "passage"),
-        searcher=Searcher(documents, rules.ranks[1], faiss=faiss),
-        with_scores=with_scores,
-        scorer=scorer,
-        audit=Audit(1.0 if encoder.config.normalize else _bound(documents), odd),
-    )
-    miner.write(output)
-    return miner.total_audit()
+    with writing(output, output.with_name(f".{output.name}{LOCK}")):
+        stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
+        path = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
+        odd = [_checked(corpus, path), source.odd]
+        on_first_rank(lambda: report(odd, strict=strict))
+        text_ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        documents = encoded(corpus, "passage")
+        found = on_first_rank(lambda: find_documents(source, corpus, text_ids))
+        others = TrainingTexts(source, "passage", "", np.flatnonzero(found < 0))
+        miner = _Miner(
+            source,
+            corpus,
+            rules,
+            text_ids=text_ids,
+            queries=encoded(TrainingTexts(source, "query", encoder.tokenizer.prompts["query"]), "query"),
+            positives=PositiveVectors(documents, found, encoded(others, "passage") if len(others) else None),
+            searcher=Searcher(documents, rules.ranks[1], faiss=faiss),
+            with_scores=with_scores,
+            scorer=scorer,
+            audit=Audit(1.0 if encoder.config.normalize else _bound(documents), odd),
+        )
+        miner.write(output)
+        return miner.total_audit()
+
+
+def _checked(corpus: Corpus, text_ids: Path) -> OddRows:
+    """:func:`check_corpus` for all ranks, and for one run at a time where there is something to write."""
+    before = on_first_rank(lambda: checked_before(corpus, text_ids))
+    if before is not None:
+        return before
+    with writing(text_ids.parent, text_ids.parent / LOCK):
+        return on_first_rank(lambda: check_corpus(corpus, text_ids))
 
 
 def key(stamp: dict[str, Any]) -> str:
@@ -121,7 +138,7 @@ class _Miner:
         *,
         text_ids: np.ndarray,
         queries: VectorFolder,
-        positives: VectorFolder,
+        positives: PositiveVectors,
         searcher: Searcher,
         with_scores: bool,
         scorer: CrossScorer | None,

@@ -26,17 +26,27 @@ def check_corpus(corpus: Corpus, text_ids: Path) -> OddRows:
     Raises:
         UserError: as :meth:`megatron_embed.recipes.corpus.Corpus.check`.
     """
-    beside = text_ids.with_suffix(".odd.json")  # written last: with it, all is there
-    if beside.is_file() and text_ids.is_file():
-        return OddRows.again(corpus.path, json.loads(beside.read_text(encoding="utf-8")))
+    if (before := checked_before(corpus, text_ids)) is not None:
+        return before
     facts = corpus.check()
     again = _repeated(facts.text_ids[:, 0])
     if len(again):
         facts.odd.add(REPEATED_TEXTS, corpus.rows.line(int(again[0])), len(again))
     text_ids.parent.mkdir(parents=True, exist_ok=True)
     write_array(text_ids, facts.text_ids)
-    write_file(beside, lambda file: file.write(json.dumps(facts.odd.found).encode()))
+    write_file(_beside(text_ids), lambda file: file.write(json.dumps(facts.odd.found).encode()))
     return facts.odd
+
+
+def checked_before(corpus: Corpus, text_ids: Path) -> OddRows | None:
+    """What an earlier :func:`check_corpus` found; None: there was none."""
+    if not _beside(text_ids).is_file() or not text_ids.is_file():
+        return None
+    return OddRows.again(corpus.path, json.loads(_beside(text_ids).read_text(encoding="utf-8")))
+
+
+def _beside(text_ids: Path) -> Path:
+    return text_ids.with_suffix(".odd.json")  # written last: with it, all is there
 
 
 def _repeated(ids: np.ndarray) -> np.ndarray:

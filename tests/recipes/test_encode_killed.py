@@ -13,7 +13,7 @@ from support.killing import call_in_fresh_process, run_killed
 from support.tiny_models import save_model
 from test_encode_corpus import ROWS, files_of, write_corpus
 
-from megatron_embed.recipes import encode_corpus
+from megatron_embed.recipes import encode_corpus, writer_lock
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.tokenization import TextTokenizer
 from megatron_embed.recipes.vectors import Manifest, VectorFolder, plan_shards, write_array, write_file
@@ -23,6 +23,8 @@ SHARDS = plan_shards(len(ROWS), 4)
 #: where a run changes the folder, and what lies between; a rank is killed before a line of these
 WATCHED = (
     encode_texts,
+    writer_lock.writing.__wrapped__,  # type: ignore[attr-defined]
+    writer_lock._take,
     encode_corpus._open_output,
     encode_corpus._Job.calibrate,
     encode_corpus._Job.run,

@@ -7,10 +7,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from support.mining import make_data, make_parts_small, read, run, save_cross_encoder, texts_of, write
 from support.runs import read_metrics, recipe
 from support.tiny_models import save_model
@@ -22,6 +24,7 @@ from megatron_embed.recipes import Encoder, encode_corpus, mine, train
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.data import PairDataset
 from megatron_embed.recipes.mining import REASONS, MiningRules
+from megatron_embed.recipes.writer_lock import LOCK, writing
 
 RULES = {
     "default": MiningRules(),
@@ -159,7 +162,7 @@ def test_the_cache_keeps_models_apart_and_refuses_anothers_vectors(
     with Encoder.from_pretrained(other, device="cpu") as second:
         run(second, folder, tmp_path / "b.jsonl", cache=cache)
         of_second = {path.name for path in cache.iterdir() if path.is_dir()} - of_first
-        assert len(of_first) == len(of_second) == 3
+        assert len(of_first) == len(of_second) == 3  # documents, queries, and positives that are no documents
         assert read(tmp_path / "b.jsonl") != read(tmp_path / "a.jsonl")
         for name in of_second:  # the first model's vectors under the second's keys
             shutil.rmtree(cache / name)
@@ -195,6 +198,9 @@ def mine_in_other_ways(folder: str, layouts: dict[str, tuple[int, int]]) -> None
         make_parts_small(setattr, shard_rows=1000)  # one shard: the second rank has none
         run(encoder, root, root / "one-shard.jsonl", cache=root / "vectors-one", faiss="Flat")
         run(encoder, root, root / "one-shard-exact.jsonl", cache=root / "vectors-one")
+        with writing(root / "out", root / f".out{LOCK}"), pytest.raises(UserError) as refused:
+            run(encoder, root, root / "out", cache=root / "vectors-one")
+        (root / f"refused-{dist.get_rank()}.txt").write_text(str(refused.value))
     for weight in (0, 1):
         distilled = ("train.train_iters=1", f"loss.score_distillation_weight={weight}")
         train(recipe(root, f"weight-{weight}", f"data.train={root / 'cross.jsonl'}", *distilled))
@@ -222,11 +228,18 @@ def test_two_and_four_ranks_equal_one(
     for name, layout in LAYOUTS[2 if ranks == "two_ranks" else 4].items():
         assert read(folder / f"{name}.jsonl") == one
         vectors = list((folder / f"vectors-{name}").glob("*/vectors-*.npy"))
-        assert len(vectors) == 8 + 2 + 2  # of documents, queries, positives
+        assert len(vectors) == 8 + 2 + 1  # of documents, queries, and the one positive that is no document
         for path in vectors:
             found, wanted = np.load(path), np.load(folder / "vectors" / path.parent.name / path.name)
             # a layout adds up in another order; data parallelism alone changes nothing
             np.testing.assert_allclose(found, wanted, atol=0 if layout == (1, 1) else 2e-6)
+
+
+def test_every_rank_hears_of_another_run(two_ranks: Path) -> None:
+    first, second = (two_ranks / f"refused-{rank}.txt" for rank in range(2))
+    assert first.read_text() == second.read_text()
+    assert f"{two_ranks / 'out'}: is being written by process " in first.read_text()
+    assert not (two_ranks / "out").exists()
 
 
 def test_a_cross_encoders_scores_are_the_same_on_two_ranks(two_ranks: Path, encoder: Encoder, tmp_path: Path) -> None:
@@ -286,6 +299,64 @@ def test_white_space_around_a_text_hides_no_positive(encoder: Encoder, folder: P
     run(encoder, tmp_path, tmp_path / "out.jsonl", RULES["no limits"])
     for row in read(tmp_path / "out.jsonl"):
         assert {row["query"].strip(), row["positive"].strip()}.isdisjoint(row["negatives"])
+
+
+def texts_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts are encoded from now on, shard by shard."""
+    counts: list[int] = []
+    here = encode_corpus.encode_here
+
+    def counted(stages: Any, plan: Any, sequences: Any, hidden: int) -> Any:
+        counts.append(len(sequences))
+        return here(stages, plan, sequences, hidden)
+
+    monkeypatch.setattr(encode_corpus, "encode_here", counted)
+    return counts
+
+
+def test_positives_that_are_documents_are_not_encoded_again(
+    encoder: Encoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output is, to the byte, that of encoding all positives."""
+    with monkeypatch.context() as patch:
+        patch.setattr(mine, "find_documents", lambda source, corpus, ids: np.full(len(source), -1))
+        run(encoder, folder, tmp_path / "all.jsonl", with_scores=True, cache=tmp_path / "all")
+    counts = texts_encoded(monkeypatch)
+    run(encoder, folder, tmp_path / "found.jsonl", with_scores=True, cache=tmp_path / "found")
+    # documents, queries, "not in the corpus", and three whose document has a title, which the model sees too
+    assert sum(counts) == 120 + 30 + 1 + 3
+    assert (tmp_path / "found.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+
+
+def test_where_every_positive_is_a_document_no_positive_is_encoded(
+    encoder: Encoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titled = {row["text"] for row in read(folder / "corpus.jsonl") if row["title"]}
+    rows = [row for row in read(folder / "train.jsonl")[:29] if row["positive"] not in titled]
+    write(tmp_path / "train.jsonl", rows)
+    shutil.copy(folder / "corpus.jsonl", tmp_path)
+    counts = texts_encoded(monkeypatch)
+    run(encoder, tmp_path, tmp_path / "out.jsonl", with_scores=True)
+    assert sum(counts) == 120 + len(rows)
+    for row in read(tmp_path / "out.jsonl"):
+        exact = encoder.encode(texts_of(row), kind="passage") @ encoder.encode(row["query"], kind="query")
+        np.testing.assert_allclose(row["scores"], exact, atol=2e-6)
+
+
+def test_a_positive_in_other_white_space_is_encoded_as_the_model_sees_it(
+    encoder: Encoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read(folder / "train.jsonl")[:7]
+    rows[3]["positive"] = f"  {rows[3]['positive']}"
+    rows[5]["positive"] = [rows[5]["positive"], f"{rows[5]['positive']}\n\n"]
+    write(tmp_path / "train.jsonl", rows)
+    shutil.copy(folder / "corpus.jsonl", tmp_path)
+    counts = texts_encoded(monkeypatch)
+    run(encoder, tmp_path, tmp_path / "out.jsonl", with_scores=True)
+    assert sum(counts) == 120 + 7 + 2
+    for row in read(tmp_path / "out.jsonl"):
+        exact = encoder.encode(texts_of(row), kind="passage") @ encoder.encode(row["query"], kind="query")
+        np.testing.assert_allclose(row["scores"], exact, atol=2e-6)
 
 
 @pytest.mark.parametrize("ranks", [(5, 5), (-1, 3)])
