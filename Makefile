@@ -1,9 +1,10 @@
 # `make demo` and `make test` set up everything that they need in .venv.
+# The quick look while working: .venv/bin/python -m pytest -m "not slow"
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found %s; name one: make PYTHON=python3.12 …" % sys.version.split()[0])'
@@ -16,6 +17,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not exhaustive"
+
+# with the whole matrices and the repeated runs
+test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""What every test has: a cache folder of its own session, so that the suite never writes into a home folder."""
+"""What every test has: a cache folder of its own session, and the marker of those that take long."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:  # in the environment: processes that tests start have it too
         patch.setenv("MEGATRON_EMBED_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what spawns worlds of processes, and what is exhaustive."""
+    for item in items:
+        if "distributed" in item.path.parts or item.get_closest_marker("exhaustive"):
+            item.add_marker(pytest.mark.slow)
