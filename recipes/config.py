@@ -65,6 +65,8 @@ class ModelSection(Section):
     """avg, cls, last or weighted_avg, over the real tokens."""
     normalize: Flag = True
     """L2-normalise the embeddings."""
+    bidirectional: Flag = False
+    """Train a ready embedder with causal attention bidirectionally, as a base model; without it one is refused."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of weights and activations; the optimizer and the loss are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"

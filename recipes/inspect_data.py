@@ -170,12 +170,14 @@ def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
     """A model's tokenizer with the prompts and lengths that training would give it."""
     from megatron_embed.recipes.source import ModelSource
 
+    source = ModelSource.open(model, bidirectional=True)  # no attention is computed
     return TextTokenizer.from_folder(
-        ModelSource.open(model).files,
+        source.files,
         query_prompt=data.query_prompt,
         passage_prompt=data.passage_prompt,
         query_max_length=data.query_max_length,
         passage_max_length=data.passage_max_length,
+        do_lower_case=source.settings is not None and source.settings.do_lower_case,
     )
 
 

@@ -67,7 +67,8 @@ def mine(
         strict: what looks odd in the corpus or the training data is an error.
 
     Raises:
-        UserError: bad input, a cross-encoder that cannot be used, or a cache that holds other vectors under the key.
+        UserError: bad input, an encoder whose scalar products are not its model's similarity, a cross-encoder that
+            cannot be used, or a cache that holds other vectors under the key.
     """
     if with_scores and cross_encoder is not None:
         raise UserError("--scores and --cross-encoder: both write 'scores'; give one of them")
@@ -75,6 +76,11 @@ def mine(
     source = PairSource(DataSource(path=data))
     assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
     opened = encoder.source
+    if opened.for_scores().config != opened.config:
+        raise UserError(
+            f"{opened.path}: its similarity is the cosine and its vectors are not normalised; "
+            f"wanted an encoder of Encoder.from_pretrained(…, scores=True)"
+        )
     model = on_first_rank(lambda: model_fingerprint(opened))
 
     def encoded(texts: Texts, kind: Kind) -> VectorFolder:
@@ -258,7 +264,7 @@ def _run(args: argparse.Namespace) -> None:
     if not os.access(_existing(args.output), os.W_OK):
         raise UserError(f"{_existing(args.output)}: cannot be written to")
     corpus = Corpus(args.corpus)
-    with open_encoder(args) as encoder:
+    with open_encoder(args, scores=True) as encoder:
         audit = mine(
             encoder,
             args.data,
