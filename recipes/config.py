@@ -114,6 +114,10 @@ class DataSource(Section):
     passage_prompt: str | None = None
     """null: data.passage_prompt."""
 
+    def stated(self) -> set[str]:
+        """The keys that were given a value here, and did not get it from elsewhere."""
+        return {name for name in self.model_fields_set if getattr(self, name) is not None}
+
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | Mapping | DataSource) else value
@@ -155,7 +159,8 @@ class DataSection(Section):
     def sources(self) -> list[DataSource]:
         """The training sources with their prompts filled in."""
         return [
-            DataSource(
+            DataSource.model_construct(
+                source.stated(),  # still
                 path=source.path,
                 weight=source.weight,
                 query_prompt=self.query_prompt if source.query_prompt is None else source.query_prompt,

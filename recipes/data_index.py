@@ -25,7 +25,7 @@ from megatron_embed.conversion.atomic import atomic_output
 from megatron_embed.recipes.vectors import save_array
 
 #: raised whenever other things are kept, or rows are understood in another way
-VERSION = 4
+VERSION = 5
 #: Smaller files are read in less than a second: small runs and tests leave nothing behind in a home folder.
 LEAST_BYTES = 16 << 20
 

@@ -32,7 +32,7 @@ from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
 from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose, still_said
-from megatron_embed.recipes.mining_input import check_corpus
+from megatron_embed.recipes.mining_input import check_corpus, check_prompts
 from megatron_embed.recipes.mining_report import beside, describe, write_audit
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
 from megatron_embed.recipes.odd_rows import report
@@ -89,6 +89,7 @@ def mine(
 
     stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
     text_ids = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
+    check_prompts(source, encoder.tokenizer.prompts["passage"])
     odd = [on_first_rank(lambda: check_corpus(corpus, text_ids)), source.odd]
     on_first_rank(lambda: report(odd, strict=strict))
     documents = encoded(corpus, "passage")
@@ -193,6 +194,8 @@ class _Miner:
             found.update(query_embedding=teacher.query, **vectors)
         if pair.query_prompt is not None:
             found["query_prompt"] = pair.query_prompt
+        if pair.passage_prompt is not None:
+            found["passage_prompt"] = pair.passage_prompt
         kept = teacher.scores is not None and found.get("scores") is teacher.scores
         self.audit.scores_dropped += pair.teacher.scores is not None and not kept
         self.audit.vectors_dropped += pair.teacher.passages is not None and teacher.passages is None
