@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.sentence_files import SentenceSettings
+from megatron_embed.conversion import declared_attention
+from megatron_embed.conversion.hf_folder import read_json
+from megatron_embed.conversion.sentence_files import (
+    SentenceSettings,
+    default_settings,
+    read_sentence_settings,
+    with_the_recipes,
+)
 
 TRACKER, RUN_CONFIG, SIDECARS = "latest_checkpointed_iteration.txt", "run_config.yaml", "hf"
 
@@ -141,13 +149,51 @@ def encoder_config(iter_dir: Path) -> EncoderConfig | None:
     return None
 
 
+def says_nothing(iter_dir: Path) -> bool:
+    """Whether a checkpoint holds neither a ``run_config.yaml`` that can be read nor its source's files."""
+    return not read_run_config(iter_dir) and not (iter_dir / SIDECARS).is_dir()
+
+
 def sentence_settings(iter_dir: Path, config: EncoderConfig) -> SentenceSettings:
-    """Prompts and lengths of a checkpoint's ``run_config.yaml``, defaults where it says nothing."""
-    data = read_run_config(iter_dir).get("data")
+    """Sentence settings of a checkpoint's ``run_config.yaml``, defaults where it says nothing.
+
+    One that was imported from a ready embedder before they were all kept there has them in the embedder's own files.
+
+    Raises:
+        UserError: a setting that is not known.
+    """
+    run = read_run_config(iter_dir)
+    kept, data = run.get("sentence"), run.get("data")
+    if kept is None and "train" not in run and (ready := read_sentence_settings(iter_dir / SIDECARS)) is not None:
+        return replace(ready, pooling=config.pooling, normalize=config.normalize)
     data = data if isinstance(data, dict) else {}
     names = ("query_prompt", "passage_prompt", "query_max_length", "passage_max_length")
     stated = {name: data[name] for name in names if data.get(name) is not None}
-    return SentenceSettings(pooling=config.pooling, normalize=config.normalize, **stated)
+    if isinstance(kept, dict):
+        return with_the_recipes(kept, replace(default_settings(config), **stated), str(iter_dir / RUN_CONFIG))
+    longest = config.max_position_embeddings  # of which imports took no notice then
+    lengths = {name: min(value, longest) for name, value in stated.items() if name.endswith("_length")}
+    return replace(default_settings(config), **{**stated, **lengths})
+
+
+def made_bidirectional(iter_dir: Path, *, bidirectional: bool, consent: str = declared_attention.CONSENT) -> bool:
+    """Whether a checkpoint was made, as its ``run_config.yaml`` or the user says, of an embedder of causal attention.
+
+    Args:
+        bidirectional: whether the user says so.
+        consent: how the user can say so.
+
+    Raises:
+        UserError: it was, by its source's files, and neither says so: an import from before it was asked. (What was
+            trained since was trained bidirectionally.)
+    """
+    run, sidecars = read_run_config(iter_dir), iter_dir / SIDECARS
+    model = run.get("model")
+    if isinstance(model, dict) and model.get("bidirectional") is True:
+        return True
+    config = read_json(sidecars / "config.json") if (sidecars / "config.json").is_file() else {}
+    agreed = bidirectional or "train" in run
+    return declared_attention.made_bidirectional(sidecars, config, bidirectional=agreed, consent=consent)
 
 
 # ---- the files beside the weights

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from megatron_embed.conversion.page_cache import begin_reading
 
 DTYPES = ("bfloat16", "float16", "float32")
+BIDIRECTIONAL_HELP = "take a ready embedder with causal attention as a base model, to be trained bidirectionally"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     cmd.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor-parallel size to cut for")
     cmd.add_argument("--pp", type=_positive, default=1, metavar="N", help="pipeline-parallel size to cut for")
     cmd.add_argument("--with-vision", action="store_true", help="keep the VLM's other tensors in the checkpoint")
+    cmd.add_argument("--bidirectional", action="store_true", help=BIDIRECTIONAL_HELP)
     cmd.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
 
     cmd = commands.add_parser("export", parents=[common], help="Megatron checkpoint → Hugging Face")
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     cmd.add_argument("--target", choices=("embedder", "vlm"), default="embedder", help="what to write")
     cmd.add_argument("--torch-dtype", choices=DTYPES, help="of the written weights; default: the source's")
     cmd.add_argument("--max-shard-size", default="5GB", type=_size, metavar="SIZE", help="such as 5GB, the default")
+    cmd.add_argument("--bidirectional", action="store_true", help=BIDIRECTIONAL_HELP)
     cmd.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
 
     cmd = commands.add_parser("verify", parents=[common], help="compare a model with its conversion")
@@ -110,7 +113,7 @@ def _import(args: argparse.Namespace) -> int:
     begin_reading(args.hf_model, "model*.safetensors")
     from megatron_embed.conversion.importing import import_hf
 
-    names = ("torch_dtype", "tp", "pp", "with_vision", "overwrite", *_COMMON)
+    names = ("torch_dtype", "tp", "pp", "with_vision", "bidirectional", "overwrite", *_COMMON)
     done = import_hf(args.hf_model, args.megatron_path, **_pick(args, names))
     print("\n".join([*done.notes, f"Megatron checkpoint written to {done.path}"]))
     return 0
@@ -120,7 +123,7 @@ def _export(args: argparse.Namespace) -> int:
     begin_reading(args.megatron_path, "*.distcp")
     from megatron_embed.conversion.exporting import export_hf
 
-    names = ("hf_model", "target", "torch_dtype", "max_shard_size", "overwrite", *_COMMON)
+    names = ("hf_model", "target", "torch_dtype", "max_shard_size", "bidirectional", "overwrite", *_COMMON)
     done = export_hf(args.megatron_path, args.hf_path, **_pick(args, names))
     print("\n".join([*done.notes, f"{args.target} written to {done.path}"]))
     return 0

@@ -13,12 +13,19 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.atomic import atomic_output
 from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
+from megatron_embed.conversion.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf_folder import HFFolder, read_json
 from megatron_embed.conversion.importing import TEMPERATURE, refuse_inside, torch_dtype_of
 from megatron_embed.conversion.model_card import model_card
 from megatron_embed.conversion.progress import Converted, byte_bar
 from megatron_embed.conversion.safetensors_writer import TensorSpec, parse_size, write_sharded
-from megatron_embed.conversion.sentence_files import write_json, write_sentence_files
+from megatron_embed.conversion.sentence_files import (
+    SentenceSettings,
+    note_on_lengths,
+    read_sentence_settings,
+    write_json,
+    write_sentence_files,
+)
 from megatron_embed.conversion.tensor_stream import CheckpointReader
 from megatron_embed.conversion.tokenizer_files import has_tokenizer, write_tokenizer
 from megatron_embed.conversion.vlm import find_vlm_source, write_vlm
@@ -35,6 +42,7 @@ def export_hf(
     target: Target = "embedder",
     torch_dtype: str | None = None,
     max_shard_size: str = "5GB",
+    bidirectional: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -51,6 +59,8 @@ def export_hf(
             weights in its language tower.
         torch_dtype: of the written encoder; by default the source's.
         max_shard_size: such as ``5GB``.
+        bidirectional: the checkpoint is of a ready embedder of causal attention, taken as a base model; asked where the
+            checkpoint itself does not say so.
         overwrite: replace a model folder that is there.
 
     Raises:
@@ -61,6 +71,9 @@ def export_hf(
     parse_size(max_shard_size)
     iter_dir = checkpoint_folder.resolve(megatron_path)
     source = HFFolder(hf_model, revision=revision, trust_remote_code=trust_remote_code) if hf_model else None
+    made = checkpoint_folder.made_bidirectional(iter_dir, bidirectional=bidirectional)
+    if source is not None:
+        made |= made_bidirectional(source.path, source.config, bidirectional=bidirectional or made)
     config = _config(iter_dir, source)
     if torch_dtype is not None:
         torch_dtype_of(torch_dtype)
@@ -70,12 +83,17 @@ def export_hf(
     if source is not None:
         refuse_inside(source.path, hf_path)
     vlm = find_vlm_source(iter_dir, weights, source) if target == "vlm" else None
+    notes = list(source.notes) if source else []
     with atomic_output(hf_path, overwrite=overwrite) as out:
         if vlm is not None:
             write_vlm(out, vlm, weights, torch_dtype=torch_dtype, max_shard_size=max_shard_size, progress=progress)
         else:
-            _write_embedder(out, iter_dir, weights, source, max_shard_size=max_shard_size, progress=progress)
-    return Converted(Path(hf_path), source.notes if source else [])
+            settings = _sentence_settings(iter_dir, config, source)
+            notes += note_on_lengths(settings)
+            _write_embedder(
+                out, iter_dir, weights, source, settings, made, max_shard_size=max_shard_size, progress=progress
+            )
+    return Converted(Path(hf_path), notes)
 
 
 def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
@@ -97,17 +115,24 @@ def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
 # ---- embedder
 
 
+def _sentence_settings(iter_dir: Path, config: EncoderConfig, source: HFFolder | None) -> SentenceSettings:
+    """The checkpoint's own, else the given folder's (a checkpoint of another program has none)."""
+    stated = read_sentence_settings(source.path) if source and checkpoint_folder.says_nothing(iter_dir) else None
+    return stated or checkpoint_folder.sentence_settings(iter_dir, config)
+
+
 def _write_embedder(
     out: Path,
     iter_dir: Path,
     weights: CheckpointWeights,
     source: HFFolder | None,
+    settings: SentenceSettings,
+    made: bool,
     *,
     max_shard_size: str,
     progress: bool,
 ) -> None:
     config = weights.config
-    settings = checkpoint_folder.sentence_settings(iter_dir, config)
     run = checkpoint_folder.read_run_config(iter_dir)
     if (learned := weights.temperature()) is not None:
         config = config.replace(temperature=learned)
@@ -115,10 +140,10 @@ def _write_embedder(
         stated = (run.get("loss") or {}).get("temperature")
         config = config.replace(temperature=float(stated if stated is not None else TEMPERATURE))
     write_embedder_config(out, config)
-    length = min(max(settings.query_max_length, settings.passage_max_length), config.max_position_embeddings)
-    write_tokenizer(_tokenizer_folder(iter_dir, source, run), out, max_length=length)
+    write_tokenizer(_tokenizer_folder(iter_dir, source, run), out, max_length=settings.text_max_length)
     write_sentence_files(out, config, settings)
-    (out / "README.md").write_text(model_card(config, settings, run, iter_dir, out.name), encoding="utf-8")
+    card = model_card(config, settings, run, iter_dir, made_bidirectional=made)
+    (out / "README.md").write_text(card, encoding="utf-8")
     dtype = torch_dtype_of(config.dtype)
     specs = [
         TensorSpec(name, shape, dtype)

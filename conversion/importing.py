@@ -15,9 +15,10 @@ from megatron_embed.bridge.layout import Layout, check_layout
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.atomic import atomic_output
 from megatron_embed.conversion.checkpoint_weights import chunks, kept_chunks
+from megatron_embed.conversion.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.progress import Converted, byte_bar
-from megatron_embed.conversion.sentence_files import SentenceSettings, read_sentence_settings
+from megatron_embed.conversion.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
 from megatron_embed.conversion.tensor_stream import write_chunks
 
 TEMPERATURE = 0.02
@@ -31,6 +32,7 @@ def import_hf(
     tp: int = 1,
     pp: int = 1,
     with_vision: bool = False,
+    bidirectional: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -44,6 +46,7 @@ def import_hf(
         torch_dtype: of the stored weights; by default the source's (FP8 counts as bfloat16).
         tp, pp: how the tensors are cut into chunks and files; any other layout loads them just as well.
         with_vision: keep the other tensors of a VLM too, so that the checkpoint alone can become a VLM again.
+        bidirectional: take a ready embedder of causal attention as a base model, to be trained bidirectionally.
         overwrite: replace a checkpoint that is there.
 
     Returns:
@@ -53,6 +56,7 @@ def import_hf(
         UserError: bad input; then nothing is left at ``megatron_path``.
     """
     folder = HFFolder(hf_model, revision=revision, trust_remote_code=trust_remote_code)
+    made = made_bidirectional(folder.path, folder.config, bidirectional=bidirectional)
     config = folder.encoder_config()
     if torch_dtype is not None:
         config = config.replace(dtype=torch_dtype)
@@ -69,7 +73,7 @@ def import_hf(
             write_chunks(iter_dir, pieces, on_chunk=lambda piece: advance(piece.nbytes))
         checkpoint_folder.write_sidecars(iter_dir, folder.path)
         checkpoint_folder.write_common(iter_dir, 0)
-        checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, tp=tp, pp=pp))
+        checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, made, tp=tp, pp=pp))
         checkpoint_folder.write_tracker(out, 0)
     return Converted(Path(megatron_path), folder.notes + summarize({k: v for k, v in ignored.items() if k not in kept}))
 
@@ -110,8 +114,8 @@ def _to_keep(folder: HFFolder, config: EncoderConfig, ignored: dict[str, str]) -
     return [name for name in ignored if not name.endswith(scales) and name not in tied_head]
 
 
-def _run_config(folder: HFFolder, config: EncoderConfig, *, tp: int, pp: int) -> dict[str, Any]:
-    settings = read_sentence_settings(folder.path) or SentenceSettings()
+def _run_config(folder: HFFolder, config: EncoderConfig, made: bool, *, tp: int, pp: int) -> dict[str, Any]:
+    settings = read_sentence_settings(folder.path) or default_settings(config)
     local = Path(folder.source).expanduser().is_dir()
     return {
         "model": {
@@ -123,6 +127,7 @@ def _run_config(folder: HFFolder, config: EncoderConfig, *, tp: int, pp: int) ->
             "pooling": config.pooling,
             "normalize": config.normalize,
             "torch_dtype": config.dtype,
+            "bidirectional": made,
         },
         "data": {
             "query_prompt": settings.query_prompt,
@@ -130,6 +135,7 @@ def _run_config(folder: HFFolder, config: EncoderConfig, *, tp: int, pp: int) ->
             "query_max_length": settings.query_max_length,
             "passage_max_length": settings.passage_max_length,
         },
+        "sentence": beside_the_recipe(settings),
         "loss": {"temperature": config.temperature if config.temperature is not None else TEMPERATURE},
         "encoder": config.to_dict(),
     }

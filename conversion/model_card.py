@@ -11,17 +11,23 @@ import yaml
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.families import FAMILIES
-from megatron_embed.conversion.sentence_files import SentenceSettings
+from megatron_embed.conversion.sentence_files import SentenceSettings, has_one_length
 
 
 def model_card(
-    config: EncoderConfig, settings: SentenceSettings, run: Mapping[str, Any], iter_dir: Path, name: str
+    config: EncoderConfig,
+    settings: SentenceSettings,
+    run: Mapping[str, Any],
+    iter_dir: Path,
+    *,
+    made_bidirectional: bool,
 ) -> str:
     """What the model is, how to use it, what it was trained on, and what was measured.
 
     Args:
         run: contents of the checkpoint's ``run_config.yaml``; a trained checkpoint's names recipe and data.
         iter_dir: the checkpoint; a run's ``metrics.jsonl`` is looked for two folders up.
+        made_bidirectional: it comes from an embedder of causal attention.
     """
     model = _section(run, "model")
     base = model.get("hf_model")
@@ -35,7 +41,7 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {_title(base)}\n",
-        _about(config),
+        _about(config, made_bidirectional=made_bidirectional),
         _usage(settings),
         _facts(config, settings, base),
         _training(run),
@@ -48,10 +54,15 @@ def _title(base: object) -> str:
     return f"Embedder from {Path(base).name}" if isinstance(base, str) and base else "Text embedder"
 
 
-def _about(config: EncoderConfig) -> str:
+def _about(config: EncoderConfig, *, made_bidirectional: bool) -> str:
+    causal = (
+        "\nIt was made from an embedder with causal attention, taken as a base model: here every token sees the whole "
+        "text, so the vectors are not those of that embedder.\n"
+    )
     return (
         f"A bidirectional text embedder: a stock `{FAMILIES[config.family].model_class}` with `is_causal: false`, "
         f"{config.num_hidden_layers} layers, {config.hidden_size}-dimensional vectors, {_pooling(config)}.\n"
+        f"{causal if made_bidirectional else ''}"
     )
 
 
@@ -67,13 +78,21 @@ def _usage(settings: SentenceSettings) -> str:
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("PATH_OR_ID")
-queries = model.encode(["how do plants eat?"], prompt_name="query")
-passages = model.encode(["Photosynthesis turns light into sugar."], prompt_name="document")
+queries = model.encode_query(["how do plants eat?"])
+passages = model.encode_document(["Photosynthesis turns light into sugar."])
 print(model.similarity(queries, passages))
 ```
 
 The prompts, {json.dumps(settings.query_prompt)} and {json.dumps(settings.passage_prompt)}, are part of the input the
 model was made for. No remote code is needed.
+{"" if has_one_length(settings) else _LENGTHS}"""
+
+
+_LENGTHS = """
+Queries and passages have maximal lengths of their own, `query_length` and `document_length` in
+`sentence_bert_config.json`: `encode_query` and `encode_document` keep to them, plain `encode` to `max_seq_length`.
+sentence-transformers knows the two keys from version 6 on. Version 5 refuses them; without them it has one length for
+all, `max_seq_length`.
 """
 
 
@@ -84,8 +103,11 @@ def _facts(config: EncoderConfig, settings: SentenceSettings, base: object) -> s
         else "unknown",
         "query prompt": f"`{json.dumps(settings.query_prompt)}`",
         "passage prompt": f"`{json.dumps(settings.passage_prompt)}`",
+        **{f"prompt `{name}`": f"`{json.dumps(prompt)}`" for name, prompt in settings.prompts.items()},
+        **({} if settings.default_prompt_name is None else {"default prompt": f"`{settings.default_prompt_name}`"}),
         "longest query, passage": f"{settings.query_max_length}, {settings.passage_max_length} tokens",
-        "similarity": "cosine" if config.normalize else "scalar product",
+        **({"text": "lower-cased"} if settings.do_lower_case else {}),
+        "similarity": {"cosine": "cosine", "dot": "scalar product"}[settings.similarity],
         "temperature": config.temperature,
         "weights": config.dtype,
     }

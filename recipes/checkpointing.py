@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.model_state import NEW_GROUPS, load_model_state, save_model_state
+from megatron_embed.conversion.sentence_files import SentenceSettings, beside_the_recipe, trained
 from megatron_embed.recipes.config import RecipeConfig, differences, load_run_config
 from megatron_embed.recipes.optimizer import TrainState, reset_groups
+from megatron_embed.recipes.source import ModelSource
 
 #: what a run that goes on must not have changed
 RESUME_KEYS = ("model.hf_model", "data.", "loss.", "optimizer.", "train.seed", "train.global_batch_size")
@@ -57,25 +58,27 @@ def _has_any(save_dir: Path) -> bool:
 
 def save(
     cfg: RecipeConfig,
-    config: EncoderConfig,
+    source: ModelSource,
     state: TrainState,
     *,
     step: int,
     save_dir: Path,
-    files: Path,
     data: dict[str, list[int]],
     first: bool,
 ) -> None:
     """Write the checkpoint of a step from all ranks; complete or absent, and named by the tracker when complete.
 
     Args:
+        source: what the run started from. Those of its sentence settings that no recipe key states are kept.
         data: what the position in the data is a position in, see :meth:`PairDataset.state`.
     """
     root = checkpoints_folder(save_dir)
 
     def finish(folder: Path) -> None:
-        checkpoint_folder.write_sidecars(folder, files)
-        checkpoint_folder.write_run_config(folder, {**cfg.to_dict(), "encoder": config.to_dict()})
+        checkpoint_folder.write_sidecars(folder, source.files)
+        sentence = beside_the_recipe(trained(source.settings or SentenceSettings(), normalize=source.config.normalize))
+        own = {"sentence": sentence, "encoder": source.config.to_dict()}
+        checkpoint_folder.write_run_config(folder, {**cfg.to_dict(), **own})
 
     common = {"consumed_samples": step * cfg.train.global_batch_size, "data": data}
     save_model_state(root, step, state.encoders, optimizer=state.optimizer, common=common, finish=finish)

@@ -65,6 +65,8 @@ class ModelSection(Section):
     """avg, cls, last or weighted_avg, over the real tokens."""
     normalize: Flag = True
     """L2-normalise the embeddings."""
+    bidirectional: Flag = False
+    """Train a ready embedder with causal attention bidirectionally, as a base model; without it one is refused."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of weights and activations; the optimizer and the loss are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -124,6 +126,10 @@ class DataSource(Section):
     passage_prompt: str | None = None
     """null: data.passage_prompt."""
 
+    def stated(self) -> set[str]:
+        """The keys that were given a value here, and did not get it from elsewhere."""
+        return {name for name in self.model_fields_set if getattr(self, name) is not None}
+
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | Mapping | DataSource) else value
@@ -165,7 +171,8 @@ class DataSection(Section):
     def sources(self) -> list[DataSource]:
         """The training sources with their prompts filled in."""
         return [
-            DataSource(
+            DataSource.model_construct(
+                source.stated(),  # still
                 path=source.path,
                 weight=source.weight,
                 query_prompt=self.query_prompt if source.query_prompt is None else source.query_prompt,

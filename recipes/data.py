@@ -57,6 +57,7 @@ class PairSource:
         self.source = source
         self.rows: Rows = open_source(source.path)
         self.reader = PairReader(self.rows)
+        self.reader.stated = source.stated()
         files = [*self.rows.files, *self.reader.files]
         found = indexed("pairs", files, lambda: read_through(self.rows, self.reader))
         #: of its files, as they were read
@@ -67,6 +68,8 @@ class PairSource:
         self.no_scores: int = found.facts["no_scores"]
         self.no_vectors: int = found.facts["no_vectors"]
         self.vector_widths: set[int] = set(found.facts["vector_widths"])
+        #: prompts of passages that rows have of their own
+        self.passage_prompts: list[str] = found.facts["passage_prompts"]
         #: rows that can be used and look odd
         self.odd = OddRows.again(self.rows.path, found.facts["odd"])
         #: examples that share a text, see :meth:`megatron_embed.recipes.duplicates.TextIds.groups`
@@ -91,7 +94,7 @@ class PairSource:
             source=self.rows.path,
             line=self.rows.line(row),
             query_prompt=(self.source.query_prompt or "") if pair.query_prompt is None else pair.query_prompt,
-            passage_prompt=self.source.passage_prompt or "",
+            passage_prompt=(self.source.passage_prompt or "") if pair.passage_prompt is None else pair.passage_prompt,
             teacher=_teacher_of(pair, which),
         )
 

@@ -57,6 +57,8 @@ class Encoder:
         dtype: torch.dtype | None = None,
         layout: Layout | None = None,
         max_tokens: int | None = None,
+        bidirectional: bool = False,
+        scores: bool = False,
     ) -> Encoder:
         """Load a Hugging Face folder, an exported embedder, or a Megatron checkpoint.
 
@@ -66,12 +68,17 @@ class Encoder:
             layout: None: each process holds the whole model; under torchrun the texts are shared out.
             max_tokens: token budget of a micro-batch; None: :func:`token_budget`. A longer text is a micro-batch of its
                 own.
+            bidirectional: take a ready embedder of causal attention all the same, as a base model: the vectors are
+                not its own.
+            scores: vectors whose scalar product is the model's similarity: normalised where that is the cosine, also
+                by a model that does not normalise.
 
         Raises:
-            UserError: no such model, or one that cannot be loaded.
+            UserError: no such model, one that cannot be loaded, or an embedder of causal attention.
         """
         parallel.select_device(device)
-        source = ModelSource.open(path)
+        source = ModelSource.open(path, bidirectional=bidirectional)
+        source = source.for_scores() if scores else source
         layout = layout or Layout()
         with ExitStack() as resources:
             if not parallel_state.model_parallel_is_initialized():
@@ -81,13 +88,7 @@ class Encoder:
             source.fill(stages, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
             pack_weights(stages)
             settings = source.settings or SentenceSettings(query_prompt="", passage_prompt="")
-            tokenizer = TextTokenizer.from_folder(
-                source.files,
-                query_prompt=settings.query_prompt,
-                passage_prompt=settings.passage_prompt,
-                query_max_length=settings.query_max_length,
-                passage_max_length=settings.passage_max_length,
-            )
+            tokenizer = TextTokenizer.from_settings(source.files, settings)
             plan = BatchingPlan(
                 pad_id=tokenizer.pad_token_id,
                 packed=True,
@@ -103,22 +104,42 @@ class Encoder:
         kind: Kind = "query",
         *,
         prompt: str | None = None,
+        prompt_name: str | None = None,
         show_progress: bool = False,
     ) -> np.ndarray:
         """Encode texts; every rank gets all vectors, so under torchrun every rank must call this.
 
         Args:
-            kind: ``query`` or ``passage``: which prompt and maximal length.
+            kind: which prompt and maximal length: ``query``, ``passage``, or ``text`` for what is neither. They are
+                sentence-transformers' ``encode_query``, ``encode_document`` and plain ``encode``.
             prompt: in the place of the kind's own.
+            prompt_name: the same by its name among the model's prompts.
 
         Returns:
             ``[len(texts), hidden]`` fp32, in the order of the texts; of a single text ``[hidden]``.
+
+        Raises:
+            UserError: the model has no prompt of this name.
         """
+        if prompt_name is not None:
+            prompt = self.named_prompt(prompt_name) if prompt is None else prompt
         if isinstance(texts, str):
             return self.encode([texts], kind, prompt=prompt, show_progress=show_progress)[0]
         prompts = None if prompt is None else [prompt] * len(texts)
         sequences = self.tokenizer.encode(list(texts), kind, prompts)
         return encode_sequences(self.stages, self.plan, sequences, self.config.hidden_size, progress=show_progress)
+
+    def named_prompt(self, name: str) -> str:
+        """One of the model's prompts.
+
+        Raises:
+            UserError: it has none of this name.
+        """
+        stated = None if self.source is None else self.source.settings
+        prompts = {} if stated is None else stated.all_prompts
+        if name not in prompts:
+            raise UserError(f"prompt {name!r}: the model has none of this name; known: {', '.join(prompts) or 'none'}")
+        return prompts[name]
 
     def close(self) -> None:
         """Leave the process groups that :meth:`from_pretrained` entered."""

@@ -225,7 +225,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "--input", required=True, help="BEIR folder; JSONL, Parquet or hf://org/name with _id and text; plain lines"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the vectors")
-    parser.add_argument("--kind", choices=("query", "passage"), default="passage", help="which prompt and length")
+    parser.add_argument(
+        "--kind",
+        choices=("query", "passage", "text"),
+        default="passage",
+        help="which prompt and length; text: neither query nor passage, with the model's default prompt",
+    )
+    parser.add_argument("--prompt-name", metavar="NAME", help="this one of the model's prompts in the kind's place")
     parser.add_argument("--dim", type=int, help="keep the first DIM numbers of each vector (Matryoshka)")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--strict", action="store_true", help="rows that look odd are an error")
@@ -250,6 +256,8 @@ def check_corpus(texts: Corpus, *, strict: bool = False) -> None:
 def _run(args: argparse.Namespace) -> None:
     texts = Corpus(args.input, args.kind)
     with open_encoder(args) as encoder:
+        if args.prompt_name is not None:
+            encoder.tokenizer.prompts[args.kind] = encoder.named_prompt(args.prompt_name)
         check_corpus(texts, strict=args.strict)
         found = encode_texts(
             encoder,

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from megatron_embed.conversion.declared_attention import HELP
 from megatron_embed.recipes.beir import Collection, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
 from megatron_embed.recipes.odd_rows import report
@@ -104,8 +105,9 @@ def evaluate(encode: Encode, collections: Sequence[Collection], *, bm25: bool = 
     """Measure a model.
 
     Args:
-        encode: (texts, ``"query"`` or ``"passage"``) → ``[n, d]``, normalised where the model normalises. Under
-            torchrun every rank must call this, if every rank takes part in the encoding.
+        encode: (texts, ``"query"`` or ``"passage"``) → ``[n, d]``, whose scalar products rank, as
+            ``Encoder.from_pretrained(…, scores=True).encode`` gives them. Under torchrun every rank must call this, if
+            every rank takes part in the encoding.
         bm25: measure BM25 too.
 
     Returns:
@@ -141,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--split", default="test", help="qrels/SPLIT.tsv (default: test)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the numbers there too")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--bidirectional", action="store_true", help=HELP)
     parser.add_argument("--no-bm25", action="store_true", help="leave BM25 out")
     parser.add_argument("--strict", action="store_true", help="rows and judgements that look odd are an error")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -158,7 +161,9 @@ def _run(args: argparse.Namespace) -> None:
         report([odd for collection in collections for odd in collection.odd], strict=args.strict)
     from megatron_embed.recipes.encode import Encoder
 
-    with Encoder.from_pretrained(args.model, device=args.device) as encoder:
+    with Encoder.from_pretrained(
+        args.model, device=args.device, bidirectional=args.bidirectional, scores=True
+    ) as encoder:
 
         def encode(texts: Sequence[str], kind: Any) -> np.ndarray:
             return encoder.encode(texts, kind=kind, show_progress=sys.stderr.isatty())

@@ -34,6 +34,8 @@ def fingerprint(
         "kind": kind,
         "prompt": tokenizer.prompts[kind],
         "max_length": tokenizer.max_lengths[kind],
+        # named only where it acts, so that folders from before it was known stay what they were
+        **({"do_lower_case": True} if tokenizer.do_lower_case else {}),
         "dim": dim or encoder.config.hidden_size,
         "precision": precision,
         "input_sha256": texts.digest(),

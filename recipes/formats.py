@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,10 +172,14 @@ class PairReader:
         self.line: int = found["line"]
         #: where the documents that rows name by id lie
         self.files: list[Path] = []
+        #: ``query_prompt``, ``passage_prompt``: those that stand in the place of a corpus's instructions
+        self.stated: Collection[str] = ()
+        #: corpus id → the prompts that its instructions make
+        self.instructions: dict[str, dict[str, str]] = {}
         self._documents: dict[str, Documents] = {}
         self._all: Documents | None = None
         if isinstance(rows, JsonObjectRows):
-            self._documents, self.files = automodel_corpora(rows)
+            self._documents, self.files, self.instructions = automodel_corpora(rows)
         elif self.form.key == "positive_document_ids":
             self.files = _corpus_beside(Path(rows.path))
             self._all = Documents(self.files)
@@ -197,6 +201,9 @@ class PairReader:
         own = value if found is None else self.form.own(value, self._lookup)
         if isinstance(value, Mapping) and (found is None or "query" not in own):
             own = self._without(value)
+        if self.instructions and isinstance(value, Mapping):
+            prompts = self.instructions.get(str(value.get("corpus_id")), {})
+            own = {**own, **{key: prompt for key, prompt in prompts.items() if key not in self.stated}}
         return parse_pair(own, self.form.names)
 
     def _without(self, value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -268,10 +275,20 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for end in ("parquet", "jsonl") for file in folder.glob(f"*.{end}"))
 
 
-def automodel_corpora(rows: JsonObjectRows) -> tuple[dict[str, Documents], list[Path]]:
-    """Corpus id → documents, of the folders that ``"corpus"`` names, relative to the file; and all files of these."""
+def automodel_corpora(rows: JsonObjectRows) -> tuple[dict[str, Documents], list[Path], dict[str, dict[str, str]]]:
+    """What the folders hold that ``"corpus"`` names, relative to the file.
+
+    Returns:
+        corpus id → documents; all files of these; corpus id → ``query_prompt`` and ``passage_prompt`` that its
+        instructions make. Where any corpus has instructions, they are used as by AutoModel's
+        ``use_dataset_instruction: true``: an instruction, a space and the text; the text alone where it is empty.
+
+    Raises:
+        UserError: no such folder, or metadata that cannot be used.
+    """
     named = rows.head.get("corpus")
     found: dict[str, Documents] = {}
+    told: dict[str, dict[str, str]] = {}
     folders: dict[str, Path] = {}
     read: list[Path] = []
     for entry in named if isinstance(named, list) else [named]:
@@ -294,5 +311,15 @@ def automodel_corpora(rows: JsonObjectRows) -> tuple[dict[str, Documents], list[
         if not files:
             raise UserError(f"{folder}: no *.parquet or *.jsonl with the documents' id and text")
         found[name] = Documents(files)
+        told[name] = {f"{kind}_prompt": _instruction(metadata, value, kind) for kind in ("query", "passage")}
         read += [metadata, *files]
-    return found, read
+    return found, read, told if any(prompt for prompts in told.values() for prompt in prompts.values()) else {}
+
+
+def _instruction(metadata: Path, value: Mapping[str, Any], kind: str) -> str:
+    """The prompt that a corpus's instruction makes; "": it has none."""
+    key = f"{kind}_instruction"
+    instruction = value.get(key)
+    if not isinstance(instruction, str | None):
+        raise UserError(f"{metadata}: {key!r}: found {kind_of(instruction)}; wanted text")
+    return f"{instruction} " if instruction else ""

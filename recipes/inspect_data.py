@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -34,6 +34,7 @@ class Findings:
     """What :func:`look_through` saw of one file."""
 
     rows: Rows
+    reader: PairReader
     form: str
     odd: OddRows
     examples: int = 0
@@ -50,11 +51,16 @@ class Findings:
     samples: list[Pair] = field(default_factory=list)
 
 
-def look_through(path: str) -> Findings:
-    """Read every row of a source; lengths are in characters. Of ten million pairs 24 bytes each are kept."""
+def look_through(path: str, stated: Collection[str] = ()) -> Findings:
+    """Read every row of a source; lengths are in characters. Of ten million pairs 24 bytes each are kept.
+
+    Args:
+        stated: see :attr:`megatron_embed.recipes.formats.PairReader.stated`.
+    """
     rows = open_source(path)
     reader = PairReader(rows)
-    found = Findings(rows, f"{rows.form}; {reader.form.name}", OddRows(rows.path))
+    reader.stated = stated
+    found = Findings(rows, reader, f"{rows.form}; {reader.form.name}", OddRows(rows.path))
     queries, pairs, row_of_pair = array("q"), array("q"), array("q")
     for index, (pair, problem) in enumerate(checked(rows, reader)):
         if pair is None:
@@ -95,10 +101,10 @@ def describe(found: Findings, source: DataSource, tokenizer: TextTokenizer | Non
         source: its prompts, filled in.
     """
 
-    def seen(text: str, kind: Kind, prompt: str | None) -> str:
+    def seen(text: str, kind: Kind, prompt: str) -> str:
         if tokenizer is None:
-            return _clip((prompt or "") + text)
-        (ids,) = tokenizer.encode([text], kind, [prompt or ""])
+            return _clip(prompt + text)
+        (ids,) = tokenizer.encode([text], kind, [prompt])
         return f"{_clip(tokenizer.tokenizer.decode(ids))}, {len(ids)} tokens"
 
     rows = found.rows
@@ -113,13 +119,16 @@ def describe(found: Findings, source: DataSource, tokenizer: TextTokenizer | Non
         if lengths:
             low, middle, high, most = _percentiles(lengths, [5, 50, 95, 100])
             lines.append(f"  {name:10} characters: 5 % {low:,}, median {middle:,}, 95 % {high:,}, most {most:,}")
+    for corpus, prompts in found.reader.instructions.items():
+        own = [f"{key} {prompt!r}" for key, prompt in prompts.items() if key not in found.reader.stated]
+        lines.extend([f"  prompts    of corpus {corpus!r}, by its instructions: {', '.join(own)}"] if own else [])
     if tokenizer is not None:
         lines.extend(_in_tokens(found, source, tokenizer))
     for pair in found.samples:
-        prompt = source.query_prompt if pair.query_prompt is None else pair.query_prompt
-        lines.append(f"  sample     {seen(pair.query, 'query', prompt)}")
-        lines.append(f"             + {seen(pair.positives[0], 'passage', source.passage_prompt)}")
-        lines.extend(f"             - {seen(text, 'passage', source.passage_prompt)}" for text in pair.negatives[:1])
+        query, passage = _prompts(pair, source)
+        lines.append(f"  sample     {seen(pair.query, 'query', query)}")
+        lines.append(f"             + {seen(pair.positives[0], 'passage', passage)}")
+        lines.extend(f"             - {seen(text, 'passage', passage)}" for text in pair.negatives[:1])
     lines.extend(f"  remarks    {remark}" for remark in found.odd.remarks())
     if found.problems:
         lines.append(f"  problems   {found.unusable:,} rows cannot be used:")
@@ -131,17 +140,23 @@ def describe(found: Findings, source: DataSource, tokenizer: TextTokenizer | Non
     return "\n".join(lines)
 
 
+def _prompts(pair: Pair, source: DataSource) -> tuple[str, str]:
+    """Of a row's query and passages: its own, else the source's."""
+    query = source.query_prompt if pair.query_prompt is None else pair.query_prompt
+    passage = source.passage_prompt if pair.passage_prompt is None else pair.passage_prompt
+    return query or "", passage or ""
+
+
 def _in_tokens(found: Findings, source: DataSource, tokenizer: TextTokenizer) -> list[str]:
     """Lengths in tokens of rows from all over the source, as the model gets them, and how many texts are cut short."""
-    reader, lengths = PairReader(found.rows), {"query": Counter[int](), "passage": Counter[int]()}
+    reader, lengths = found.reader, {"query": Counter[int](), "passage": Counter[int]()}
     for row in np.unique(np.linspace(0, len(found.rows) - 1, _TOKENIZED).astype(int)).tolist():
         with suppress(RowError):
             pair = reader.pair(found.rows[row])
-            prompt = source.query_prompt if pair.query_prompt is None else pair.query_prompt
+            query, passage = _prompts(pair, source)
             passages = [*pair.positives, *pair.negatives]
-            lengths["query"].update(map(len, tokenizer.encode([pair.query], "query", [prompt or ""])))
-            prompts = [source.passage_prompt or ""] * len(passages)
-            lengths["passage"].update(map(len, tokenizer.encode(passages, "passage", prompts)))
+            lengths["query"].update(map(len, tokenizer.encode([pair.query], "query", [query])))
+            lengths["passage"].update(map(len, tokenizer.encode(passages, "passage", [passage] * len(passages))))
     lines = []
     for kind, counts in lengths.items():
         if counts:
@@ -171,12 +186,14 @@ def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
     """A model's tokenizer with the prompts and lengths that training would give it."""
     from megatron_embed.recipes.source import ModelSource
 
+    source = ModelSource.open(model, bidirectional=True)  # no attention is computed
     return TextTokenizer.from_folder(
-        ModelSource.open(model).files,
+        source.files,
         query_prompt=data.query_prompt,
         passage_prompt=data.passage_prompt,
         query_max_length=data.query_max_length,
         passage_max_length=data.passage_max_length,
+        do_lower_case=source.settings is not None and source.settings.do_lower_case,
     )
 
 
@@ -204,7 +221,7 @@ def _run(args: Any) -> None:
     tokenizer = open_tokenizer(args.model, data) if args.model else None
     odd = []
     for source in data.sources():
-        found = look_through(source.path)
+        found = look_through(source.path, source.stated())
         print(describe(found, source, tokenizer))
         if found.unusable:
             unusable.append(f"{source.path}: {found.unusable:,} rows cannot be used, the first on {found.problems[0]}")

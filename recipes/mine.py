@@ -33,7 +33,7 @@ from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
 from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose, still_said
-from megatron_embed.recipes.mining_input import check_corpus, checked_before
+from megatron_embed.recipes.mining_input import check_corpus, check_prompts, checked_before
 from megatron_embed.recipes.mining_report import beside, describe, write_audit
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
 from megatron_embed.recipes.odd_rows import OddRows, report
@@ -70,8 +70,9 @@ def mine(
         strict: what looks odd in the corpus or the training data is an error.
 
     Raises:
-        UserError: bad input, a cross-encoder that cannot be used, a cache that holds other vectors under the key, or
-            another run that is writing the output or the same vectors.
+        UserError: bad input, an encoder whose scalar products are not its model's similarity, a cross-encoder that
+            cannot be used, a cache that holds other vectors under the key, or another run that is writing the output
+            or the same vectors.
     """
     if with_scores and cross_encoder is not None:
         raise UserError("--scores and --cross-encoder: both write 'scores'; give one of them")
@@ -79,6 +80,11 @@ def mine(
     source = PairSource(DataSource(path=data))
     assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
     opened = encoder.source
+    if opened.for_scores().config != opened.config:
+        raise UserError(
+            f"{opened.path}: its similarity is the cosine and its vectors are not normalised; "
+            f"wanted an encoder of Encoder.from_pretrained(…, scores=True)"
+        )
     model = on_first_rank(lambda: model_fingerprint(opened))
 
     def encoded(texts: Texts, kind: Kind) -> VectorFolder:
@@ -88,6 +94,7 @@ def mine(
     with writing(output, output.with_name(f".{output.name}{LOCK}")):
         stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
         path = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
+        check_prompts(source, encoder.tokenizer.prompts["passage"])
         odd = [_checked(corpus, path), source.odd]
         on_first_rank(lambda: report(odd, strict=strict))
         text_ids = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -204,6 +211,8 @@ class _Miner:
             found.update(query_embedding=teacher.query, **vectors)
         if pair.query_prompt is not None:
             found["query_prompt"] = pair.query_prompt
+        if pair.passage_prompt is not None:
+            found["passage_prompt"] = pair.passage_prompt
         kept = teacher.scores is not None and found.get("scores") is teacher.scores
         self.audit.scores_dropped += pair.teacher.scores is not None and not kept
         self.audit.vectors_dropped += pair.teacher.passages is not None and teacher.passages is None
@@ -275,7 +284,7 @@ def _run(args: argparse.Namespace) -> None:
     if not os.access(_existing(args.output), os.W_OK):
         raise UserError(f"{_existing(args.output)}: cannot be written to")
     corpus = Corpus(args.corpus)
-    with open_encoder(args) as encoder:
+    with open_encoder(args, scores=True) as encoder:
         audit = mine(
             encoder,
             args.data,

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.targets import text_id
@@ -47,6 +49,23 @@ def checked_before(corpus: Corpus, text_ids: Path) -> OddRows | None:
 
 def _beside(text_ids: Path) -> Path:
     return text_ids.with_suffix(".odd.json")  # written last: with it, all is there
+
+
+def check_prompts(source: PairSource, prompt: str) -> None:
+    """Refuse positives with a prompt of their own: the corpus is encoded with the model's, so scores would differ.
+
+    Args:
+        prompt: the model's, of passages.
+
+    Raises:
+        UserError: naming the data and the prompts.
+    """
+    for own in source.passage_prompts:
+        if own != prompt:
+            raise UserError(
+                f"{source.rows.path}: its passages have the prompt {own!r} of their own, and the model encodes the "
+                f"corpus with {prompt!r}; mine with a model whose passage prompt is that, or take it out of the data"
+            )
 
 
 def _repeated(ids: np.ndarray) -> np.ndarray:

@@ -27,13 +27,14 @@ class Teacher(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What one row of a source says. ``query_prompt``: in the place of the source's, where the row has its own."""
+    """What one row of a source says. Prompts: in the place of the source's, where the row has its own."""
 
     query: str
     positives: list[str]
     negatives: list[str]
     teacher: Teacher = Teacher()
     query_prompt: str | None = None
+    passage_prompt: str | None = None
 
 
 def parse_pair(row: Any, names: Mapping[str, str] = MappingProxyType({})) -> Pair:
@@ -68,10 +69,11 @@ def parse_pair(row: Any, names: Mapping[str, str] = MappingProxyType({})) -> Pai
         _check_text(name["positive"], text)
     for text in negatives:
         _check_text(name["negatives"], text)
-    prompt = row.get("query_prompt")
-    if prompt is not None and not isinstance(prompt, str):
-        raise RowError(f"{names.get('query_prompt', 'query_prompt')!r}: found {kind_of(prompt)}; wanted text")
-    return Pair(query, positives, negatives, _parse_teacher(row, positives, negatives, name["scores"]), prompt)
+    prompts = {key: row.get(key) for key in ("query_prompt", "passage_prompt")}
+    for key, prompt in prompts.items():
+        if prompt is not None and not isinstance(prompt, str):
+            raise RowError(f"{names.get(key, key)!r}: found {kind_of(prompt)}; wanted text")
+    return Pair(query, positives, negatives, _parse_teacher(row, positives, negatives, name["scores"]), **prompts)
 
 
 def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list[str], name: str) -> Teacher:

@@ -39,6 +39,7 @@ def read_through(rows: Rows, reader: PairReader) -> Index:
     most, no_scores, no_vectors = 0, -1, -1
     widths: set[int] = set()
     ids, odd = TextIds(), OddRows(rows.path)
+    prompts: set[str] = set()
     for index, (pair, problem) in enumerate(checked(rows, reader)):
         if pair is None:
             first_problem = first_problem or f"{place(rows, index)}: {problem}"
@@ -52,6 +53,8 @@ def read_through(rows: Rows, reader: PairReader) -> Index:
         for text in pair.positives:
             ids.add(query, text_id(text))
         most = max(most, len(pair.negatives))
+        if pair.passage_prompt is not None:
+            prompts.add(pair.passage_prompt)
         if pair.teacher.scores is None and no_scores < 0:
             no_scores = index
         if pair.teacher.passages is None:
@@ -71,4 +74,4 @@ def read_through(rows: Rows, reader: PairReader) -> Index:
             odd.add(REPEATED_PAIRS, rows.line(row), len(again))
     rows.check_unchanged()
     facts = {"max_negatives": most, "no_scores": no_scores, "no_vectors": no_vectors, "vector_widths": sorted(widths)}
-    return Index(arrays, {**facts, "odd": odd.found})
+    return Index(arrays, {**facts, "passage_prompts": sorted(prompts), "odd": odd.found})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.declared_attention import CONSENT, made_bidirectional
 from megatron_embed.conversion.direct import load_hf_weights
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.model_state import load_model_state
@@ -23,7 +24,8 @@ class ModelSource:
         path: as the user named it.
         config: the encoder.
         files: folder with the model's ``config.json`` and tokenizer.
-        settings: prompts, lengths, pooling and normalisation that the model states, or None where it states nothing.
+        settings: prompts, lengths, pooling and all else that the model states, or None where it states nothing.
+        made_bidirectional: it comes from an embedder of causal attention, taken as a base model.
     """
 
     path: str
@@ -32,16 +34,21 @@ class ModelSource:
     settings: SentenceSettings | None
     hf: HFFolder | None = None
     iter_dir: Path | None = None
+    made_bidirectional: bool = False
 
     @classmethod
-    def open(cls, path: str | Path, *, megatron: bool = False) -> ModelSource:
+    def open(
+        cls, path: str | Path, *, megatron: bool = False, bidirectional: bool = False, consent: str = CONSENT
+    ) -> ModelSource:
         """Recognise and open; no weight is read yet.
 
         Args:
             megatron: take nothing but a Megatron checkpoint.
+            bidirectional: take a ready embedder of causal attention, as a base model.
+            consent: how the user can say so.
 
         Raises:
-            UserError: neither form, or damaged.
+            UserError: neither form, damaged, or an embedder of causal attention without ``bidirectional``.
         """
         if megatron or checkpoint_folder.has_checkpoint(path) or _looks_like_megatron(Path(path)):
             iter_dir = checkpoint_folder.resolve(path)
@@ -51,14 +58,23 @@ class ModelSource:
                     f"{iter_dir}: says nothing of its model (no run_config.yaml with 'encoder:', no hf/config.json); "
                     f"wanted a checkpoint written by `convert_checkpoints.py import` or by training"
                 )
+            made = checkpoint_folder.made_bidirectional(iter_dir, bidirectional=bidirectional, consent=consent)
             settings = checkpoint_folder.sentence_settings(iter_dir, config)
-            return cls(str(path), config, iter_dir / checkpoint_folder.SIDECARS, settings, iter_dir=iter_dir)
+            files = iter_dir / checkpoint_folder.SIDECARS
+            return cls(str(path), config, files, settings, iter_dir=iter_dir, made_bidirectional=made)
         hf = HFFolder(path)
+        made = made_bidirectional(hf.path, hf.config, bidirectional=bidirectional, consent=consent)
         stated = read_sentence_settings(hf.path)
         config = hf.encoder_config()
         if stated is not None:
             config = config.replace(pooling=stated.pooling, normalize=stated.normalize)
-        return cls(str(path), config, hf.path, stated, hf=hf)
+        return cls(str(path), config, hf.path, stated, hf=hf, made_bidirectional=made)
+
+    def for_scores(self) -> ModelSource:
+        """The same model with vectors whose scalar product is its similarity: normalised where that is the cosine."""
+        if self.settings is None or self.settings.similarity == "dot":
+            return self
+        return replace(self, config=self.config.replace(normalize=True))
 
     def fill(self, encoders: list[Encoder], *, tp_rank: int, tp_size: int) -> None:
         """Load this rank's weights, reading only its own slices of them."""

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenizers import normalizers
+
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.sentence_files import SentenceSettings
 from megatron_embed.conversion.tokenizer_files import write_tokenizer
 from megatron_embed.recipes.long_texts import knows_borders, tokenize_starts
 
-Kind = Literal["query", "passage"]
+#: ``text``: neither of the others, as in sentence-transformers' plain ``encode``
+Kind = Literal["query", "passage", "text"]
 
 
 class TextTokenizer:
@@ -30,12 +34,20 @@ class TextTokenizer:
         passage_prompt: str,
         query_max_length: int,
         passage_max_length: int,
+        do_lower_case: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.tokenizer.split_special_tokens = True
+        self.do_lower_case = do_lower_case
+        if do_lower_case:
+            _lower_case(tokenizer)
         self._knows_borders = knows_borders(tokenizer)
-        self.prompts: dict[Kind, str] = {"query": query_prompt, "passage": passage_prompt}
-        self.max_lengths: dict[Kind, int] = {"query": query_max_length, "passage": passage_max_length}
+        self.prompts: dict[Kind, str] = {"query": query_prompt, "passage": passage_prompt, "text": ""}
+        self.max_lengths: dict[Kind, int] = {
+            "query": query_max_length,
+            "passage": passage_max_length,
+            "text": max(query_max_length, passage_max_length),
+        }
 
     @classmethod
     def from_folder(
@@ -46,11 +58,15 @@ class TextTokenizer:
         passage_prompt: str,
         query_max_length: int,
         passage_max_length: int,
+        do_lower_case: bool = False,
     ) -> TextTokenizer:
         """Load the tokenizer of a model folder; no network, no remote code.
 
         A ready embedder's (a folder with ``modules.json``) is taken as it is. Any other model's gets the edits that
         export makes, BOS and EOS around every text above all, so that training and the exported embedder agree.
+
+        Args:
+            do_lower_case: prompt and text are lower-cased first.
 
         Raises:
             UserError: no tokenizer there, or one that cannot be read.
@@ -75,7 +91,22 @@ class TextTokenizer:
             passage_prompt=passage_prompt,
             query_max_length=query_max_length,
             passage_max_length=passage_max_length,
+            do_lower_case=do_lower_case,
         )
+
+    @classmethod
+    def from_settings(cls, path: str | Path, settings: SentenceSettings) -> TextTokenizer:
+        """Load the tokenizer of a model folder as its sentence settings want it; see :meth:`from_folder`."""
+        found = cls.from_folder(
+            path,
+            query_prompt=settings.query_prompt,
+            passage_prompt=settings.passage_prompt,
+            query_max_length=settings.query_max_length,
+            passage_max_length=settings.passage_max_length,
+            do_lower_case=settings.do_lower_case,
+        )
+        found.prompts["text"], found.max_lengths["text"] = settings.text_prompt, settings.text_max_length
+        return found
 
     @property
     def pad_token_id(self) -> int:
@@ -114,6 +145,17 @@ class TextTokenizer:
             )["input_ids"]
 
         return tokenize_starts(tokenize, whole, length) if self._knows_borders else tokenize(whole)
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Lower-case what a tokenizer is given, before all else that it does, as sentence-transformers does."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.normalizer
+    steps: list[Any] = []
+    if before is not None:
+        steps = [*before] if isinstance(before, normalizers.Sequence) else [before]  # type: ignore[misc]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def _load(folder: Path) -> Any:

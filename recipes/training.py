@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_embed.bridge import host, parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.declared_attention import CONSENT_OF_A_RECIPE
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig, save_run_config
@@ -50,6 +51,7 @@ def train(cfg: RecipeConfig) -> Path:
     parallel.select_device(cfg.device)
     # Everything that can be refused is looked at before any weight is read.
     source = open_source(cfg)
+    cfg.model.bidirectional = source.made_bidirectional  # a checkpoint that it starts from may say so
     validate_layout(cfg, source.config)
     save_dir = Path(cfg.train.save_dir or "")
     resume = checkpointing.find_resume(cfg, save_dir)
@@ -73,11 +75,14 @@ def train(cfg: RecipeConfig) -> Path:
 def open_source(cfg: RecipeConfig) -> ModelSource:
     """The model to start from, with the recipe's pooling, normalisation and temperature."""
     checkpoint = cfg.checkpoint.pretrained_checkpoint or (None if cfg.model.hf_model else cfg.checkpoint.load)
-    source = ModelSource.open(checkpoint or cfg.model.hf_model or "", megatron=checkpoint is not None)
-    stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
-    return ModelSource(
-        source.path, source.config.replace(**stated), source.files, source.settings, source.hf, source.iter_dir
+    source = ModelSource.open(
+        checkpoint or cfg.model.hf_model or "",
+        megatron=checkpoint is not None,
+        bidirectional=cfg.model.bidirectional,
+        consent=CONSENT_OF_A_RECIPE,
     )
+    stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
+    return replace(source, config=source.config.replace(**stated))
 
 
 def _open_collections(cfg: RecipeConfig) -> list[Any]:
@@ -103,6 +108,7 @@ def _set_up(
         passage_prompt=data.passage_prompt,
         query_max_length=data.query_max_length,
         passage_max_length=data.passage_max_length,
+        do_lower_case=source.settings is not None and source.settings.do_lower_case,
     )
     transformer = transformer_config(
         source.config,
@@ -133,7 +139,7 @@ def _set_up(
     )
     group = parallel_state.get_data_parallel_group()
     loss = ContrastiveLoss(cfg.loss, normalize=source.config.normalize, group=group)
-    return Run(cfg, source.config, source.files, state, builder, plan, loss, save_dir, collections)
+    return Run(cfg, source, state, builder, plan, loss, save_dir, collections)
 
 
 @dataclass
@@ -141,14 +147,18 @@ class Run:
     """A training run, everything built."""
 
     cfg: RecipeConfig
-    encoder_config: EncoderConfig
-    files: Path
+    source: ModelSource
     state: TrainState
     builder: BatchBuilder
     plan: BatchingPlan
     loss: ContrastiveLoss
     save_dir: Path
     collections: list[Any]
+
+    @property
+    def encoder_config(self) -> EncoderConfig:
+        """The model that is trained."""
+        return self.source.config
 
     def loop(self, start: int) -> None:
         """Steps ``start + 1`` to ``train_iters``."""
@@ -274,11 +284,10 @@ class Run:
         first = dist.get_rank() == 0
         checkpointing.save(
             self.cfg,
-            self.encoder_config,
+            self.source,
             self.state,
             step=step,
             save_dir=self.save_dir,
-            files=self.files,
             data=self.builder.dataset.state(),
             first=first,
         )

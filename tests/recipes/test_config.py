@@ -33,6 +33,7 @@ DEFAULTS = {
     "model.sequence_parallel": None,
     "model.pooling": "avg",
     "model.normalize": True,
+    "model.bidirectional": False,
     "model.precision": "bf16",
     "model.recompute": "none",
     "loss.temperature": 0.02,

@@ -33,6 +33,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ready embedder, with a corpus beside."""
     folder = tmp_path_factory.mktemp("original")
     model = save_model(folder / "model")
+    edit_json(model / "config.json", lambda raw: raw.update(is_causal=False))
     write_sentence_files(model, EncoderConfig.from_hf(model), SETTINGS)
     write(folder / "corpus.jsonl", ROWS)
     return folder

@@ -1,0 +1,155 @@
+"""The keys of sentence-transformers' files: which are honoured, which change no vector, and which are refused by name.
+
+A key that is not known here may change the vectors, as any key that a later sentence-transformers adds, so it is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_embed.bridge.errors import UserError
+
+#: what a text passes through; anything else in the place of it would give other vectors
+TEXT_MODALITY = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+#: keys of ``sentence_bert_config.json`` that are honoured, or that change no vector
+_TRANSFORMER_HONOURED = ("max_seq_length", "do_lower_case", "query_length", "document_length", "unpad_inputs")
+#: keys of it that are understood in one meaning only
+_TRANSFORMER_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "transformer_task": ("feature-extraction",),
+    "module_output_name": ("token_embeddings",),
+    "query_expansion": (None,),
+    "processing_kwargs": (None, {}),
+    "tokenizer_name_or_path": (None,),
+    "config_kwargs": (None, {}),
+    "config_args": (None, {}),
+}
+#: keyword arguments of ``from_pretrained``, under their new and old names, that may stand there: key → values, or any
+_ANY = object()
+_MODEL_KWARGS: Mapping[str, Any] = {
+    "attn_implementation": _ANY,
+    "trust_remote_code": _ANY,  # sentence-transformers takes it from no file
+    "dtype": ("auto",),
+    "torch_dtype": ("auto",),
+}
+_PROCESSOR_KWARGS: Mapping[str, Any] = {"padding_side": _ANY, "trust_remote_code": _ANY, "model_max_length": _ANY}
+_KWARGS = {
+    "model_kwargs": _MODEL_KWARGS,
+    "model_args": _MODEL_KWARGS,
+    "processor_kwargs": _PROCESSOR_KWARGS,
+    "tokenizer_args": _PROCESSOR_KWARGS,
+}
+
+_MODEL = ("__version__", "model_type", "prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
+_POOLING = ("word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt")
+
+
+def refuse(path: Path, key: str, found: Any, wanted: str) -> NoReturn:
+    """Raise a :class:`UserError` that names file and key, what is found there and what is wanted."""
+    raise UserError(f"{path}: {key} is {json.dumps(found, ensure_ascii=False)}; wanted {wanted}")
+
+
+def check_transformer(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what a ``sentence_bert_config.json`` says beyond the settings that are honoured.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key, value in config.items():
+        if key in _KWARGS:
+            _check_kwargs(path, key, value, _KWARGS[key])
+        elif key == "modality_config":
+            _check_modalities(path, value)
+        elif key in _TRANSFORMER_ONLY:
+            _check_only(path, key, value, _TRANSFORMER_ONLY[key])
+        elif key not in _TRANSFORMER_HONOURED:
+            _refuse_unknown(path, key, value, [*_TRANSFORMER_HONOURED, *_TRANSFORMER_ONLY, "modality_config", *_KWARGS])
+    if not isinstance(config.get("do_lower_case", False), bool):
+        refuse(path, "do_lower_case", config["do_lower_case"], "true or false")
+    for key in ("max_seq_length", "query_length", "document_length"):
+        check_length(path, key, config.get(key))
+
+
+def check_length(path: Path, key: str, value: Any) -> None:
+    """Refuse a maximal length that is no whole number of tokens; null states none."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        refuse(path, key, value, "a whole number of tokens from 1 up, or null")
+
+
+def check_pooling(path: Path, config: Mapping[str, Any], flags: Collection[str]) -> None:
+    """Refuse keys of a Pooling's ``config.json`` that are not known, and pooling without the prompt's tokens."""
+    for key, value in config.items():
+        if key not in (*_POOLING, *flags):
+            _refuse_unknown(path, key, value, [*_POOLING, *flags])
+    if config.get("include_prompt") is False:
+        raise UserError(f"{path}: include_prompt is false; the encoder pools over the prompt's tokens as well")
+
+
+def check_normalize(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a Normalize that takes anything but the sentence's vector, or puts it elsewhere."""
+    for key, value in config.items():
+        if key not in ("module_input_name", "module_output_name"):
+            _refuse_unknown(path, key, value, ["module_input_name", "module_output_name"])
+        _check_only(
+            path, key, value, ("sentence_embedding", None) if key == "module_output_name" else ("sentence_embedding",)
+        )
+
+
+def check_model(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what a ``config_sentence_transformers.json`` says beyond the settings that are honoured.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key, value in config.items():
+        if key not in _MODEL:
+            _refuse_unknown(path, key, value, _MODEL)
+    _check_only(path, "model_type", config.get("model_type", "SentenceTransformer"), ("SentenceTransformer",))
+    if config.get("truncate_dim") is not None:
+        refuse(
+            path, "truncate_dim", config["truncate_dim"], "null: take it out, and shorten vectors with `encode --dim`"
+        )
+    if config.get("similarity_fn_name") not in (None, "cosine", "dot"):
+        refuse(path, "similarity_fn_name", config["similarity_fn_name"], "cosine or dot, by which vectors are compared")
+    prompts = config.get("prompts") or {}
+    if not isinstance(prompts, Mapping):
+        refuse(path, "prompts", prompts, "an object of texts by name")
+    for name, prompt in prompts.items():
+        if not isinstance(prompt, str | None):
+            refuse(path, f"prompts.{name}", prompt, "a text")
+    default = config.get("default_prompt_name")
+    known = {"query", "document", *prompts}
+    if default is not None and default not in known:
+        refuse(path, "default_prompt_name", default, f"null or one of the prompts, {', '.join(sorted(known))}")
+
+
+def _check_kwargs(path: Path, key: str, value: Any, known: Mapping[str, Any]) -> None:
+    if not isinstance(value, Mapping | None):
+        refuse(path, key, value, "an object")
+    for name, given in (value or {}).items():
+        if name not in known:
+            _refuse_unknown(path, f"{key}.{name}", given, list(known))
+        if known[name] is not _ANY:
+            _check_only(path, f"{key}.{name}", given, known[name])
+    check_length(path, f"{key}.model_max_length", (value or {}).get("model_max_length"))
+
+
+def _check_modalities(path: Path, value: Any) -> None:
+    if not isinstance(value, Mapping) or value.get("text") != TEXT_MODALITY:
+        found = value.get("text") if isinstance(value, Mapping) else value
+        refuse(path, "modality_config.text", found, json.dumps(TEXT_MODALITY))
+    if "message" in value:
+        refuse(path, "modality_config.message", value["message"], "no such key: texts are read without a chat template")
+
+
+def _check_only(path: Path, key: str, value: Any, wanted: tuple[Any, ...]) -> None:
+    if value not in wanted:
+        refuse(path, key, value, " or ".join(json.dumps(one) for one in wanted))
+
+
+def _refuse_unknown(path: Path, key: str, value: Any, known: Collection[str]) -> NoReturn:
+    refuse(path, key, value, f"only keys whose effect is known here: {', '.join(known)}; take it out if it has none")
