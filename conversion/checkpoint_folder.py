@@ -141,6 +141,46 @@ def encoder_config(iter_dir: Path) -> EncoderConfig | None:
     return None
 
 
+def sources(iter_dir: Path) -> list[Path]:
+    """Folders that must outlive an export of a checkpoint: itself, and what it says it was made from.
+
+    That is the model that it was imported from or trained on (of a hub id its folder in the cache), the checkpoint that
+    its training started from, and what that one was made from.
+    """
+    found: list[Path] = []
+    waiting = [iter_dir]
+    while waiting:
+        folder = waiting.pop()
+        if folder in found:
+            continue
+        found.append(folder)
+        if not (folder / ".metadata").is_file():
+            continue
+        if (folder.parent / TRACKER).is_file():
+            found.append(folder.parent)
+        run = read_run_config(folder)
+        for section, key in (("model", "hf_model"), ("checkpoint", "pretrained_checkpoint"), ("checkpoint", "load")):
+            value = run[section].get(key) if isinstance(run.get(section), dict) else None
+            if isinstance(value, str) and value:
+                waiting += _folders(value)
+    return found
+
+
+def _folders(recorded: str) -> list[Path]:
+    """What a recorded source may mean: a folder, a checkpoint's newest iteration, a hub id's folder in the cache."""
+    path = Path(recorded).expanduser()
+    if has_checkpoint(path):
+        return [resolve(path).resolve()]
+    if path.is_dir():
+        return [path.resolve()]
+    if recorded.count("/") > 1 or recorded.startswith((".", "/", "~")):
+        return []
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return [Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=recorded, repo_type="model")]
+
+
 def sentence_settings(iter_dir: Path, config: EncoderConfig) -> SentenceSettings:
     """Prompts and lengths of a checkpoint's ``run_config.yaml``, defaults where it says nothing."""
     data = read_run_config(iter_dir).get("data")

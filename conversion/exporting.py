@@ -14,7 +14,7 @@ from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.atomic import atomic_output
 from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
 from megatron_embed.conversion.hf_folder import HFFolder, read_json
-from megatron_embed.conversion.importing import TEMPERATURE, refuse_inside, torch_dtype_of
+from megatron_embed.conversion.importing import TEMPERATURE, torch_dtype_of
 from megatron_embed.conversion.model_card import model_card
 from megatron_embed.conversion.progress import Converted, byte_bar
 from megatron_embed.conversion.safetensors_writer import TensorSpec, parse_size, write_sharded
@@ -51,7 +51,7 @@ def export_hf(
             weights in its language tower.
         torch_dtype: of the written encoder; by default the source's.
         max_shard_size: such as ``5GB``.
-        overwrite: replace a model folder that is there.
+        overwrite: replace a model folder that is there; never a source or the checkpoint, nor what holds them.
 
     Raises:
         UserError: bad input; then nothing is left at ``hf_path``.
@@ -66,11 +66,9 @@ def export_hf(
         torch_dtype_of(torch_dtype)
         config = config.replace(dtype=torch_dtype)
     weights = CheckpointWeights(CheckpointReader(iter_dir), config)
-    refuse_inside(iter_dir, hf_path)
-    if source is not None:
-        refuse_inside(source.path, hf_path)
+    sources = [*checkpoint_folder.sources(iter_dir), *([source.path] if source else [])]
     vlm = find_vlm_source(iter_dir, weights, source) if target == "vlm" else None
-    with atomic_output(hf_path, overwrite=overwrite) as out:
+    with atomic_output(hf_path, overwrite=overwrite, sources=sources) as out:
         if vlm is not None:
             write_vlm(out, vlm, weights, torch_dtype=torch_dtype, max_shard_size=max_shard_size, progress=progress)
         else:

@@ -44,7 +44,7 @@ def import_hf(
         torch_dtype: of the stored weights; by default the source's (FP8 counts as bfloat16).
         tp, pp: how the tensors are cut into chunks and files; any other layout loads them just as well.
         with_vision: keep the other tensors of a VLM too, so that the checkpoint alone can become a VLM again.
-        overwrite: replace a checkpoint that is there.
+        overwrite: replace a checkpoint that is there; never one that is, holds or lies in the source.
 
     Returns:
         The checkpoint folder, and what was left out.
@@ -60,8 +60,7 @@ def import_hf(
     folder.check(config)
     ignored = folder.ignored(config)
     kept = _to_keep(folder, config, ignored) if with_vision else []
-    refuse_inside(folder.path, megatron_path)
-    with atomic_output(megatron_path, overwrite=overwrite) as out:
+    with atomic_output(megatron_path, overwrite=overwrite, sources=[folder.path]) as out:
         iter_dir = checkpoint_folder.iteration_folder(out, 0)
         iter_dir.mkdir()
         pieces = [*chunks(folder, config, dtype=torch_dtype_of(config.dtype), tp=tp, pp=pp), *kept_chunks(folder, kept)]
@@ -84,13 +83,6 @@ def torch_dtype_of(name: str) -> torch.dtype:
     if name not in known:
         raise UserError(f"dtype {name!r} is not one of {', '.join(known)}")
     return known[name]
-
-
-def refuse_inside(source: Path, target: str | os.PathLike[str]) -> None:
-    """An output may neither be its own source nor contain it: --overwrite would remove what is being read."""
-    inner, outer = source.resolve(), Path(target).expanduser().resolve()
-    if inner == outer or outer in inner.parents:
-        raise UserError(f"{target}: holds the source {source}; give another output path")
 
 
 def summarize(ignored: dict[str, str]) -> list[str]:

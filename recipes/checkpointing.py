@@ -75,7 +75,13 @@ def save(
 
     def finish(folder: Path) -> None:
         checkpoint_folder.write_sidecars(folder, files)
-        checkpoint_folder.write_run_config(folder, {**cfg.to_dict(), "encoder": config.to_dict()})
+        run = cfg.to_dict()
+        # an export starts in another folder, and must tell a path from a hub id
+        for section, key in (("model", "hf_model"), ("checkpoint", "pretrained_checkpoint"), ("checkpoint", "load")):
+            path = Path(run[section][key] or "").expanduser()
+            if run[section][key] and path.is_dir():
+                run[section][key] = str(path.resolve())
+        checkpoint_folder.write_run_config(folder, {**run, "encoder": config.to_dict()})
 
     common = {"consumed_samples": step * cfg.train.global_batch_size, "data": data}
     save_model_state(root, step, state.encoders, optimizer=state.optimizer, common=common, finish=finish)
