@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,26 +21,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.sentence_files import SentenceSettings
+from megatron_embed.conversion.sidecars import copy_files, sidecars
 
 TRACKER, RUN_CONFIG, SIDECARS = "latest_checkpointed_iteration.txt", "run_config.yaml", "hf"
-
-#: weights in any form; everything else beside them is a sidecar
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".npz",
-    ".distcp",
-)
-_NOT_SIDECARS = (".git", ".cache", ".locks")
-_SIDECAR_LIMIT = 256 << 20
 
 
 # ---- where things are
@@ -193,27 +175,8 @@ def sentence_settings(iter_dir: Path, config: EncoderConfig) -> SentenceSettings
 # ---- the files beside the weights
 
 
-def sidecars(folder: Path) -> list[Path]:
-    """Files of an HF folder that are no weights, relative to it: config, tokenizer, processor, sentence files, …"""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part in _NOT_SIDECARS for part in relative.parts)
-        weights = path.name.endswith((*_WEIGHTS, ".safetensors.index.json", ".bin.index.json"))
-        if path.is_file() and not hidden and not weights and path.stat().st_size <= _SIDECAR_LIMIT:
-            found.append(relative)
-    return found
-
-
-def copy_files(files: list[Path], source: Path, target: Path) -> None:
-    """Copy byte for byte, folders included; a link's target is copied."""
-    for relative in files:
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / relative, target / relative)
-
-
 def write_sidecars(iter_dir: Path, hf_folder: Path) -> None:
-    """Keep the source's files beside the weights in ``iter_dir/hf``."""
+    """Keep the model's own files beside its weights in ``iter_dir/hf``."""
     copy_files(sidecars(hf_folder), hf_folder, iter_dir / SIDECARS)
 
 

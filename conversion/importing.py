@@ -18,6 +18,7 @@ from megatron_embed.conversion.checkpoint_weights import chunks, kept_chunks
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.progress import Converted, byte_bar
 from megatron_embed.conversion.sentence_files import SentenceSettings, read_sentence_settings
+from megatron_embed.conversion.sidecars import others
 from megatron_embed.conversion.tensor_stream import write_chunks
 
 TEMPERATURE = 0.02
@@ -70,7 +71,8 @@ def import_hf(
         checkpoint_folder.write_common(iter_dir, 0)
         checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, tp=tp, pp=pp))
         checkpoint_folder.write_tracker(out, 0)
-    return Converted(Path(megatron_path), folder.notes + summarize({k: v for k, v in ignored.items() if k not in kept}))
+    left_out = summarize({name: reason for name, reason in ignored.items() if name not in kept})
+    return Converted(Path(megatron_path), folder.notes + left_out + _files_left(folder.path))
 
 
 def torch_dtype_of(name: str) -> torch.dtype:
@@ -91,6 +93,13 @@ def summarize(ignored: dict[str, str]) -> list[str]:
     for reason in ignored.values():
         counts[reason] = counts.get(reason, 0) + 1
     return [f"{count} tensor(s) left out: {reason}" for reason, count in counts.items()]
+
+
+def _files_left(folder: Path) -> list[str]:
+    if not (names := others(folder)):
+        return []
+    shown = ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
+    return [f"beside the weights left out, no files of a model by their names: {shown}"]
 
 
 def _to_keep(folder: HFFolder, config: EncoderConfig, ignored: dict[str, str]) -> list[str]:

@@ -30,8 +30,8 @@ def model_card(
         "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", config.family],
     }
-    if isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~")):
-        front["base_model"] = base  # a hub id; a path of this machine says nothing to others
+    if _is_hub_id(base):
+        front["base_model"] = base
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {_title(base)}\n",
@@ -42,6 +42,12 @@ def model_card(
         _metrics(iter_dir),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _is_hub_id(base: object) -> bool:
+    """Whether the base model is on the hub; a path of this machine says nothing to others."""
+    hub = isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    return hub and not Path(str(base)).exists()
 
 
 def _title(base: object) -> str:
@@ -79,9 +85,7 @@ model was made for. No remote code is needed.
 
 def _facts(config: EncoderConfig, settings: SentenceSettings, base: object) -> str:
     rows = {
-        "base model": f"`{Path(base).name if Path(base).is_absolute() else base}`"
-        if isinstance(base, str)
-        else "unknown",
+        "base model": f"`{base if _is_hub_id(base) else Path(base).name}`" if isinstance(base, str) else "unknown",
         "query prompt": f"`{json.dumps(settings.query_prompt)}`",
         "passage prompt": f"`{json.dumps(settings.passage_prompt)}`",
         "longest query, passage": f"{settings.query_max_length}, {settings.passage_max_length} tokens",

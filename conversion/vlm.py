@@ -18,6 +18,7 @@ from megatron_embed.conversion.importing import torch_dtype_of
 from megatron_embed.conversion.progress import byte_bar
 from megatron_embed.conversion.safetensors_writer import TensorSpec, write_sharded
 from megatron_embed.conversion.sentence_files import write_json
+from megatron_embed.conversion.sidecars import publish_files, sidecars, without_local_paths
 from megatron_embed.conversion.stored import Values
 
 _PREFIX = "language_model.model."
@@ -91,16 +92,19 @@ def write_vlm(
     max_shard_size: str,
     progress: bool,
 ) -> None:
-    """Write weights, the adapted config, and every other file byte for byte.
+    """Write weights, the adapted config, and the model's other files byte for byte.
+
+    Keys of JSON files whose value is a path of this machine are left out: they would tell where the model was made.
 
     Args:
         torch_dtype: None keeps the dtype of every tensor beside the language tower; else all floats become this.
     """
     config = weights.config
-    files = [path for path in checkpoint_folder.sidecars(source.files) if str(path) != "config.json"]
-    checkpoint_folder.copy_files(files, source.files, out)
-    raw = read_json(source.files / "config.json")
-    raw.pop("quantization_config", None)
+    files = [path for path in sidecars(source.files) if str(path) != "config.json"]
+    publish_files(files, source.files, out)
+    raw = without_local_paths(read_json(source.files / "config.json"))
+    for key in ("quantization_config", "auto_map"):  # no code is carried over: this is a stock model
+        raw.pop(key, None)
     raw["text_config"] = {**raw["text_config"], "is_causal": False}
     raw["text_config"].pop("quantization_config", None)
     if torch_dtype is not None:
