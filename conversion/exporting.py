@@ -12,6 +12,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.atomic import atomic_output
+from megatron_embed.conversion.casts import Casts, torch_option
 from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
 from megatron_embed.conversion.hf_folder import HFFolder, read_json
 from megatron_embed.conversion.importing import TEMPERATURE, torch_dtype_of
@@ -49,7 +50,8 @@ def export_hf(
             remembers.
         target: ``embedder``: bare encoder plus sentence-transformers' files. ``vlm``: the source VLM with the encoder's
             weights in its language tower.
-        torch_dtype: of the written encoder; by default the source's.
+        torch_dtype: of the written encoder; by default the source's. A checkpoint that was trained in a wider dtype is
+            rounded to that, and how much is told; any other rounding must be asked for here.
         max_shard_size: such as ``5GB``.
         overwrite: replace a model folder that is there; never a source or the checkpoint, nor what holds them.
 
@@ -65,15 +67,20 @@ def export_hf(
     if torch_dtype is not None:
         torch_dtype_of(torch_dtype)
         config = config.replace(dtype=torch_dtype)
+    trained = isinstance(checkpoint_folder.read_run_config(iter_dir).get("train"), dict)
+    casts = Casts(iter_dir, rounding=torch_dtype is not None or trained, ask=torch_option)
     weights = CheckpointWeights(CheckpointReader(iter_dir), config)
     sources = [*checkpoint_folder.sources(iter_dir), *([source.path] if source else [])]
     vlm = find_vlm_source(iter_dir, weights, source) if target == "vlm" else None
     with atomic_output(hf_path, overwrite=overwrite, sources=sources) as out:
         if vlm is not None:
-            write_vlm(out, vlm, weights, torch_dtype=torch_dtype, max_shard_size=max_shard_size, progress=progress)
+            write_vlm(
+                out, vlm, weights, casts, torch_dtype=torch_dtype, max_shard_size=max_shard_size, progress=progress
+            )
         else:
-            _write_embedder(out, iter_dir, weights, source, max_shard_size=max_shard_size, progress=progress)
-    return Converted(Path(hf_path), source.notes if source else [])
+            _write_embedder(out, iter_dir, weights, casts, source, max_shard_size=max_shard_size, progress=progress)
+    notes = casts.notes(None if torch_dtype else weights.dtype)
+    return Converted(Path(hf_path), [*(source.notes if source else []), *notes])
 
 
 def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
@@ -99,6 +106,7 @@ def _write_embedder(
     out: Path,
     iter_dir: Path,
     weights: CheckpointWeights,
+    casts: Casts,
     source: HFFolder | None,
     *,
     max_shard_size: str,
@@ -126,7 +134,7 @@ def _write_embedder(
     with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
         write_sharded(
             specs,
-            weights.hf_values(dtype),
+            weights.hf_values(dtype, casts),
             out,
             max_shard_size=max_shard_size,
             on_tensor=lambda spec: advance(spec.nbytes),
