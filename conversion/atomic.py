@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,9 @@ _LOCK = ".writing"
 
 
 @contextmanager
-def atomic_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_output(
+    path: str | os.PathLike[str], *, overwrite: bool = False, sources: Iterable[Path] = ()
+) -> Iterator[Path]:
     """Build a folder under another name beside ``path`` and rename it at the end.
 
     Whatever ends the block early, ``path`` is as before. A killed process leaves only the folder under the other name,
@@ -25,14 +28,16 @@ def atomic_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     Args:
         path: where the folder shall be.
         overwrite: replace what is there (a folder that looks like a model or a checkpoint), at the very end.
+        sources: what the output is made from, or was once made from; see :func:`refuse_sources`.
 
     Yields:
         The folder to write into.
 
     Raises:
-        UserError: something is there already.
+        UserError: something is there already, or ``path`` is, holds or lies in a source.
     """
-    target = Path(os.path.abspath(Path(path).expanduser()))
+    refuse_sources(path, sources)
+    target = _real(path)
     _restore(target)
     if os.path.lexists(target) and not _is_empty(target):
         if not overwrite:
@@ -57,6 +62,35 @@ def atomic_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         raise
     finally:
         os.close(lock)
+
+
+def refuse_sources(path: str | os.PathLike[str], sources: Iterable[Path]) -> None:
+    """An output may neither be a source, nor hold one (--overwrite would remove it), nor lie in one (it would become
+    part of it). Nor may it hold a file that is linked from a source, as a hub cache's blobs are.
+
+    Args:
+        sources: model and checkpoint folders; those that do not exist are passed over.
+
+    Raises:
+        UserError: names the output and the source.
+    """
+    target = Path(path).expanduser().resolve()
+    for source in sources:
+        real = source.expanduser().resolve()
+        if not real.is_dir():
+            continue
+        if target != real and real in target.parents:
+            raise UserError(f"{path}: lies in the source {source}; give an output path outside of it")
+        linked = [entry.resolve() for entry in real.iterdir() if entry.is_symlink()]
+        for held in (real, *linked):
+            if target in (held, *held.parents):
+                raise UserError(f"{path}: holds the source {source}; give another output path")
+
+
+def _real(path: str | os.PathLike[str]) -> Path:
+    """Where a folder would be made, links in its way followed; itself it may be one."""
+    target = Path(path).expanduser()
+    return target.parent.resolve() / target.name if target.name not in ("", "..") else target.resolve()
 
 
 def _is_empty(target: Path) -> bool:
@@ -92,7 +126,7 @@ def _restore(target: Path) -> None:
 
 def _clean(target: Path) -> None:
     """Remove what killed processes left. A living one holds its folder's lock."""
-    for stale in target.parent.glob(f".{target.name}.partial-*"):
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         try:
             lock = os.open(stale / _LOCK, os.O_RDWR)
         except FileNotFoundError:

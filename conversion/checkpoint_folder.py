@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,26 +29,9 @@ from megatron_embed.conversion.sentence_files import (
     read_sentence_settings,
     with_the_recipes,
 )
+from megatron_embed.conversion.sidecars import copy_files, sidecars
 
 TRACKER, RUN_CONFIG, SIDECARS = "latest_checkpointed_iteration.txt", "run_config.yaml", "hf"
-
-#: weights in any form; everything else beside them is a sidecar
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".npz",
-    ".distcp",
-)
-_NOT_SIDECARS = (".git", ".cache", ".locks")
-_SIDECAR_LIMIT = 256 << 20
 
 
 # ---- where things are
@@ -154,6 +136,46 @@ def says_nothing(iter_dir: Path) -> bool:
     return not read_run_config(iter_dir) and not (iter_dir / SIDECARS).is_dir()
 
 
+def sources(iter_dir: Path) -> list[Path]:
+    """Folders that must outlive an export of a checkpoint: itself, and what it says it was made from.
+
+    That is the model that it was imported from or trained on (of a hub id its folder in the cache), the checkpoint that
+    its training started from, and what that one was made from.
+    """
+    found: list[Path] = []
+    waiting = [iter_dir]
+    while waiting:
+        folder = waiting.pop()
+        if folder in found:
+            continue
+        found.append(folder)
+        if not (folder / ".metadata").is_file():
+            continue
+        if (folder.parent / TRACKER).is_file():
+            found.append(folder.parent)
+        run = read_run_config(folder)
+        for section, key in (("model", "hf_model"), ("checkpoint", "pretrained_checkpoint"), ("checkpoint", "load")):
+            value = run[section].get(key) if isinstance(run.get(section), dict) else None
+            if isinstance(value, str) and value:
+                waiting += _folders(value)
+    return found
+
+
+def _folders(recorded: str) -> list[Path]:
+    """What a recorded source may mean: a folder, a checkpoint's newest iteration, a hub id's folder in the cache."""
+    path = Path(recorded).expanduser()
+    if has_checkpoint(path):
+        return [resolve(path).resolve()]
+    if path.is_dir():
+        return [path.resolve()]
+    if recorded.count("/") > 1 or recorded.startswith((".", "/", "~")):
+        return []
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return [Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=recorded, repo_type="model")]
+
+
 def sentence_settings(iter_dir: Path, config: EncoderConfig) -> SentenceSettings:
     """Sentence settings of a checkpoint's ``run_config.yaml``, defaults where it says nothing.
 
@@ -199,27 +221,8 @@ def made_bidirectional(iter_dir: Path, *, bidirectional: bool, consent: str = de
 # ---- the files beside the weights
 
 
-def sidecars(folder: Path) -> list[Path]:
-    """Files of an HF folder that are no weights, relative to it: config, tokenizer, processor, sentence files, …"""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part in _NOT_SIDECARS for part in relative.parts)
-        weights = path.name.endswith((*_WEIGHTS, ".safetensors.index.json", ".bin.index.json"))
-        if path.is_file() and not hidden and not weights and path.stat().st_size <= _SIDECAR_LIMIT:
-            found.append(relative)
-    return found
-
-
-def copy_files(files: list[Path], source: Path, target: Path) -> None:
-    """Copy byte for byte, folders included; a link's target is copied."""
-    for relative in files:
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / relative, target / relative)
-
-
 def write_sidecars(iter_dir: Path, hf_folder: Path) -> None:
-    """Keep the source's files beside the weights in ``iter_dir/hf``."""
+    """Keep the model's own files beside its weights in ``iter_dir/hf``."""
     copy_files(sidecars(hf_folder), hf_folder, iter_dir / SIDECARS)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from megatron_embed.bridge import mapping, transforms
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.mapping import Weight
+from megatron_embed.conversion.casts import Casts
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.stored import Stored, Values
 from megatron_embed.conversion.tensor_stream import CheckpointReader, Chunk
@@ -32,6 +33,11 @@ IGNORED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(vision_|multi_modal_|mlp1).+"), "takes no part in text embedding"),
     (re.compile(r"(language_model\.)?output_layer\.weight"), "an embedder has no language-model head"),
 )
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a checkpoint tensor is no weight of the encoder."""
+    return any(pattern.fullmatch(name) for pattern, _ in IGNORED)
 
 
 # ---- one weight, packed
@@ -85,25 +91,50 @@ def read_slices(
     ]
 
 
+def read_cast(
+    folder: HFFolder,
+    casts: Casts,
+    dtype: torch.dtype,
+    name: str,
+    index: Sequence[slice] | None = None,
+    *,
+    count: bool = True,
+) -> Tensor:
+    """A tensor of a folder, or a slice of it, in ``dtype``; for ``read`` of :func:`read_slices`."""
+    return casts(name, folder.read(name, index), dtype, count=count)
+
+
 # ---- HF folder → chunks
 
 
-def chunks(folder: HFFolder, config: EncoderConfig, *, dtype: torch.dtype, tp: int = 1, pp: int = 1) -> Iterator[Chunk]:
+def chunks(
+    folder: HFFolder, config: EncoderConfig, *, dtype: torch.dtype, tp: int = 1, pp: int = 1, casts: Casts | None = None
+) -> Iterator[Chunk]:
     """All weights of a folder as chunks of a checkpoint, one for each layer and tensor-parallel slice.
 
-    The layout decides only which chunks and files there are: a checkpoint loads under any other.
+    The layout decides only which chunks and files there are: a checkpoint loads under any other. By default no value
+    may be rounded.
     """
+    casts = casts or Casts(folder.path)
     for weight in mapping.weights(config):
         stage = 0 if weight.layer is None else weight.layer * pp // config.num_hidden_layers
         if weight.megatron == "decoder.final_layernorm.weight":
             stage = pp - 1
         slices = 1 if weight.tp_dim is None else tp
         for tp_rank in range(slices):
-            yield from _weight_chunks(folder, weight, config, dtype, tp_rank, slices, rank=stage * tp + tp_rank)
+            yield from _weight_chunks(folder, weight, config, dtype, casts, tp_rank, slices, rank=stage * tp + tp_rank)
 
 
 def _weight_chunks(
-    folder: HFFolder, weight: Weight, config: EncoderConfig, dtype: torch.dtype, tp_rank: int, tp: int, *, rank: int
+    folder: HFFolder,
+    weight: Weight,
+    config: EncoderConfig,
+    dtype: torch.dtype,
+    casts: Casts,
+    tp_rank: int,
+    tp: int,
+    *,
+    rank: int,
 ) -> Iterator[Chunk]:
     key, lead = _stacked(weight, config)
     whole = weight.megatron_shape
@@ -121,7 +152,7 @@ def _weight_chunks(
             shape=tuple(shape),
             dtype=dtype,
             rank=rank,
-            read=partial(_read_chunk, folder, weight, config, tp_rank, tp, tuple(shape), dtype, part),
+            read=partial(_read_chunk, folder, weight, config, tp_rank, tp, tuple(shape), dtype, casts, part),
         )
 
     if weight.kind == "gate_up":  # as megatron-core's gated MLP: gate and up are separate runs of rows
@@ -145,11 +176,12 @@ def _read_chunk(
     tp: int,
     shape: tuple[int, ...],
     dtype: torch.dtype,
+    casts: Casts,
     part: int | None,
 ) -> Values:
     whole_rows = weight.tp_dim != 1 or tp == 1
     as_stored = whole_rows and all(folder.stored_dtype(folder.prefix + name) == dtype for name in weight.hf)
-    read = folder.addresses if as_stored else folder.read
+    read = folder.addresses if as_stored else partial(read_cast, folder, casts, dtype)
     if part is not None:
         rows = transforms.even_range(weight.hf_shapes[part][0], rank=tp_rank, world=tp)
         packed = read(folder.prefix + weight.hf[part], [rows])
@@ -219,14 +251,23 @@ class CheckpointWeights:
         """The weight as HF's tensors, in the order of ``weight.hf``."""
         return unpack(weight, self.read(weight), self.config)
 
-    def hf_values(self, dtype: torch.dtype, prefix: str = "") -> Iterator[tuple[str, Values]]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype that the embedding is stored in."""
+        (key,), _ = self._keys(next(mapping.weights(self.config)))
+        return self.reader.dtype(key)
+
+    def hf_values(self, dtype: torch.dtype, casts: Casts, prefix: str = "") -> Iterator[tuple[str, Values]]:
         """All of them under their HF names, in the table's order: where they lie if they are stored in ``dtype``, else
-        as tensors, one weight in memory at a time."""
+        as tensors cast to it, one weight in memory at a time."""
         for weight in mapping.weights(self.config):
             rows = self._read(weight, partial(self.reader.addresses, dtype=dtype))
             parts: tuple[Values, ...]
             if rows is None:
-                parts = self.hf_parts(weight)
+                parts = tuple(
+                    casts(prefix + name, part, dtype)
+                    for name, part in zip(weight.hf, self.hf_parts(weight), strict=True)
+                )
             else:
                 shaped = zip(unpack(weight, rows, self.config), weight.hf_shapes, strict=True)
                 parts = tuple(Stored(self.reader.files, part, shape, dtype) for part, shape in shaped)
@@ -273,7 +314,7 @@ class CheckpointWeights:
         problems += [
             f"{name}: not a tensor of this encoder (shape {list(self.reader.shape(name))})"
             for name in unused
-            if not any(pattern.fullmatch(name) for pattern, _ in IGNORED)
+            if not is_ignored(name)
         ]
         if problems:
             shown = list(dict.fromkeys(problems))

@@ -12,10 +12,11 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.atomic import atomic_output
+from megatron_embed.conversion.casts import Casts, torch_option
 from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
 from megatron_embed.conversion.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf_folder import HFFolder, read_json
-from megatron_embed.conversion.importing import TEMPERATURE, refuse_inside, torch_dtype_of
+from megatron_embed.conversion.importing import TEMPERATURE, torch_dtype_of
 from megatron_embed.conversion.model_card import model_card
 from megatron_embed.conversion.progress import Converted, byte_bar
 from megatron_embed.conversion.safetensors_writer import TensorSpec, parse_size, write_sharded
@@ -57,11 +58,12 @@ def export_hf(
             remembers.
         target: ``embedder``: bare encoder plus sentence-transformers' files. ``vlm``: the source VLM with the encoder's
             weights in its language tower.
-        torch_dtype: of the written encoder; by default the source's.
+        torch_dtype: of the written encoder; by default the source's. A checkpoint that was trained in a wider dtype is
+            rounded to that, and how much is told; any other rounding must be asked for here.
         max_shard_size: such as ``5GB``.
         bidirectional: the checkpoint is of a ready embedder of causal attention, taken as a base model; asked where the
             checkpoint itself does not say so.
-        overwrite: replace a model folder that is there.
+        overwrite: replace a model folder that is there; never a source or the checkpoint, nor what holds them.
 
     Raises:
         UserError: bad input; then nothing is left at ``hf_path``.
@@ -78,22 +80,24 @@ def export_hf(
     if torch_dtype is not None:
         torch_dtype_of(torch_dtype)
         config = config.replace(dtype=torch_dtype)
+    trained = isinstance(checkpoint_folder.read_run_config(iter_dir).get("train"), dict)
+    casts = Casts(iter_dir, rounding=torch_dtype is not None or trained, ask=torch_option)
     weights = CheckpointWeights(CheckpointReader(iter_dir), config)
-    refuse_inside(iter_dir, hf_path)
-    if source is not None:
-        refuse_inside(source.path, hf_path)
+    sources = [*checkpoint_folder.sources(iter_dir), *([source.path] if source else [])]
     vlm = find_vlm_source(iter_dir, weights, source) if target == "vlm" else None
     notes = list(source.notes) if source else []
-    with atomic_output(hf_path, overwrite=overwrite) as out:
+    with atomic_output(hf_path, overwrite=overwrite, sources=sources) as out:
         if vlm is not None:
-            write_vlm(out, vlm, weights, torch_dtype=torch_dtype, max_shard_size=max_shard_size, progress=progress)
+            write_vlm(
+                out, vlm, weights, casts, torch_dtype=torch_dtype, max_shard_size=max_shard_size, progress=progress
+            )
         else:
             settings = _sentence_settings(iter_dir, config, source)
             notes += note_on_lengths(settings)
             _write_embedder(
-                out, iter_dir, weights, source, settings, made, max_shard_size=max_shard_size, progress=progress
+                out, iter_dir, weights, casts, source, settings, made, max_shard_size=max_shard_size, progress=progress
             )
-    return Converted(Path(hf_path), notes)
+    return Converted(Path(hf_path), [*notes, *casts.notes(None if torch_dtype else weights.dtype)])
 
 
 def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
@@ -125,6 +129,7 @@ def _write_embedder(
     out: Path,
     iter_dir: Path,
     weights: CheckpointWeights,
+    casts: Casts,
     source: HFFolder | None,
     settings: SentenceSettings,
     made: bool,
@@ -153,7 +158,7 @@ def _write_embedder(
     with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
         write_sharded(
             specs,
-            weights.hf_values(dtype),
+            weights.hf_values(dtype, casts),
             out,
             max_shard_size=max_shard_size,
             on_tensor=lambda spec: advance(spec.nbytes),

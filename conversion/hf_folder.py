@@ -170,11 +170,17 @@ class HFFolder:
         except SafetensorError as error:
             raise UserError(f"{self._file_of[name]}: cannot read {name} ({error})") from None
         self.bytes_requested += tensor.numel() * tensor.element_size()
-        if self.is_fp8(name):
-            tensor = dequantize_fp8(
-                tensor, self._handle(self._file_of[f"{name}_scale_inv"]).get_tensor(f"{name}_scale_inv")
+        return self._dequantize(name, tensor) if self.is_fp8(name) else tensor
+
+    def _dequantize(self, name: str, tensor: Tensor) -> Tensor:
+        scale = self._handle(self._file_of[f"{name}_scale_inv"]).get_tensor(f"{name}_scale_inv")
+        largest = torch.tensor(torch.finfo(tensor.dtype).max).to(tensor.dtype)
+        if not dequantize_fp8(largest, scale).isfinite():
+            raise UserError(
+                f"{self.path}: {name}_scale_inv: the scale {float(scale):g} takes FP8 values beyond bfloat16; "
+                f"wanted a finite one below {torch.finfo(torch.bfloat16).max / float(largest):.3g}"
             )
-        return tensor
+        return dequantize_fp8(tensor, scale)
 
     def values(self, name: str, dtype: torch.dtype) -> Values:
         """Where a tensor lies, if it is stored in this dtype; else the tensor."""

@@ -14,11 +14,13 @@ from megatron_embed.bridge.families import is_vlm
 from megatron_embed.bridge.layout import Layout, check_layout
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.atomic import atomic_output
+from megatron_embed.conversion.casts import Casts, torch_option
 from megatron_embed.conversion.checkpoint_weights import chunks, kept_chunks
 from megatron_embed.conversion.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.progress import Converted, byte_bar
 from megatron_embed.conversion.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
+from megatron_embed.conversion.sidecars import others
 from megatron_embed.conversion.tensor_stream import write_chunks
 
 TEMPERATURE = 0.02
@@ -43,14 +45,15 @@ def import_hf(
     Args:
         hf_model: local folder or hub id of the VLM, the text model, or a ready embedder.
         megatron_path: the checkpoint folder to make.
-        torch_dtype: of the stored weights; by default the source's (FP8 counts as bfloat16).
+        torch_dtype: of the stored weights; by default the source's (FP8 counts as bfloat16). Values that the source's
+            config would round are refused; given here, a dtype may round, and how much is told.
         tp, pp: how the tensors are cut into chunks and files; any other layout loads them just as well.
         with_vision: keep the other tensors of a VLM too, so that the checkpoint alone can become a VLM again.
         bidirectional: take a ready embedder of causal attention as a base model, to be trained bidirectionally.
-        overwrite: replace a checkpoint that is there.
+        overwrite: replace a checkpoint that is there; never one that is, holds or lies in the source.
 
     Returns:
-        The checkpoint folder, and what was left out.
+        The checkpoint folder, and what was left out or rounded.
 
     Raises:
         UserError: bad input; then nothing is left at ``megatron_path``.
@@ -64,18 +67,21 @@ def import_hf(
     folder.check(config)
     ignored = folder.ignored(config)
     kept = _to_keep(folder, config, ignored) if with_vision else []
-    refuse_inside(folder.path, megatron_path)
-    with atomic_output(megatron_path, overwrite=overwrite) as out:
+    casts = Casts(folder.path, rounding=torch_dtype is not None, ask=torch_option)
+    with atomic_output(megatron_path, overwrite=overwrite, sources=[folder.path]) as out:
         iter_dir = checkpoint_folder.iteration_folder(out, 0)
         iter_dir.mkdir()
-        pieces = [*chunks(folder, config, dtype=torch_dtype_of(config.dtype), tp=tp, pp=pp), *kept_chunks(folder, kept)]
+        encoder = chunks(folder, config, dtype=torch_dtype_of(config.dtype), tp=tp, pp=pp, casts=casts)
+        pieces = [*encoder, *kept_chunks(folder, kept)]
         with byte_bar("import", sum(piece.nbytes for piece in pieces), enabled=progress) as advance:
             write_chunks(iter_dir, pieces, on_chunk=lambda piece: advance(piece.nbytes))
         checkpoint_folder.write_sidecars(iter_dir, folder.path)
         checkpoint_folder.write_common(iter_dir, 0)
         checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, made, tp=tp, pp=pp))
         checkpoint_folder.write_tracker(out, 0)
-    return Converted(Path(megatron_path), folder.notes + summarize({k: v for k, v in ignored.items() if k not in kept}))
+    left_out = summarize({name: reason for name, reason in ignored.items() if name not in kept})
+    notes = [*folder.notes, *left_out, *_files_left(folder.path), *_dequantized(folder), *casts.notes()]
+    return Converted(Path(megatron_path), notes)
 
 
 def torch_dtype_of(name: str) -> torch.dtype:
@@ -90,19 +96,24 @@ def torch_dtype_of(name: str) -> torch.dtype:
     return known[name]
 
 
-def refuse_inside(source: Path, target: str | os.PathLike[str]) -> None:
-    """An output may neither be its own source nor contain it: --overwrite would remove what is being read."""
-    inner, outer = source.resolve(), Path(target).expanduser().resolve()
-    if inner == outer or outer in inner.parents:
-        raise UserError(f"{target}: holds the source {source}; give another output path")
-
-
 def summarize(ignored: dict[str, str]) -> list[str]:
     """One line for each reason, with the number of tensors: such as ``11 tensor(s) left out: the …``."""
     counts: dict[str, int] = {}
     for reason in ignored.values():
         counts[reason] = counts.get(reason, 0) + 1
     return [f"{count} tensor(s) left out: {reason}" for reason, count in counts.items()]
+
+
+def _files_left(folder: Path) -> list[str]:
+    if not (names := others(folder)):
+        return []
+    shown = ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
+    return [f"beside the weights left out, no files of a model by their names: {shown}"]
+
+
+def _dequantized(folder: HFFolder) -> list[str]:
+    count = sum(folder.is_fp8(name) for name in folder.names())
+    return [f"{count} FP8 weights became bfloat16: fp8 · scale, rounded once"] if count else []
 
 
 def _to_keep(folder: HFFolder, config: EncoderConfig, ignored: dict[str, str]) -> list[str]:

@@ -36,8 +36,8 @@ def model_card(
         "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", config.family],
     }
-    if isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~")):
-        front["base_model"] = base  # a hub id; a path of this machine says nothing to others
+    if _is_hub_id(base):
+        front["base_model"] = base
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {_title(base)}\n",
@@ -48,6 +48,12 @@ def model_card(
         _metrics(iter_dir),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _is_hub_id(base: object) -> bool:
+    """Whether the base model is on the hub; a path of this machine says nothing to others."""
+    hub = isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    return hub and not Path(str(base)).exists()
 
 
 def _title(base: object) -> str:
@@ -98,9 +104,7 @@ all, `max_seq_length`.
 
 def _facts(config: EncoderConfig, settings: SentenceSettings, base: object) -> str:
     rows = {
-        "base model": f"`{Path(base).name if Path(base).is_absolute() else base}`"
-        if isinstance(base, str)
-        else "unknown",
+        "base model": f"`{base if _is_hub_id(base) else Path(base).name}`" if isinstance(base, str) else "unknown",
         "query prompt": f"`{json.dumps(settings.query_prompt)}`",
         "passage prompt": f"`{json.dumps(settings.passage_prompt)}`",
         **{f"prompt `{name}`": f"`{json.dumps(prompt)}`" for name, prompt in settings.prompts.items()},

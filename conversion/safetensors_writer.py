@@ -62,7 +62,7 @@ def write_sharded(
 
     Args:
         specs: names, shapes and dtypes, in the order in which ``tensors`` yields them.
-        tensors: cast to the spec's dtype here.
+        tensors: of the specs' dtypes.
         max_shard_size: bytes, or such as ``"5GB"``; a larger single tensor gets a file of its own.
         on_tensor: called after each tensor (progress).
 

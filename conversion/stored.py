@@ -52,12 +52,12 @@ def addresses(file: int, position: int, shape: Sequence[int], dtype: torch.dtype
 
 
 def write_values(stream: BlockWriter, values: Values, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """A tensor's bytes, cast to ``dtype``, at the stream's position."""
+    """A tensor's bytes at the stream's position; it must have this dtype already, see :mod:`casts`."""
     assert tuple(values.shape) == tuple(shape), (tuple(values.shape), tuple(shape))
+    assert values.dtype == dtype, (values.dtype, dtype)
     if isinstance(values, Stored):
-        assert values.dtype == dtype, (values.dtype, dtype)
         for file, position, count in values.runs():
             stream.copy_from(file, position, count)
     else:
-        tensor = values.to(dtype).contiguous()
+        tensor = values.contiguous()
         stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.hf_folder import read_json
 from megatron_embed.conversion.sentence_files import write_json
+from megatron_embed.conversion.sidecars import without_local_paths
 
 #: what a fast tokenizer may consist of. tekken.json is left out on purpose: with it, what AutoTokenizer loads depends
 #: on whether mistral_common is installed
@@ -34,8 +35,8 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     ``model_max_length`` is set; control tokens inside a text (``[INST]``) stay text, as in training; every text gets
     ``<s> … </s>`` (a file that does so already stays as it is, and so does a ready embedder's: it was trained so); the
     chat template goes, since sentence-transformers 6 would read every text as a chat message; so do the keys that name
-    a processor or remote code; one without a padding token, as Llama's, gets one, else no batch can be made; the class
-    is the one that reads ``tokenizer.json`` and nothing else, which training uses too.
+    a processor, remote code or a path of this machine; one without a padding token, as Llama's, gets one, else no batch
+    can be made; the class is the one that reads ``tokenizer.json`` and nothing else, which training uses too.
 
     Raises:
         UserError: no ``tokenizer.json``.
@@ -49,7 +50,8 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     for name in FILES:
         if (source / name).is_file():
             (out / name).write_bytes((source / name).read_bytes())
-    settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
+    stated = source / "tokenizer_config.json"
+    settings = without_local_paths(read_json(stated)) if stated.is_file() else {}
     for key in ("chat_template", "processor_class", "auto_map"):
         settings.pop(key, None)
     settings["model_max_length"] = max_length

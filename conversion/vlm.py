@@ -12,13 +12,15 @@ from megatron_embed.bridge import mapping
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.casts import Casts
 from megatron_embed.conversion.checkpoint_weights import KEPT, CheckpointWeights
 from megatron_embed.conversion.hf_folder import FLOATS, HFFolder, read_json
 from megatron_embed.conversion.importing import torch_dtype_of
 from megatron_embed.conversion.progress import byte_bar
 from megatron_embed.conversion.safetensors_writer import TensorSpec, write_sharded
 from megatron_embed.conversion.sentence_files import write_json
-from megatron_embed.conversion.stored import Values
+from megatron_embed.conversion.sidecars import publish_files, sidecars, without_local_paths
+from megatron_embed.conversion.stored import Stored, Values
 
 _PREFIX = "language_model.model."
 _SCALES = (".weight_scale_inv", ".activation_scale")
@@ -86,21 +88,26 @@ def write_vlm(
     out: Path,
     source: VLMSource,
     weights: CheckpointWeights,
+    casts: Casts,
     *,
     torch_dtype: str | None,
     max_shard_size: str,
     progress: bool,
 ) -> None:
-    """Write weights, the adapted config, and every other file byte for byte.
+    """Write weights, the adapted config, and the model's other files byte for byte.
+
+    Keys of JSON files whose value is a path of this machine are left out: they would tell where the model was made.
 
     Args:
+        casts: what tensors are cast with.
         torch_dtype: None keeps the dtype of every tensor beside the language tower; else all floats become this.
     """
     config = weights.config
-    files = [path for path in checkpoint_folder.sidecars(source.files) if str(path) != "config.json"]
-    checkpoint_folder.copy_files(files, source.files, out)
-    raw = read_json(source.files / "config.json")
-    raw.pop("quantization_config", None)
+    files = [path for path in sidecars(source.files) if str(path) != "config.json"]
+    publish_files(files, source.files, out)
+    raw = without_local_paths(read_json(source.files / "config.json"))
+    for key in ("quantization_config", "auto_map"):  # no code is carried over: this is a stock model
+        raw.pop(key, None)
     raw["text_config"] = {**raw["text_config"], "is_causal": False}
     raw["text_config"].pop("quantization_config", None)
     if torch_dtype is not None:
@@ -123,7 +130,7 @@ def write_vlm(
     with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
         write_sharded(
             specs,
-            _values(source, weights, tower, others),
+            _values(source, weights, casts, tower, others),
             out,
             max_shard_size=max_shard_size,
             on_tensor=lambda spec: advance(spec.nbytes),
@@ -131,12 +138,13 @@ def write_vlm(
 
 
 def _values(
-    source: VLMSource, weights: CheckpointWeights, tower: torch.dtype, others: list[TensorSpec]
+    source: VLMSource, weights: CheckpointWeights, casts: Casts, tower: torch.dtype, others: list[TensorSpec]
 ) -> Iterator[tuple[str, Values]]:
-    yield from weights.hf_values(tower, source.prefix)
+    yield from weights.hf_values(tower, casts, source.prefix)
     embedding = next(mapping.weights(weights.config))
     for spec in others:
         if spec.name.endswith("lm_head.weight") and weights.config.tie_word_embeddings:
-            yield spec.name, weights.read(embedding)  # a tied head that is stored all the same
+            values: Values = weights.read(embedding)  # a tied head that is stored all the same
         else:
-            yield spec.name, source.values(spec.name, spec.dtype)
+            values = source.values(spec.name, spec.dtype)
+        yield spec.name, values if isinstance(values, Stored) else casts(spec.name, values, spec.dtype)

@@ -78,7 +78,13 @@ def save(
         checkpoint_folder.write_sidecars(folder, source.files)
         sentence = beside_the_recipe(trained(source.settings or SentenceSettings(), normalize=source.config.normalize))
         own = {"sentence": sentence, "encoder": source.config.to_dict()}
-        checkpoint_folder.write_run_config(folder, {**cfg.to_dict(), **own})
+        run = cfg.to_dict()
+        # an export starts in another folder, and must tell a path from a hub id
+        for section, key in (("model", "hf_model"), ("checkpoint", "pretrained_checkpoint"), ("checkpoint", "load")):
+            path = Path(run[section][key] or "").expanduser()
+            if run[section][key] and path.is_dir():
+                run[section][key] = str(path.resolve())
+        checkpoint_folder.write_run_config(folder, {**run, **own})
 
     common = {"consumed_samples": step * cfg.train.global_batch_size, "data": data}
     save_model_state(root, step, state.encoders, optimizer=state.optimizer, common=common, finish=finish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -64,7 +65,7 @@ class Encoder:
 
         Args:
             device: ``auto``, ``cpu`` or ``cuda``.
-            dtype: of the computation; None: that of the weights.
+            dtype: of the computation; None: that of the model's config, where this holds its weights exactly.
             layout: None: each process holds the whole model; under torchrun the texts are shared out.
             max_tokens: token budget of a micro-batch; None: :func:`token_budget`. A longer text is a micro-batch of its
                 own.
@@ -85,7 +86,10 @@ class Encoder:
                 resources.enter_context(parallel.parallel_world(layout))
             wanted = dtype or getattr(torch, source.config.dtype)
             stages = build_stages(source.config, transformer_config(source.config, layout, dtype=wanted))
-            source.fill(stages, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
+            tp_rank = parallel_state.get_tensor_model_parallel_rank()
+            notes = source.fill(stages, tp_rank=tp_rank, tp_size=layout.tp, rounding=dtype is not None)
+            for note in notes:
+                logging.getLogger(__name__).info("%s: %s", path, note)
             pack_weights(stages)
             settings = source.settings or SentenceSettings(query_prompt="", passage_prompt="")
             tokenizer = TextTokenizer.from_settings(source.files, settings)

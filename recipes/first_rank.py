@@ -1,4 +1,4 @@
-"""What the first rank does alone, and all ranks then know."""
+"""What the first rank does alone, or each for itself, and all ranks then know."""
 
 from __future__ import annotations
 
@@ -24,3 +24,17 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if box[1] is not None:
         raise UserError(box[1])
     return box[0]
+
+
+def on_every_rank(function: Callable[[], T]) -> list[T]:
+    """What ``function`` returns on each rank, in their order, or the first :class:`UserError` that it raises on any."""
+    own: tuple[T | None, str | None]
+    try:
+        own = function(), None
+    except UserError as error:
+        own = None, str(error)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    if messages := [message for _, message in found if message is not None]:
+        raise UserError(messages[0])
+    return [result for result, _ in found]

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.casts import Casts, Rounded, dtype_name, merged, told
 from megatron_embed.conversion.declared_attention import CONSENT, made_bidirectional
-from megatron_embed.conversion.direct import load_hf_weights
+from megatron_embed.conversion.direct import load_hf_weights, refuse_overflow
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.model_state import load_model_state
 from megatron_embed.conversion.sentence_files import SentenceSettings, read_sentence_settings
+from megatron_embed.recipes.first_rank import on_every_rank
+
+
+def dtype_option(dtype: torch.dtype) -> str:
+    """How a caller, or the model's own config, asks for a dtype."""
+    return f'dtype={dtype}, or "dtype": "{dtype_name(dtype)}" in its config.json,'
 
 
 @dataclass(frozen=True)
@@ -76,14 +87,41 @@ class ModelSource:
             return self
         return replace(self, config=self.config.replace(normalize=True))
 
-    def fill(self, encoders: list[Encoder], *, tp_rank: int, tp_size: int) -> None:
-        """Load this rank's weights, reading only its own slices of them."""
-        if self.iter_dir is not None:
-            load_model_state(self.iter_dir, encoders)
-            return
-        assert self.hf is not None
+    def fill(
+        self,
+        encoders: list[Encoder],
+        *,
+        tp_rank: int,
+        tp_size: int,
+        rounding: bool = True,
+        ask: Callable[[torch.dtype], str] = dtype_option,
+    ) -> list[str]:
+        """Load this rank's weights, reading only its own slices of them; all ranks call this together.
+
+        Args:
+            rounding: whether the encoders' dtype was asked for, so that a Hugging Face folder's values may be rounded.
+            ask: how the user asks for a dtype, for messages.
+
+        Returns:
+            One line that says how many values were rounded, the same on every rank; none where none was, or where the
+            source is a checkpoint: megatron-core casts that as it loads.
+
+        Raises:
+            UserError: on every rank: a weight does not fit, or has a value that the encoders' dtype cannot hold.
+        """
         stages = [(encoder, encoder.layer_offset) for encoder in encoders]
-        load_hf_weights(stages, self.hf, self.config, tp_rank=tp_rank, tp_size=tp_size)
+        casts = Casts(self.path, rounding=rounding or self.hf is None, ask=ask)
+
+        def load() -> Rounded:
+            if self.iter_dir is not None:
+                load_model_state(self.iter_dir, encoders)
+                refuse_overflow(stages, self.iter_dir, self.config, casts)
+            elif self.hf is not None:
+                load_hf_weights(stages, self.hf, self.config, tp_rank=tp_rank, tp_size=tp_size, casts=casts)
+            # replicas hold the same weights: one of them counts
+            return casts.rounded if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0 else {}
+
+        return told(merged(on_every_rank(load)))
 
 
 def _looks_like_megatron(path: Path) -> bool:

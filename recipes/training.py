@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -118,7 +119,11 @@ def _set_up(
         recompute=cfg.model.recompute,
     )
     encoders = build_stages(source.config, transformer, learn_temperature=cfg.loss.learn_temperature)
-    source.fill(encoders, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=layout.tp)
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    notes = source.fill(encoders, tp_rank=tp_rank, tp_size=layout.tp, ask=_ask_for)
+    if dist.get_rank() == 0:
+        for note in notes:
+            print(f"{source.path}: {note}", file=sys.stderr)
     state = set_up_training(encoders, cfg.optimizer, train_iters=cfg.train.train_iters)
     builder = BatchBuilder(
         dataset,
@@ -140,6 +145,11 @@ def _set_up(
     group = parallel_state.get_data_parallel_group()
     loss = ContrastiveLoss(cfg.loss, normalize=source.config.normalize, group=group)
     return Run(cfg, source, state, builder, plan, loss, save_dir, collections)
+
+
+def _ask_for(dtype: torch.dtype) -> str:
+    """How a recipe asks for a dtype."""
+    return f"model.precision={next((name for name, known in DTYPES.items() if known == dtype), 'fp32')}"
 
 
 @dataclass

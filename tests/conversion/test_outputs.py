@@ -1,0 +1,200 @@
+"""Where an output may be: nowhere that would remove, or become part of, what it is made from."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from support.hf_files import Source
+
+from megatron_embed.conversion.convert_checkpoints import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run(*args: object) -> int:
+    return main([*map(str, args), "--no-progress"])
+
+
+def state(folder: Path) -> dict[str, str]:
+    """Every path below, with what a file holds or a link names."""
+    return {
+        str(path): str(path.readlink()) if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def refused(tmp_path: Path, capsys: Capture, *args: object) -> str:
+    """Run; exit 1, and nothing below ``tmp_path`` is other than before. Returns the message."""
+    before = state(tmp_path)
+    capsys.readouterr()
+    assert run(*args) == 1
+    assert state(tmp_path) == before
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def vlm(source: Source, tmp_path: Path) -> Path:
+    shutil.copytree(source("vlm", dtype="bfloat16"), tmp_path / "models" / "vlm")
+    return tmp_path / "models" / "vlm"
+
+
+@pytest.fixture
+def checkpoint(vlm: Path, tmp_path: Path) -> Path:
+    assert run("import", "--hf-model", vlm, "--megatron-path", tmp_path / "checkpoint", "--with-vision") == 0
+    return tmp_path / "checkpoint"
+
+
+def linked(vlm: Path, tmp_path: Path) -> Path:
+    (tmp_path / "link").symlink_to(vlm.parent)
+    return tmp_path / "link" / "vlm"
+
+
+def dotted(vlm: Path, tmp_path: Path) -> Path:
+    """By name ``tmp_path/models/vlm``, in truth where the link leads and one up."""
+    (tmp_path / "elsewhere").symlink_to(vlm / "subfolder")
+    (vlm / "subfolder").mkdir()
+    return tmp_path / "elsewhere" / ".." / ".." / "vlm"
+
+
+TARGETS: dict[str, Callable[[Path, Path], Path]] = {
+    "the source": lambda vlm, tmp_path: vlm,
+    "around it": lambda vlm, tmp_path: vlm.parent,
+    "inside it": lambda vlm, tmp_path: vlm / "export",
+    "through a link": linked,
+    "through a link and up": dotted,
+}
+
+
+@pytest.mark.parametrize("target", ["embedder", "vlm"])
+@pytest.mark.parametrize("place", TARGETS)
+def test_overwrite_never_replaces_the_source_that_the_checkpoint_remembers(
+    place: str, target: str, vlm: Path, checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (vlm.parent / "config.json").write_text("{}")  # it would pass for a model folder
+    out = TARGETS[place](vlm, tmp_path)
+    args = ("export", "--megatron-path", checkpoint, "--hf-path", out, "--target", target, "--overwrite")
+    message = refused(tmp_path, capsys, *args)
+    assert f"{out}: {'lies in' if place == 'inside it' else 'holds'} the source {vlm}" in message
+
+
+@pytest.mark.parametrize("place", TARGETS)
+def test_overwrite_never_replaces_the_source_that_is_given(
+    place: str, vlm: Path, checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    config = checkpoint / "iter_0000000" / "run_config.yaml"
+    config.write_text(config.read_text().replace(str(vlm), str(tmp_path / "gone")))
+    (vlm.parent / "config.json").write_text("{}")
+    out = TARGETS[place](vlm, tmp_path)
+    args = ("export", "--megatron-path", checkpoint, "--hf-model", vlm, "--hf-path", out, "--overwrite")
+    assert "the source" in refused(tmp_path, capsys, *args)
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["new", "overwrite"])
+@pytest.mark.parametrize("inside", ["megatron", "a/b/megatron", "1_Pooling"])
+def test_import_into_a_folder_inside_the_source_is_refused(
+    inside: str, options: list[str], vlm: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    args = ("import", "--hf-model", vlm, "--megatron-path", vlm / inside, *options)
+    assert f"{vlm / inside}: lies in the source {vlm}" in refused(tmp_path, capsys, *args)
+
+
+def test_import_onto_or_around_its_source_is_refused(vlm: Path, tmp_path: Path, capsys: Capture) -> None:
+    (vlm.parent / "config.json").write_text("{}")
+    for out in (vlm, vlm.parent, linked(vlm, tmp_path)):
+        args = ("import", "--hf-model", vlm, "--megatron-path", out, "--overwrite")
+        assert "holds the source" in refused(tmp_path, capsys, *args)
+
+
+def test_an_export_onto_around_or_inside_its_own_checkpoint_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    iteration = checkpoint / "iter_0000000"
+    for given in (checkpoint, iteration):
+        for out in (checkpoint, tmp_path, iteration, iteration / "hf", checkpoint / "export"):
+            args = ("export", "--megatron-path", given, "--hf-path", out, "--overwrite")
+            assert "the source" in refused(tmp_path, capsys, *args)
+
+
+def test_what_training_started_from_is_a_source_too(
+    vlm: Path, checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """A run that began with an imported checkpoint names only that; what it was imported from must outlive it too."""
+    run_folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoint, run_folder)
+    path = run_folder / "iter_0000000" / "run_config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"]["hf_model"] = None
+    config["checkpoint"] = {"pretrained_checkpoint": str(checkpoint), "load": None}
+    path.write_text(yaml.safe_dump(config))
+    for out in (vlm, checkpoint, checkpoint / "iter_0000000", vlm / "inside"):
+        args = ("export", "--megatron-path", tmp_path / "run", "--hf-path", out, "--overwrite")
+        assert "the source" in refused(tmp_path, capsys, *args)
+    assert run("export", "--megatron-path", tmp_path / "run", "--hf-path", tmp_path / "run" / "embedder") == 0
+
+
+def test_a_source_in_the_hub_cache_is_never_replaced(
+    vlm: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot there is a folder of links; the files lie in ``blobs`` beside."""
+    cache = tmp_path / "cache"
+    repository = cache / "models--org--model"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    snapshot.mkdir(parents=True)
+    for file in vlm.iterdir():
+        blob = repository / "blobs" / hashlib.sha256(file.name.encode()).hexdigest()
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    (repository / "blobs" / "config.json").write_text("{}")  # it would pass for a model folder
+    (repository / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    outputs = (snapshot, repository / "blobs", repository, cache, snapshot / "inside")
+    for out in outputs:
+        args = ("import", "--hf-model", "org/model", "--megatron-path", out, "--overwrite")
+        assert "the source" in refused(tmp_path, capsys, *args)
+    assert run("import", "--hf-model", "org/model", "--megatron-path", tmp_path / "m") == 0
+    for out in outputs:
+        for given in ([], ["--hf-model", "org/model"], ["--hf-model", snapshot]):
+            args = ("export", "--megatron-path", tmp_path / "m", "--hf-path", out, "--overwrite", *given)
+            assert "the source" in refused(tmp_path, capsys, *args)
+
+
+def test_files_linked_from_elsewhere_are_not_removed(vlm: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Only what holds them is refused: an output beside them does no harm."""
+    store = tmp_path / "store"
+    store.mkdir()
+    (vlm / "model.safetensors").rename(store / "weights")
+    (vlm / "model.safetensors").symlink_to(store / "weights")
+    (store / "config.json").write_text("{}")
+    args = ("import", "--hf-model", vlm, "--megatron-path")
+    assert "holds the source" in refused(tmp_path, capsys, *args, store, "--overwrite")
+    assert run(*args, store / "m") == 0
+
+
+def test_an_output_is_made_where_links_and_dots_lead(checkpoint: Path, tmp_path: Path) -> None:
+    """``link/../out`` lies beside what the link names, as it does for the operating system."""
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    assert run("export", "--megatron-path", checkpoint, "--hf-path", tmp_path / "link" / ".." / "out") == 0
+    assert (tmp_path / "far" / "out" / "config.json").is_file()
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_its_own_temporaries_are_removed(tmp_path: Path) -> None:
+    """A name may hold what a glob pattern reads as a wildcard."""
+    from megatron_embed.conversion.atomic import atomic_output
+
+    other = tmp_path / ".out1.partial-abc"
+    other.mkdir()
+    with atomic_output(tmp_path / "out[1]") as folder:
+        (folder / "x").touch()
+    assert other.is_dir()
