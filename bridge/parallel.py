@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def shut_down(*, process_group: bool = True) -> None:
         # process lives: 51 at two ranks for every layout that was entered.
         for group in _process_groups() - _groups_before:
             dist.destroy_process_group(group)
+        gc.collect()  # models refer to their groups, and are circles: until they go, the threads stay
         if process_group:
             dist.destroy_process_group()
     _groups_before.clear()

@@ -9,10 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from support.tiny_models import tiny_config
 from support.worlds import run_world
 
+from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
+from megatron_embed.recipes.optimizer import wrap_ddp
 
 LAYOUTS = [
     layout
@@ -26,7 +30,10 @@ def _threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def _use_groups() -> None:
+def _use_groups(layout: Layout) -> None:
+    config = EncoderConfig.from_hf(tiny_config(num_hidden_layers=4))
+    encoders = build_stages(config, transformer_config(config, layout, dtype=torch.float32))
+    wrap_ddp(encoders)  # models hold on to their groups
     for group in (
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_pipeline_model_parallel_group(),
@@ -43,7 +50,7 @@ def _enter(count: int) -> tuple[int, list[int], int]:
     after = []
     for number in range(count):
         with parallel_world(LAYOUTS[number % len(LAYOUTS)]):
-            _use_groups()
+            _use_groups(LAYOUTS[number % len(LAYOUTS)])
         after.append(_threads())
     total = torch.ones(1)
     dist.all_reduce(total, group=other)
