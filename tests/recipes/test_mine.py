@@ -317,15 +317,20 @@ def texts_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_positives_that_are_documents_are_not_encoded_again(
     encoder: Encoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The output is, to the byte, that of encoding all positives."""
+    """The output is, to the byte, that of encoding all positives; scores are, but for the rounding of a sum."""
     with monkeypatch.context() as patch:
         patch.setattr(mine, "find_documents", lambda source, corpus, ids: np.full(len(source), -1))
-        run(encoder, folder, tmp_path / "all.jsonl", with_scores=True, cache=tmp_path / "all")
+        run(encoder, folder, tmp_path / "all.jsonl", cache=tmp_path / "all")
+        run(encoder, folder, tmp_path / "all-scores.jsonl", with_scores=True, cache=tmp_path / "all")
     counts = texts_encoded(monkeypatch)
-    run(encoder, folder, tmp_path / "found.jsonl", with_scores=True, cache=tmp_path / "found")
+    run(encoder, folder, tmp_path / "found.jsonl", cache=tmp_path / "found")
+    run(encoder, folder, tmp_path / "found-scores.jsonl", with_scores=True, cache=tmp_path / "found")
     # documents, queries, "not in the corpus", and three whose document has a title, which the model sees too
     assert sum(counts) == 120 + 30 + 1 + 3
     assert (tmp_path / "found.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+    for found, wanted in zip(read(tmp_path / "found-scores.jsonl"), read(tmp_path / "all-scores.jsonl"), strict=True):
+        assert found.pop("scores") == pytest.approx(wanted.pop("scores"), abs=2e-6)
+        assert found == wanted
 
 
 def test_where_every_positive_is_a_document_no_positive_is_encoded(
