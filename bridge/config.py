@@ -89,16 +89,12 @@ class EncoderConfig:
         where, raw = _as_mapping(config)
         family, text = _text_config(raw, where)
         _refuse_unsupported(family, text, where)
-        hf = _hf_config(family, {k: v for k, v in text.items() if k not in ("model_type", "dtype")}, where)
+        hf = _stock_config(family, raw, text, where)
         values: dict[str, Any] = {name: getattr(hf, name) for name in _SAME_NAME}
         values["rope_parameters"] = dict(hf.rope_parameters)
         if isinstance(values["eos_token_id"], list):
             values["eos_token_id"] = values["eos_token_id"][0]
-        # transformers lets a top-level value (default: true for the VLM) override the text config's.
-        default_tie = raw["model_type"] in VLMS or hf.tie_word_embeddings
-        values["tie_word_embeddings"] = bool(
-            raw.get("tie_word_embeddings", text.get("tie_word_embeddings", default_tie))
-        )
+        values["tie_word_embeddings"] = hf.tie_word_embeddings
         values["family"] = family.name
         values["dtype"] = _dtype_name(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "bfloat16")
         for name in ("pooling", "temperature", "normalize"):
@@ -143,6 +139,28 @@ class EncoderConfig:
         if unknown := sorted(set(values) - known):
             raise UserError(f"encoder config: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def stock_text_config(config: Mapping[str, Any] | Any) -> Any:
+    """The language tower's config as its stock transformers class reads it, whatever the encoder can compute of it.
+
+    Args:
+        config: as for :meth:`EncoderConfig.from_hf`.
+
+    Raises:
+        UserError: another architecture, or no valid config.
+    """
+    where, raw = _as_mapping(config)
+    family, text = _text_config(raw, where)
+    return _stock_config(family, raw, text, where)
+
+
+def _stock_config(family: Family, raw: dict[str, Any], text: dict[str, Any], where: str) -> Any:
+    hf = _hf_config(family, {k: v for k, v in text.items() if k not in ("model_type", "dtype")}, where)
+    # transformers lets a top-level value (default: true for the VLM) override the text config's.
+    default = raw["model_type"] in VLMS or hf.tie_word_embeddings
+    hf.tie_word_embeddings = bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", default)))
+    return hf
 
 
 def _config_class(family: Family) -> Any:

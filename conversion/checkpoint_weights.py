@@ -236,6 +236,15 @@ class CheckpointWeights:
         assert tensor is not None
         return tensor
 
+    def stored_dtype(self, weight: Weight) -> torch.dtype:
+        """dtype of a weight as stored."""
+        return self.reader.dtype(self._keys(weight)[0][0])
+
+    def read_rows(self, weight: Weight, rows: Sequence[int]) -> Tensor:
+        """Some rows of a weight that no layer has, ``[len(rows), …]``; nothing else of it is read."""
+        (key,), _ = self._keys(weight)
+        return torch.cat([self.reader.read(key, [slice(row, row + 1)]) for row in rows])
+
     def _read(self, weight: Weight, read: Callable[..., Tensor | None]) -> Tensor | None:
         keys, layer = self._keys(weight)
         index = [] if layer is None else [slice(layer, layer + 1)]

@@ -131,18 +131,12 @@ def _export(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from megatron_embed.conversion.verify import verify
-    from megatron_embed.conversion.verify_table import print_table
+    from megatron_embed.conversion.verify_table import print_table, summarize
 
     outcome = verify(args.hf_model, **_pick(args, ("megatron_path", "hf_path", *_COMMON)))
     print_table(outcome)
     if not outcome:
-        worst = max(outcome.differences, key=lambda difference: difference.largest)
-        tensors = [difference for difference in outcome.differences if difference.name != "embeddings"]
-        too = "" if len(tensors) == len(outcome.differences) else " and the embeddings"
-        print(
-            f"error: {len(tensors)} of {outcome.compared} tensors{too} differ, most {worst.name} ({worst.largest:g})",
-            file=sys.stderr,
-        )
+        print(f"error: {summarize(outcome)}", file=sys.stderr)
         return 1
     return 0
 

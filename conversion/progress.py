@@ -19,7 +19,7 @@ class Converted:
 
 
 @contextmanager
-def byte_bar(label: str, total: int, *, enabled: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar over bytes; call what it yields with the bytes just done."""
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not enabled, leave=False) as bar:
+def byte_bar(label: str, total: int, *, enabled: bool, unit: str = "B") -> Iterator[Callable[[int], object]]:
+    """A progress bar over bytes, or what else ``unit`` says; call what it yields with how much was just done."""
+    with tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", disable=not enabled, leave=False) as bar:
         yield bar.update

@@ -1,56 +1,85 @@
-"""Compare an HF folder with a Megatron checkpoint or with another HF folder: tensors, and embeddings of a few texts."""
+"""Compare a source with a Megatron checkpoint or an HF folder made of it: configs, files, tensors, embeddings."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
+from megatron_embed.bridge.mapping import Weight
 from megatron_embed.conversion import checkpoint_folder
-from megatron_embed.conversion.checkpoint_weights import KEPT, CheckpointWeights
-from megatron_embed.conversion.embedding import SENTENCES, checkpoint_embedder, hf_embedder
-from megatron_embed.conversion.hf_folder import HFFolder
+from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
+from megatron_embed.conversion.compare_configs import (
+    compare_attention,
+    compare_configs,
+    compare_encoders,
+    compare_processors,
+    source_is_causal,
+    stated_causality,
+)
+from megatron_embed.conversion.compare_settings import compare_folder_settings, compare_settings
+from megatron_embed.conversion.compare_tensors import (
+    Pair,
+    compare_tensors,
+    missing_tensors,
+    with_checkpoint,
+    with_folder,
+)
+from megatron_embed.conversion.compare_tokenizers import compare_tokenizers, reads_control_tokens
+from megatron_embed.conversion.comparison import Difference, Section
+from megatron_embed.conversion.embedding import SENTENCES, checkpoint_layers, compare_layers, hf_layers, token_ids
+from megatron_embed.conversion.hf_folder import HFFolder, read_json
 from megatron_embed.conversion.progress import byte_bar
 from megatron_embed.conversion.sentence_files import read_sentence_settings
 from megatron_embed.conversion.tensor_stream import CheckpointReader
 from megatron_embed.conversion.tokenizer_files import has_tokenizer
 
-#: embeddings are compared where the model fits easily into any machine's memory
-EMBEDDING_LIMIT = 4 << 30
-#: of the largest value; both sides compute in fp32
-EMBEDDING_TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One tensor (or the embeddings) that is not the same on both sides."""
-
-    name: str
-    what: str
-    largest: float
+#: Of the largest value. Both sides compute in fp32, and rounding grows with depth: 3e-6 at 26 layers. What changes the
+#: function changes vectors by far more, or is a key that is compared by itself.
+EMBEDDING_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Verification:
     """The outcome of a comparison; it is true where nothing differs."""
 
-    compared: int
-    equal: int
-    differences: list[Difference] = field(default_factory=list)
-    #: largest difference of the embeddings; None: not compared, ``notes`` says why
-    embeddings: float | None = None
+    sections: list[Section]
+    #: what was not compared, or compared otherwise than one might think
     notes: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return not self.differences
+
+    @property
+    def differences(self) -> list[Difference]:
+        """All differences, in the order of the sections."""
+        return [difference for section in self.sections for difference in section.differences]
+
+    def section(self, name: str) -> Section | None:
+        """The section of this name; None: not compared."""
+        return next((section for section in self.sections if section.name == name), None)
+
+    @property
+    def compared(self) -> int:
+        """Number of tensors that were compared."""
+        return tensors.compared if (tensors := self.section("tensors")) else 0
+
+    @property
+    def equal(self) -> int:
+        """Number of tensors that are the same."""
+        return tensors.equal if (tensors := self.section("tensors")) else 0
+
+    @property
+    def embeddings(self) -> float | None:
+        """Largest difference of the embeddings; None: not compared, ``notes`` says why."""
+        return embeddings.largest if (embeddings := self.section("embeddings")) else None
 
 
 def verify(
@@ -64,16 +93,17 @@ def verify(
 ) -> Verification:
     """Compare a source with what was made of it.
 
-    Tensors are compared in the dtype of the other side: what a conversion with ``--torch-dtype`` rounds is rounded here
-    too, and must then be the same bit for bit. Where the model is small both sides also embed a few texts: folders with
-    transformers, checkpoints with the Megatron encoder in this process.
+    Configs, ``is_causal``, sentence settings, tokenizer and processor are compared key by key. Tensors are compared in
+    the dtype of the other side: what a conversion with ``--torch-dtype`` rounds is rounded here too, and must then be
+    the same bit for bit. Then both sides embed a few texts, layer by layer at any size: folders with transformers,
+    checkpoints with the Megatron encoder in this process.
 
     Args:
         hf_model: the source, a folder or hub id.
         megatron_path, hf_path: the other side; exactly one of them.
 
     Raises:
-        UserError: one side cannot be read, or they are of different shapes.
+        UserError: one side cannot be read, or they are of different shapes though their configs are the same.
     """
     if (megatron_path is None) == (hf_path is None):
         raise UserError("give either --megatron-path or --hf-path to compare with")
@@ -81,60 +111,96 @@ def verify(
     config = source.encoder_config()
     source.check(config)
     notes: list[str] = list(source.notes)
-    other: HFFolder | CheckpointWeights
+    other: HFFolder | Path
     if megatron_path is not None:
-        iter_dir = checkpoint_folder.resolve(megatron_path)
-        other = CheckpointWeights(
-            CheckpointReader(iter_dir), _of_checkpoint(checkpoint_folder.encoder_config(iter_dir), config)
-        )
-        pairs = _with_checkpoint(source, other, config)
+        other = checkpoint_folder.resolve(megatron_path)
+        sections = _checkpoint_files(source, other, config, notes)
     else:
         assert hf_path is not None
         other = HFFolder(hf_path, trust_remote_code=trust_remote_code)
-        pairs = _with_folder(source, other, config)
-    compared, differences = _compare(pairs, source, progress)
-    equal = compared - len(differences)
-    if isinstance(other, HFFolder):
-        differences += _missing(source, other)
-    largest = None
-    if (reason := _cannot_embed(source, other)) is not None:
-        notes.append(f"embeddings not compared: {reason}")
+        sections = _folder_files(source, other, config, notes)
+    try:
+        opened, pairs = _open(source, other, config)
+    except UserError as error:
+        if not any(section.differences for section in sections):
+            raise
+        return Verification(sections, [*notes, f"tensors and embeddings not compared: {error}"])
+    missing = missing_tensors(source, opened) if isinstance(opened, HFFolder) else []
+    tensors, rounded = compare_tensors(pairs, source, missing, progress=progress)
+    sections.append(tensors)
+    notes += rounded
+    if not isinstance(opened, HFFolder) and torch.distributed.is_initialized():
+        notes.append("embeddings not compared: this process is part of a parallel run")
     else:
-        largest, scale = _compare_embeddings(source, other)
-        if not largest <= EMBEDDING_TOLERANCE * scale:
-            differences.append(Difference("embeddings", f"{len(SENTENCES)} texts", largest))
-    return Verification(compared, equal, differences, largest, notes)
+        sections.append(_embeddings(source, opened, config, progress=progress))
+    return Verification(sections, notes)
 
 
-#: (name, the source's tensor, the other side's, in any dtype), read when its turn comes
-Pair = tuple[str, Callable[[], Tensor], Callable[[], Tensor]]
+# ---- files
 
 
-def _compare(pairs: Iterator[Pair], source: HFFolder, progress: bool) -> tuple[int, list[Difference]]:
-    count, differences = 0, []
-    total = sum(source.nbytes(name) for name in source.names())
-    with byte_bar("verify", total, enabled=progress) as advance:
-        for name, left, right in pairs:
-            a, b = left(), right()
-            count += 1
-            if (difference := _difference(name, a, b)) is not None:
-                differences.append(difference)
-            advance(a.nbytes)
-    return count, differences
+def _folder_files(source: HFFolder, other: HFFolder, config: EncoderConfig, notes: list[str]) -> list[Section]:
+    """An export's files against its source's."""
+    vlm = is_vlm(other.config)
+    key = "config.json: text_config.is_causal" if vlm else "config.json: is_causal"
+    sections = [
+        compare_configs(other.config, source.config, where="config.json"),
+        compare_attention(stated_causality(other.config), source, where=key),
+    ]
+    if not vlm:
+        sections.append(compare_folder_settings(other, source, config))
+    sections += _tokenizer(source, other.path, notes)
+    if vlm and is_vlm(source.config):
+        sections += compare_processors(other.path, source.path)
+    return sections
 
 
-def _difference(name: str, a: Tensor, b: Tensor) -> Difference | None:
-    if a.shape != b.shape:
-        return Difference(name, f"shape {list(a.shape)} against {list(b.shape)}", float("inf"))
-    rounded = a.to(b.dtype)
-    if torch.equal(_bits(rounded), _bits(b)):
-        return None
-    largest = float((rounded.float() - b.float()).abs().nan_to_num(nan=float("inf")).max())
-    return Difference(name, f"{list(a.shape)} {str(b.dtype).removeprefix('torch.')}", largest)
+def _checkpoint_files(source: HFFolder, iter_dir: Path, config: EncoderConfig, notes: list[str]) -> list[Section]:
+    """A checkpoint's own config and settings, and the files that it keeps for its exports, against its source's."""
+    sidecars = iter_dir / checkpoint_folder.SIDECARS
+    sections = []
+    if (stated := checkpoint_folder.encoder_config(iter_dir)) is None:
+        notes.append(f"config not compared: {iter_dir} does not say which model it is")
+    else:
+        sections.append(compare_encoders(stated, source.config, where=f"{checkpoint_folder.RUN_CONFIG}: encoder"))
+    kept = read_json(sidecars / "config.json") if (sidecars / "config.json").is_file() else None
+    if kept is not None:
+        files = compare_configs(kept, source.config, where=f"{checkpoint_folder.SIDECARS}/config.json")
+        before = sections.pop() if sections else Section("config", 0)
+        sections.append(Section("config", before.compared + files.compared, before.differences + files.differences))
+    # the encoder of a checkpoint is bidirectional, whatever was imported
+    sections.append(compare_attention(False, source, where="the encoder's attention, is_causal"))
+    settings = checkpoint_folder.sentence_settings(iter_dir, stated or config)
+    sections.append(compare_settings(settings, source, config, where=f"{checkpoint_folder.RUN_CONFIG}: data"))
+    sections += _tokenizer(source, sidecars, notes)
+    if kept is not None and is_vlm(kept) and is_vlm(source.config):
+        sections += compare_processors(sidecars, source.path)
+    return sections
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _tokenizer(source: HFFolder, other: Path, notes: list[str]) -> list[Section]:
+    if not has_tokenizer(source.path):
+        notes.append(f"tokenizer not compared: {source.path} has no tokenizer.json")
+        return []
+    if reads_control_tokens(source.path):
+        notes.append(
+            "control tokens inside a text, such as [INST], stay text in what is made of this embedder; "
+            "its own tokenizer reads them as control tokens"
+        )
+    return [compare_tokenizers(other, source.path)]
+
+
+# ---- tensors and embeddings
+
+
+def _open(
+    source: HFFolder, other: HFFolder | Path, config: EncoderConfig
+) -> tuple[HFFolder | CheckpointWeights, Iterator[Pair]]:
+    if isinstance(other, HFFolder):
+        return other, with_folder(source, other, config)
+    stated = checkpoint_folder.encoder_config(other)
+    weights = CheckpointWeights(CheckpointReader(other), _of_checkpoint(stated, config))
+    return weights, with_checkpoint(source, weights, config)
 
 
 def _of_checkpoint(stated: EncoderConfig | None, source: EncoderConfig) -> EncoderConfig:
@@ -144,76 +210,30 @@ def _of_checkpoint(stated: EncoderConfig | None, source: EncoderConfig) -> Encod
     return stated
 
 
-def _with_checkpoint(source: HFFolder, weights: CheckpointWeights, config: EncoderConfig) -> Iterator[Pair]:
-    def pairs() -> Iterator[Pair]:
-        for weight in mapping.weights(config):
-            parts = weights.hf_parts(weight)
-            for name, part in zip(weight.hf, parts, strict=True):
-                full = source.prefix + name
-                yield full, lambda full=full: source.read(full), lambda part=part: part  # type: ignore[misc]
-        for name in weights.kept():
-            if name in source:
-                yield name, lambda n=name: source.read(n), lambda n=name: weights.reader.read(KEPT + n)  # type: ignore[misc]
-
-    return pairs()
-
-
-def _with_folder(source: HFFolder, other: HFFolder, config: EncoderConfig) -> Iterator[Pair]:
-    other.check(other.encoder_config())
-    shared = {name.removeprefix(source.prefix): name for name in source.names() if name.startswith(source.prefix)}
-    theirs = {name.removeprefix(other.prefix): name for name in other.names() if name.startswith(other.prefix)}
-    tower = {name for weight in mapping.weights(config) for name in weight.hf}
-    for name in sorted(tower):
-        if name not in theirs:
-            raise UserError(f"{other.path}: {other.prefix}{name} is missing; the two models are of different shapes")
-
-    def pairs() -> Iterator[Pair]:
-        for weight in mapping.weights(config):
-            for name in weight.hf:
-                yield name, lambda n=name: source.read(shared[n]), lambda n=name: other.read(theirs[n])  # type: ignore[misc]
-        taken = {shared[name] for name in tower}
-        for name in source.names():  # beside the tower: what both have
-            if name in other and name not in taken and not name.endswith(("_scale_inv", "activation_scale")):
-                yield name, lambda n=name: source.read(n), lambda n=name: other.read(n)  # type: ignore[misc]
-
-    return pairs()
-
-
-def _missing(source: HFFolder, other: HFFolder) -> list[Difference]:
-    """What a VLM has beside the language tower, another made from it must have too."""
-    if not (is_vlm(source.config) and is_vlm(other.config)):
-        return []
-    towers = (source.prefix, other.prefix)
-    return [
-        Difference(name, f"missing in {other.path}", float("inf"))
-        for name in source.names()
-        if name not in other and not name.startswith(towers) and not name.endswith("rotary_emb.inv_freq")
-    ]
-
-
-# ---- embeddings
-
-
-def _cannot_embed(source: HFFolder, other: HFFolder | CheckpointWeights) -> str | None:
-    folders = [source, other] if isinstance(other, HFFolder) else [source]
-    for folder in folders:
-        if not has_tokenizer(folder.path):
-            return f"{folder.path} has no tokenizer.json"
-    config = source.encoder_config()
-    held = sum(math.prod(weight.megatron_shape) for weight in mapping.weights(config))
-    if held * torch.float32.itemsize > EMBEDDING_LIMIT:
-        return f"more than {EMBEDDING_LIMIT >> 30} GiB in fp32"
-    if not isinstance(other, HFFolder) and torch.distributed.is_initialized():
-        return "this process is part of a parallel run"
-    return None
-
-
-def _compare_embeddings(source: HFFolder, other: HFFolder | CheckpointWeights) -> tuple[float, float]:
-    """(largest difference, largest value). A source that is no embedder yet is pooled as the other side says."""
-    ours = source.encoder_config()
+def _embeddings(
+    source: HFFolder, other: HFFolder | CheckpointWeights, config: EncoderConfig, *, progress: bool
+) -> Section:
+    """The same token ids through both; a source that is no embedder yet is pooled as the other side says."""
     theirs = other.encoder_config() if isinstance(other, HFFolder) else other.config
     if source.config.get("pooling") is None and read_sentence_settings(source.path) is None:
-        ours = ours.replace(pooling=theirs.pooling, normalize=theirs.normalize)
-    found = hf_embedder(source, ours.replace(dtype=theirs.dtype))(SENTENCES)
-    run = hf_embedder(other, theirs) if isinstance(other, HFFolder) else checkpoint_embedder(other, source.path)
-    return float((found - run(SENTENCES)).abs().max()), float(found.abs().max())
+        config = config.replace(pooling=theirs.pooling, normalize=theirs.normalize)
+    ids = token_ids(source.path, SENTENCES, config)
+    if isinstance(other, HFFolder):
+        found = hf_layers(other, theirs, ids, causal=stated_causality(other.config) is not False)
+    else:
+        found = checkpoint_layers(other, ids)
+
+    def stored(weight: Weight, name: str) -> torch.dtype:
+        return other.tensor_dtype(other.prefix + name) if isinstance(other, HFFolder) else other.stored_dtype(weight)
+
+    wanted = hf_layers(source, config, ids, causal=source_is_causal(source), dtype_of=stored)
+    layers = config.num_hidden_layers
+    with byte_bar("embed", layers, unit=" layers", enabled=progress) as advance:
+        apart = compare_layers(found, wanted, tolerance=EMBEDDING_TOLERANCE, on_layer=lambda: advance(1))
+    limit, largest = EMBEDDING_TOLERANCE * apart.scale, max(apart.texts)
+    if largest <= limit:
+        return Section("embeddings", len(ids), largest=largest)
+    text = f"up to {largest:g} apart; the two sides part at layer {apart.layer} of {layers}"
+    difference = Difference("embeddings", text, f"at most {limit:.1g} apart", largest)
+    unequal = sum(not distance <= limit for distance in apart.texts)
+    return Section("embeddings", len(ids), [difference], largest, unequal)

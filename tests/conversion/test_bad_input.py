@@ -309,7 +309,8 @@ def test_verify_exits_1_on_a_difference(source: Source, checkpoint: Path, capsys
     assert run("verify", "--hf-model", other, "--megatron-path", checkpoint) == 1
     out, err = capsys.readouterr()
     assert "language_model.model." in out
-    assert err.startswith("error: 20 of 20 tensors and the embeddings differ, most language_model.model.")
+    assert err.startswith("error: tensors (20 of 20), embeddings (3 of 3) differ; first language_model.model.")
+    assert err.count("\n") == 1
 
 
 def test_as_a_script_it_is_quiet(source: Source, tmp_path: Path) -> None:

@@ -122,10 +122,10 @@ def test_verify_misses_a_lost_tensor(vlm: Path, source: Source, tmp_path: Path) 
     lost = tmp_path / "lost"
     shutil.copytree(source("vlm", tie_word_embeddings=False, dtype="bfloat16"), lost)
     edit_tensors(lost, lambda tensors: tensors.pop("vision_tower.ln_pre.weight"))
+    edit_json(lost / "config.json", lambda raw: raw["text_config"].update(is_causal=False))
+    (lost / "processor_config.json").write_bytes((vlm / "processor_config.json").read_bytes())
     outcome = verify(vlm, hf_path=lost, progress=False)
-    assert [(d.name, d.what.startswith("missing in")) for d in outcome.differences] == [
-        ("vision_tower.ln_pre.weight", True)
-    ]
+    assert [(d.name, d.found) for d in outcome.differences] == [("vision_tower.ln_pre.weight", f"missing in {lost}")]
 
 
 def test_a_text_model_has_no_vision_tower(source: Source, tmp_path: Path) -> None:

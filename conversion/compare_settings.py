@@ -1,0 +1,62 @@
+"""The settings around the encoder compared: prompts, lengths, pooling, normalisation, similarity."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.comparison import Difference, Section, compare_values, flatten
+from megatron_embed.conversion.hf_folder import HFFolder
+from megatron_embed.conversion.sentence_files import SentenceSettings, read_sentence_settings
+
+
+def compare_folder_settings(found: HFFolder, source: HFFolder, config: EncoderConfig) -> Section:
+    """Compare an exported embedder's sentence-transformers files with those of its source.
+
+    Args:
+        config: the source's.
+    """
+    try:
+        settings = read_sentence_settings(found.path)
+    except UserError as error:
+        return Section("sentence settings", 1, [Difference("modules.json", str(error), "modules of an export")])
+    if settings is None:
+        missing = Difference("modules.json", "no such file", "an embedder's sentence-transformers files")
+        return Section("sentence settings", 1, [missing])
+    section = compare_settings(settings, source, config, where="sentence-transformers files")
+    # the config states them too, for those who load the bare model
+    stated = {name: found.config[name] for name in ("pooling", "normalize") if found.config.get(name) is not None}
+    same = {name: getattr(settings, name) for name in stated}
+    count, differences = compare_values(stated, same, where="config.json")
+    return Section(section.name, section.compared + count, section.differences + differences)
+
+
+def compare_settings(found: SentenceSettings, source: HFFolder, config: EncoderConfig, *, where: str) -> Section:
+    """Compare settings with the source's own, or with those that an import gives to a source that states none.
+
+    Args:
+        found: of the checkpoint or the export.
+        config: the source's encoder; no maximal length exceeds its ``max_position_embeddings``.
+    """
+    stated = read_sentence_settings(source.path)
+    wanted = stated or SentenceSettings(pooling=config.pooling, normalize=config.normalize)
+    left, right = (_values(settings, config.max_position_embeddings) for settings in (found, wanted))
+    if stated is None and source.config.get("pooling") is None:
+        for name in _OF_A_BASE_MODEL:  # states none of these: what is made of it may take any
+            left.pop(name, None)
+            right.pop(name, None)
+    return Section("sentence settings", *compare_values(left, right, where=where))
+
+
+#: how vectors are made and compared, on which a base model says nothing
+_OF_A_BASE_MODEL = ("pooling", "normalize", "similarity", "similarity_fn_name")
+
+
+def _values(settings: SentenceSettings, longest: int) -> dict[str, Any]:
+    values = flatten(asdict(settings))
+    return {
+        key: min(value, longest) if key.endswith("_length") and isinstance(value, int) else value
+        for key, value in values.items()
+    }

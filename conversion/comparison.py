@@ -1,0 +1,85 @@
+"""What a comparison finds: differences, each with what was found and what was wanted, in sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: in the place of a value that one side does not state
+NOT_STATED = "not stated"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same on both sides.
+
+    Attributes:
+        name: the tensor, or the file and its key.
+        found: on the side that was made of the source.
+        wanted: on the source's side.
+        largest: of a tensor or of embeddings: the largest difference of two values; of others None.
+    """
+
+    name: str
+    found: str
+    wanted: str
+    largest: float | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that was compared of one kind.
+
+    Attributes:
+        name: such as ``config`` or ``tensors``.
+        compared: number of things.
+        differences: those that are not the same.
+        unequal: number of things that are not the same, where one difference stands for several.
+        largest: of tensors and embeddings: the largest difference of two values.
+    """
+
+    name: str
+    compared: int
+    differences: list[Difference] = field(default_factory=list)
+    largest: float | None = None
+    unequal: int | None = None
+
+    @property
+    def equal(self) -> int:
+        """Number of things that are the same."""
+        return self.compared - (len(self.differences) if self.unequal is None else self.unequal)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys: ``{"a": {"b": 1}}`` → ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def compare_values(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> tuple[int, list[Difference]]:
+    """Compare flat mappings key by key; a key that only one side has is a difference.
+
+    Args:
+        where: the file that ``found`` is from.
+
+    Returns:
+        The number of keys, and the differences.
+    """
+    keys = dict.fromkeys([*wanted, *found])
+    differences = [
+        Difference(f"{where}: {key}", shown(found, key), shown(wanted, key))
+        for key in keys
+        if found.get(key, NOT_STATED) != wanted.get(key, NOT_STATED)
+    ]
+    return len(keys), differences
+
+
+def shown(values: Mapping[str, Any], key: str) -> str:
+    """A value as messages show it."""
+    return repr(values[key]) if key in values else NOT_STATED
