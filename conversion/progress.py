@@ -21,5 +21,6 @@ class Converted:
 @contextmanager
 def byte_bar(label: str, total: int, *, enabled: bool) -> Iterator[Callable[[int], object]]:
     """A progress bar over bytes; call what it yields with the bytes just done."""
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not enabled, leave=False) as bar:
+    hidden = None if enabled else True  # None: where stderr is no terminal, whose records would fill a log
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
         yield bar.update
