@@ -19,6 +19,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.quiet import ignore_expected_warnings
 
 if TYPE_CHECKING:
     from megatron_embed.bridge.bidirectional import (
@@ -36,6 +37,8 @@ __all__ = [
     "Ministral3BidirectionalModel",
     "UserError",
 ]
+
+ignore_expected_warnings()  # before megatron-core is imported: it warns while it is
 
 
 def __getattr__(name: str) -> Any:

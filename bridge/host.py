@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_embed.bridge.quiet import ignore_expected_warnings
+
 _CPU = torch.device("cpu")
 _installed = False
 
@@ -37,6 +39,7 @@ def run_on_cpu() -> None:
         return
     _installed = True
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing below may find a device, nor spend time looking for one
+    ignore_expected_warnings(on_cpu=True)
     _answer_cuda_calls()
     _CudaMeansCpu().__enter__()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UsageError, UserError
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,13 @@ class Layout:
         return self.tp * self.pp * self.cp
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Raises UserError where tp × pp × cp does not divide the world."""
+        """Raises UsageError where tp × pp × cp does not divide the world."""
         if world_size % self.model_parallel_size:
-            raise UserError(
+            raise UsageError(
                 f"world size: found {world_size}; wanted a multiple of {self.model_parallel_size} = "
                 f"model.tensor_model_parallel_size {self.tp} × model.pipeline_model_parallel_size {self.pp} × "
-                f"model.context_parallel_size {self.cp}"
+                f"model.context_parallel_size {self.cp}: change one of these, or start so many processes with "
+                f"torchrun --nproc-per-node"
             )
         return world_size // self.model_parallel_size
 
@@ -51,16 +53,19 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
 
 def check_layout(config: EncoderConfig, layout: Layout) -> None:
     """Refuse a layout that cannot hold the model, before anything is loaded."""
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        value = getattr(config, name)
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    divided = {name: getattr(config, name) for name in names}
+    for name, value in divided.items():
         if value % layout.tp:
+            common = math.gcd(*divided.values())
+            fitting = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
             raise UserError(
-                f"model.tensor_model_parallel_size: {layout.tp} does not divide {name} {value}; "
-                f"choose a divisor of {value}"
+                f"model.tensor_model_parallel_size: {layout.tp} does not divide {name} {value}; wanted one of "
+                f"{fitting}, which divide {', '.join(f'{name} {value}' for name, value in divided.items())}"
             )
     stages = layout.pp * (layout.vpp or 1)
     if stages > config.num_hidden_layers:
         raise UserError(
             f"model.pipeline_model_parallel_size: {layout.pp}{f' × {layout.vpp} virtual stages' if layout.vpp else ''} "
-            f"is more than the model's {config.num_hidden_layers} layers"
+            f"is more than the model's {config.num_hidden_layers} layers; every stage needs one"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_embed.bridge import mapping, transforms
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, listed
 from megatron_embed.bridge.mapping import Weight
 from megatron_embed.conversion.casts import Casts
 from megatron_embed.conversion.hf_folder import HFFolder
@@ -326,10 +326,9 @@ class CheckpointWeights:
             if not is_ignored(name)
         ]
         if problems:
-            shown = list(dict.fromkeys(problems))
-            more = [f"… and {len(shown) - 20} more"] if len(shown) > 20 else []
             raise UserError(
-                f"{self.reader.path}: the checkpoint does not fit its config\n  " + "\n  ".join(shown[:20] + more)
+                f"{self.reader.path}: the checkpoint does not fit its config: {listed(list(dict.fromkeys(problems)))}; "
+                f"import the model again, or put the checkpoint's own run_config.yaml back"
             )
 
     def _fits(self, weight: Weight, found: tuple[int, ...]) -> bool:

@@ -9,7 +9,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.comparison import Difference, Section, compare_values, flatten
 from megatron_embed.conversion.hf_folder import HFFolder
-from megatron_embed.conversion.sentence_files import SentenceSettings, read_sentence_settings
+from megatron_embed.conversion.sentence_files import SentenceSettings, default_settings, read_sentence_settings
 
 
 def compare_folder_settings(found: HFFolder, source: HFFolder, config: EncoderConfig) -> Section:
@@ -41,7 +41,7 @@ def compare_settings(found: SentenceSettings, source: HFFolder, config: EncoderC
         config: the source's encoder; no maximal length exceeds its ``max_position_embeddings``.
     """
     stated = read_sentence_settings(source.path)
-    wanted = stated or SentenceSettings(pooling=config.pooling, normalize=config.normalize)
+    wanted = stated or default_settings(config)
     left, right = (_values(settings, config.max_position_embeddings) for settings in (found, wanted))
     if stated is None and source.config.get("pooling") is None:
         for name in _OF_A_BASE_MODEL:  # states none of these: what is made of it may take any
@@ -55,7 +55,7 @@ _OF_A_BASE_MODEL = ("pooling", "normalize", "similarity", "similarity_fn_name")
 
 
 def _values(settings: SentenceSettings, longest: int) -> dict[str, Any]:
-    values = flatten(asdict(settings))
+    values = flatten({**asdict(settings), "max_length": settings.text_max_length})
     return {
         key: min(value, longest) if key.endswith("_length") and isinstance(value, int) else value
         for key, value in values.items()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from megatron_embed.conversion.arguments import Parser, positive
 from megatron_embed.conversion.page_cache import begin_reading
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0: done; 1: failed, with one message on stderr; 2 (raised by argparse): bad arguments.
+        0: done; 2: the command line is wrong in itself; 1: failed otherwise; both with one line on stderr.
     """
     args = _parser().parse_args(argv)
     with _quiet(args.debug):
@@ -30,33 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_embed.bridge.errors import UserError
+    from megatron_embed.bridge.errors import UserError, explain
 
     try:
         return int(COMMANDS[args.command](args))
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-    except OSError as error:
+        status, message = 1, "interrupted; nothing was written"
+    except (UserError, OSError) as error:
         if args.debug:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        status, message = explain(error)
     except Exception as error:
         if args.debug:
             raise
-        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
-    return 1
+        status, message = 1, f"{type(error).__name__}: {error} (--debug shows where)"
+    print(f"error: {message}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="convert-checkpoints", description="Ministral 3 and Llama weights between Hugging Face and Megatron."
     )
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     common.add_argument("--trust-remote-code", action="store_true", help="let a hub model's own code run")
     common.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
@@ -67,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     cmd.add_argument("--hf-model", required=True, metavar="DIR_OR_ID", help="the model to read")
     cmd.add_argument("--megatron-path", required=True, metavar="OUT", help="the checkpoint folder to make")
     cmd.add_argument("--torch-dtype", choices=DTYPES, help="of the stored weights; default: the source's")
-    cmd.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor-parallel size to cut for")
-    cmd.add_argument("--pp", type=_positive, default=1, metavar="N", help="pipeline-parallel size to cut for")
+    cmd.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel size to cut for")
+    cmd.add_argument("--pp", type=positive, default=1, metavar="N", help="pipeline-parallel size to cut for")
     cmd.add_argument("--with-vision", action="store_true", help="keep the VLM's other tensors in the checkpoint")
     cmd.add_argument("--bidirectional", action="store_true", help=BIDIRECTIONAL_HELP)
     cmd.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
@@ -89,13 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument("--megatron-path", metavar="DIR", help="compare with this checkpoint")
     other.add_argument("--hf-path", metavar="DIR", help="compare with this folder")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def _size(text: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, listed
 from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
 from megatron_embed.conversion.sentence_files import read_sentence_settings
@@ -222,11 +222,9 @@ class HFFolder:
             if name not in wanted and self._reason(name, set(wanted), FAMILIES[config.family]) is None:
                 problems.append(f"{name}: not a tensor of this model (shape {list(self.shape(name))})")
         if problems:
-            shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
             raise UserError(
-                f"{self.path}: the weights do not fit the config\n  "
-                + "\n  ".join(shown)
-                + "\nFetch the folder again, or correct its config.json."
+                f"{self.path}: the weights do not fit the config: {listed(problems)}; "
+                f"fetch the folder again, or correct its config.json"
             )
 
     def _wanted(self, config: EncoderConfig) -> dict[str, tuple[int, ...]]:
@@ -336,18 +334,28 @@ def _locate(source: str, revision: str | None) -> Path:
         return path
     if path.exists():
         raise UserError(f"{source}: is a file; wanted the folder that holds config.json and *.safetensors")
-    if source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
-        raise UserError(f"{source}: no such folder")
+    if not is_hub_id(source):
+        raise UserError(f"{source}: no such folder; wanted a Hugging Face model folder or the id of one on the hub")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_FETCH, ignore_patterns=_FETCH_NOT))
     except Exception as error:  # the hub raises a dozen kinds: offline, no such repository, gated, …
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{source}: no such folder, and not to be had from the hub ({reason}); give a local folder, or check the "
-            f"id, --revision, the network (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')!r}) and HF_TOKEN"
-        ) from None
+        raise UserError(not_on_the_hub(source, error)) from None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one on the hub, and not only a path."""
+    return not name.startswith((".", "/", "~")) and _HUB_ID.fullmatch(name) is not None
+
+
+def not_on_the_hub(name: str, error: Exception) -> str:
+    """What is said of a model that is neither a folder nor to be had from the hub, which raised ``error``."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"{name}: no such folder, and not to be had from the hub ({reason}); give a local folder, or check the "
+        f"id, --revision, the network (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')!r}) and HF_TOKEN"
+    )
 
 
 def _inside(file: str) -> bool:

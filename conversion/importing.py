@@ -22,6 +22,7 @@ from megatron_embed.conversion.progress import Converted, byte_bar
 from megatron_embed.conversion.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
 from megatron_embed.conversion.sidecars import others
 from megatron_embed.conversion.tensor_stream import write_chunks
+from megatron_embed.conversion.tokenizer_files import has_tokenizer
 
 TEMPERATURE = 0.02
 
@@ -81,6 +82,11 @@ def import_hf(
         checkpoint_folder.write_tracker(out, 0)
     left_out = summarize({name: reason for name, reason in ignored.items() if name not in kept})
     notes = [*folder.notes, *left_out, *_files_left(folder.path), *_dequantized(folder), *casts.notes()]
+    if not has_tokenizer(folder.path):
+        notes.append(
+            f"no tokenizer.json in {folder.path}: the weights are whole, but training, encoding and export need one; "
+            f"put the model's own there and import again"
+        )
     return Converted(Path(megatron_path), notes)
 
 

@@ -21,5 +21,6 @@ class Converted:
 @contextmanager
 def byte_bar(label: str, total: int, *, enabled: bool, unit: str = "B") -> Iterator[Callable[[int], object]]:
     """A progress bar over bytes, or what else ``unit`` says; call what it yields with how much was just done."""
-    with tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", disable=not enabled, leave=False) as bar:
+    hidden = None if enabled else True  # None: where stderr is no terminal, whose records would fill a log
+    with tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", disable=hidden, leave=False) as bar:
         yield bar.update

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import megatron_embed.bridge  # noqa: F401  first: megatron-core's warnings are quieted before a module here imports it
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 

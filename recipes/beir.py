@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes.json_text import BOM, RowError, decode
 from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.pairs import kind_of
-from megatron_embed.recipes.rows import JsonLineRows
+from megatron_embed.recipes.rows import JsonLineRows, check_file
 
 ABSENT = "judgements name documents that the corpus lacks; they count as never found"
 WANTED = "an object with _id, text and, for documents, title"
@@ -79,6 +79,17 @@ def text_row(row: Any, keys: Sequence[str] = ("_id",)) -> tuple[str, dict[str, A
     return id_of(row, key), dict(row)
 
 
+def check_folder(folder: str | Path, split: str) -> None:
+    """Refuse what is no BEIR folder with this split; of its files only the first kilobytes are read.
+
+    Raises:
+        UserError: a folder or file that is not there, or no JSON lines.
+    """
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        _text_file(Path(folder), name)
+    _qrels_file(Path(folder), split)
+
+
 def load_beir(folder: str | Path, split: str = "test") -> Collection:
     """Read a BEIR folder.
 
@@ -130,12 +141,16 @@ def _read_texts(folder: Path, name: str, what: str) -> tuple[dict[str, str], Odd
 
 def load_collections(folders: Sequence[str | Path], split: str = "test") -> list[Collection]:
     """Read several BEIR folders; results are told apart by the folders' names, so these must differ."""
-    collections = [load_beir(folder, split) for folder in folders]
-    names = [collection.name for collection in collections]
+    check_names(folders)
+    return [load_beir(folder, split) for folder in folders]
+
+
+def check_names(folders: Sequence[str | Path]) -> None:
+    """Refuse two BEIR folders of one name."""
+    names = [Path(folder).resolve().name for folder in folders]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two BEIR folders are named {name!r}, which names their results; rename one")
-    return collections
+            raise UsageError(f"two BEIR folders are named {name!r}, which names their results; rename one")
 
 
 def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -171,12 +186,17 @@ def repeated_id(rows: JsonLineRows, line: int, id_: str) -> str:
 
 def open_texts(folder: Path, name: str) -> JsonLineRows:
     """The rows of ``corpus.jsonl`` or ``queries.jsonl``."""
+    return JsonLineRows(_text_file(folder, name))
+
+
+def _text_file(folder: Path, name: str) -> Path:
     path = folder / name
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; wanted a BEIR folder with corpus.jsonl, queries.jsonl, qrels/")
     if not path.is_file():
         raise UserError(f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/")
-    return JsonLineRows(path)
+    check_file(str(path))
+    return path
 
 
 def qrels_path(folder: Path, split: str) -> Path:
@@ -184,12 +204,17 @@ def qrels_path(folder: Path, split: str) -> Path:
     return folder / "qrels" / f"{split}.tsv"
 
 
-def read_qrels(folder: Path, split: str) -> Iterator[tuple[str, str, int, int]]:
-    """(query id, document id, grade, line) of every judgement."""
+def _qrels_file(folder: Path, split: str) -> Path:
     path = qrels_path(folder, split)
     if not path.is_file():
         present = sorted(file.stem for file in path.parent.glob("*.tsv"))
         raise UserError(f"{path}: no such split; present: {', '.join(present) or 'none'}")
+    return path
+
+
+def read_qrels(folder: Path, split: str) -> Iterator[tuple[str, str, int, int]]:
+    """(query id, document id, grade, line) of every judgement."""
+    path = _qrels_file(folder, split)
     empty = True
     for number, raw in enumerate(path.read_bytes().removeprefix(BOM).split(b"\n"), start=1):
         try:

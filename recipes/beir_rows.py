@@ -22,7 +22,7 @@ from megatron_embed.recipes.beir import (
 from megatron_embed.recipes.data_index import Index, indexed
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.rows import JsonLineRows
-from megatron_embed.recipes.targets import exact_id
+from megatron_embed.recipes.text_ids import exact_id
 
 _NAMES = ("corpus.jsonl", "queries.jsonl")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 
 import torch.distributed as dist
@@ -136,10 +136,9 @@ def restore(cfg: RecipeConfig, state: TrainState, iter_dir: Path, data: dict[str
         )
     step = samples // batch
     if loaded[NEW_GROUPS] and dist.get_rank() == 0:
-        print(
+        logging.getLogger(__name__).warning(
             f"{iter_dir}: from before optimizer.temperature_lr: its temperature learned at the rate of optimizer.lr, "
-            f"and goes on at up to {cfg.optimizer.temperature_lr:g}",
-            file=sys.stderr,
+            f"and goes on at up to {cfg.optimizer.temperature_lr:g}"
         )
     reset_groups(state.optimizer, cfg.optimizer)
     state.scheduler.step(increment=step)

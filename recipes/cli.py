@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UsageError, UserError, explain
+from megatron_embed.conversion.arguments import Parser, positive
 from megatron_embed.recipes import RECIPES
-from megatron_embed.recipes.config import RecipeConfig, load_run_config, to_yaml
-from megatron_embed.recipes.layout import layout_of, validate, validate_layout
+from megatron_embed.recipes.config import RecipeConfig, load_run_config
+from megatron_embed.recipes.layout import layout_of
+from megatron_embed.recipes.logs import shown_log
 from megatron_embed.recipes.overrides import apply_overrides, nearest
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def parse_train_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
 
 
 def read_words(args: argparse.Namespace) -> tuple[RecipeConfig, list[str]]:
-    """(config, overrides) of ``[RECIPE] [--config FILE] [section.key=value …]``; bad ones end the program with 2."""
+    """(config, overrides) of ``[RECIPE] [--config FILE] [section.key=value …]``; bad ones end the program."""
     words = list(args.words)
     recipe = words.pop(0) if words and "=" not in words[0] else None
     try:
@@ -61,7 +63,7 @@ def read_words(args: argparse.Namespace) -> tuple[RecipeConfig, list[str]]:
     except UserError as error:
         if args.debug:
             raise
-        _exit_with(2, str(error))
+        _exit_with(*explain(error))
 
 
 def _train_parser() -> argparse.ArgumentParser:
@@ -80,27 +82,20 @@ def _train_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class FirstRankParser(argparse.ArgumentParser):
-    """Bad arguments: one message from the first rank, status 2."""
+class FirstRankParser(Parser):
+    """Bad arguments: one line from the first rank, status 2."""
 
-    def error(self, message: str) -> NoReturn:
-        _exit_with(2, f"{message}\n{self.format_usage().strip()}")
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; wanted a whole number from 1 up")
-    return int(text)
+    def end(self, message: str) -> NoReturn:
+        _exit_with(2, message)
 
 
 def _base(recipe: str | None, config: Path | None) -> RecipeConfig:
     if recipe is None and config is None:
-        raise UserError(f"no recipe; wanted one of {', '.join(RECIPES)}, or --config FILE.yaml")
+        raise UsageError(f"no recipe; wanted one of {', '.join(RECIPES)}, or --config FILE.yaml")
     if recipe is not None and recipe not in RECIPES:
         match = nearest(recipe, RECIPES)
         hint = f"did you mean {match!r}?" if match else f"known: {', '.join(RECIPES)}"
-        raise UserError(f"unknown recipe {recipe!r}; {hint}")
+        raise UsageError(f"unknown recipe {recipe!r}; {hint}")
     base = RECIPES[recipe]() if recipe is not None else None
     return base if config is None and base is not None else load_run_config(config or "", base=base)
 
@@ -129,68 +124,34 @@ def recipe_table() -> Table:
     return table
 
 
-def describe(cfg: RecipeConfig, world_size: int) -> str:
-    """The resolved config as YAML and, as comments, the layout; nothing is built and no weight is read.
-
-    Raises:
-        UserError: a layout that cannot hold.
-    """
-    validate(cfg, world_size, inputs=False)
-    cfg = cfg.resolved()
-    model, train = cfg.model, cfg.train
-    replicas = layout_of(cfg).data_parallel_size(world_size)
-    micro = f"{train.micro_batch_size} texts" if train.micro_batch_size else f"{train.micro_batch_tokens} tokens"
-    layout = (
-        f"tensor parallel {model.tensor_model_parallel_size} × pipeline parallel {model.pipeline_model_parallel_size}"
-        f" × context parallel {model.context_parallel_size} × data parallel {replicas}"
-    )
-    lines = [
-        f"# layout of {world_size} rank{'s' if world_size > 1 else ''}: {layout}",
-        f"# layers per stage: {_stages(cfg)}",
-        f"# queries per step: {train.global_batch_size}, {train.global_batch_size // replicas} a replica",
-        f"# micro-batch: {micro}",
-    ]
-    return to_yaml(cfg) + "\n".join(lines)
-
-
-def _stages(cfg: RecipeConfig) -> str:
-    """Layers of each stage, where the model's config can be read without a network."""
-    from megatron_embed.bridge.config import EncoderConfig
-    from megatron_embed.bridge.layout import pipeline_split
-
-    if not cfg.model.hf_model or not Path(cfg.model.hf_model).is_dir():
-        return f"known once model.hf_model is a folder (found {cfg.model.hf_model or 'none'})"
-    encoder = EncoderConfig.from_hf(cfg.model.hf_model)
-    validate_layout(cfg, encoder)
-    layout = layout_of(cfg)
-    split = pipeline_split(encoder.num_hidden_layers, layout.pp * (layout.vpp or 1))
-    return f"{', '.join(map(str, split))} of {encoder.num_hidden_layers}"
-
-
 def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
-    """Run a program's body and exit: 0, or 1 with one readable message on stderr.
+    """Run a program's body and exit: 0, or with one readable line on stderr 2 (the command line or the config is wrong
+    in itself) or 1 (anything else).
 
     A traceback is shown with ``debug``, and for errors that no user can have caused. Of several torchrun ranks on a
     host, the first to fail speaks; what the others then meet is its consequence.
     """
     if not debug:
         warnings.filterwarnings("ignore")  # other packages' advice to their developers
-    try:
-        main()
-    except KeyboardInterrupt:
-        _exit_with(130, "interrupted")
-    except (UserError, OSError) as error:
-        _exit_with(1, traceback.format_exc() if debug else str(error))
-    except Exception:
-        _exit_with(1, f"this should not happen, please report it\n{traceback.format_exc()}")
+    with shown_log():
+        try:
+            main()
+        except KeyboardInterrupt:
+            _exit_with(130, "interrupted")
+        except (UserError, OSError) as error:
+            status, message = explain(error)
+            _exit_with(status, traceback.format_exc() if debug else message)
+        except Exception:
+            _exit_with(1, f"this should not happen, please report it\n{traceback.format_exc()}")
     sys.exit(0)
 
 
 def _exit_with(status: int, message: str) -> NoReturn:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if _speaks_for_all():
-        # another rank's progress bar may stand on this line
-        print(f"{'' if alone else chr(10)}error: {message.strip()}", file=sys.stderr, flush=True)
+        # on a terminal another rank's progress bar may stand on this line
+        new_line = "\n" if not alone and sys.stderr.isatty() else ""
+        print(f"{new_line}error: {message.strip()}", file=sys.stderr, flush=True)
     if not alone:
         # A thread of a collective or a writer that waits for another rank must not keep this one alive, nor may a
         # process that this one started outlive it.

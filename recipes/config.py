@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from megatron_embed.bridge.config import Pooling
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UsageError
 
 
 def _no_bool(value: Any) -> Any:
@@ -34,7 +34,11 @@ Flag = Annotated[bool, Field(strict=True)]
 
 
 class Section(BaseModel):
-    """Keys are closed and values are checked, at construction and at every assignment."""
+    """Keys are closed and values are checked, at construction and at every assignment.
+
+    Raises:
+        UsageError: an unknown key or a bad value, by either of which pydantic's own error never surfaces.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -44,6 +48,29 @@ class Section(BaseModel):
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise self._refused(error) from None
+
+    # With this mark pydantic validates sections inside of others itself, and so knows where in the whole an error is.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise self._refused(error) from None
+
+    @classmethod
+    def _refused(cls, error: ValidationError) -> UsageError:
+        from megatron_embed.recipes.overrides import explain_validation_error
+
+        sections = {field.annotation: name for name, field in RecipeConfig.model_fields.items()}
+        sections[DataSource] = "data.train"
+        return UsageError(explain_validation_error(error, prefix=sections.get(cls, "")))
 
 
 class ModelSection(Section):
@@ -298,7 +325,7 @@ def config_from_dict(
     """A config from nested plain values laid over ``base``'s.
 
     Raises:
-        UserError: an unknown key (with the nearest known one) or a bad value, named ``where: key``.
+        UsageError: an unknown key (with the nearest known one) or a bad value, named ``where: key``.
     """
     from megatron_embed.recipes.overrides import explain_validation_error, refuse_unknown_keys
 
@@ -309,7 +336,7 @@ def config_from_dict(
     try:
         return RecipeConfig.model_validate(merged)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain_validation_error(error)}") from None
+        raise UsageError(f"{where}: {explain_validation_error(error)}") from None
 
 
 def load_run_config(path: str | Path, *, base: RecipeConfig | None = None) -> RecipeConfig:
@@ -320,11 +347,11 @@ def load_run_config(path: str | Path, *, base: RecipeConfig | None = None) -> Re
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); wanted a run_config.yaml") from None
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); wanted a run_config.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, Mapping):
-        raise UserError(f"{path}: found {type(values).__name__}; wanted sections such as 'train:' with their keys")
+        raise UsageError(f"{path}: found {type(values).__name__}; wanted sections such as 'train:' with their keys")
     if base is None and values.get("recipe") in RECIPES:
         base = RECIPES[values["recipe"]]()
     return config_from_dict(values, base=base, where=str(path))

@@ -16,7 +16,7 @@ from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.json_text import RowError, decode
 from megatron_embed.recipes.odd_rows import JSON_LOOKING, NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.rows import JsonLineRows, Rows, open_rows, place
-from megatron_embed.recipes.targets import exact_id, text_id
+from megatron_embed.recipes.text_ids import exact_id, text_id
 
 _ID_KEYS = ("_id", "id", "docid")
 _WANTED = f"texts: {WANTED}, a row, or plain lines"

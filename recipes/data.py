@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import is_beir
 from megatron_embed.recipes.beir_rows import BeirRows
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.data_index import indexed
 from megatron_embed.recipes.duplicates import spread
 from megatron_embed.recipes.formats import PairReader
+from megatron_embed.recipes.inputs import check_source
 from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.pairs import Pair, Teacher
 from megatron_embed.recipes.read_through import read_through
@@ -120,10 +120,7 @@ def _teacher_of(pair: Pair, which: int) -> Teacher:
 def open_source(path: str) -> Rows:
     """Open a file, a BEIR folder or ``hf://org/name``; the form is recognised."""
     if not path.startswith("hf://") and Path(path).is_dir():
-        if not is_beir(path):
-            raise UserError(
-                f"{path}: a folder, but no BEIR folder; wanted corpus.jsonl, queries.jsonl, qrels/train.tsv"
-            )
+        check_source(path)
         return BeirRows(path)
     return open_rows(path)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -167,5 +167,5 @@ def _complain(error: Exception) -> None:
     folder = cache_folder()
     if folder not in _complained and os.environ.get("LOCAL_RANK", "0") == "0":
         hint = f"not kept in {folder} ($MEGATRON_EMBED_CACHE), so every start reads all training data: {error}"
-        print(hint, file=sys.stderr)
+        logging.getLogger(__name__).warning(hint)
     _complained.add(folder)

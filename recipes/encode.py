@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: --help and bad arguments do not wait for torch
+    from megatron_embed.recipes.encode_command import main
+
+    main()
+
 import logging
 import sys
 from collections.abc import Sequence
@@ -235,9 +240,3 @@ def _windows(batches: list[MicroBatch], *, progress: bool) -> list[list[MicroBat
 
         return tqdm(windows, desc="encoding", unit="window", file=sys.stderr)  # type: ignore[return-value]
     return windows
-
-
-if __name__ == "__main__":
-    from megatron_embed.recipes.encode_corpus import main
-
-    main()

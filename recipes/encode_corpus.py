@@ -9,15 +9,11 @@ token budget and writes it. A rank holds one shard's vectors, never the corpus'.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +24,11 @@ from megatron_embed.bridge import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.corpus import Corpus, Texts
 from megatron_embed.recipes.encode import Encoder, encode_here, encode_sequences
+from megatron_embed.recipes.encode_command import main
 from megatron_embed.recipes.fingerprints import fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
-from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
 from megatron_embed.recipes.odd_rows import report
+from megatron_embed.recipes.progress import progress as show
 from megatron_embed.recipes.tokenization import Kind
 from megatron_embed.recipes.vectors import (
     CALIBRATION,
@@ -48,6 +45,8 @@ from megatron_embed.recipes.vectors import (
     write_file,
 )
 from megatron_embed.recipes.writer_lock import LOCK, writing
+
+__all__ = ["check_corpus", "encode_texts", "main"]
 
 _CALIBRATION_ROWS = 1024
 
@@ -164,7 +163,8 @@ class _Job:
         missing = [number for number, shard in enumerate(self.manifest.shards) if not shard.complete]
         rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         done = len(self.texts) - sum(self.manifest.shards[number].rows for number in missing)
-        with _bar(len(self.texts), done, shown=progress) as advance:
+        shown = progress and dist.get_rank() == 0
+        with show("encoding", len(self.texts), done=done) if shown else nullcontext(lambda rows: None) as advance:
             for first in range(0, len(missing), replicas):
                 together = missing[first : first + replicas]
                 if rank < len(together):
@@ -200,49 +200,6 @@ class _Job:
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-@contextmanager
-def _bar(total: int, done: int, *, shown: bool) -> Iterator[Callable[[int], Any]]:
-    if not shown or dist.get_rank():
-        yield lambda rows: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, initial=done, desc="encoding", unit="text", file=sys.stderr) as bar:
-        yield bar.update
-
-
-# ---- the command line
-
-
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
-    parser = argparse.ArgumentParser(
-        prog="megatron_embed.recipes.encode",
-        description="Encode a corpus. Several processes: torchrun --nproc-per-node N -m …. Run again to resume.",
-    )
-    parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
-    parser.add_argument(
-        "--input", required=True, help="BEIR folder; JSONL, Parquet or hf://org/name with _id and text; plain lines"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the vectors")
-    parser.add_argument(
-        "--kind",
-        choices=("query", "passage", "text"),
-        default="passage",
-        help="which prompt and length; text: neither query nor passage, with the model's default prompt",
-    )
-    parser.add_argument("--prompt-name", metavar="NAME", help="this one of the model's prompts in the kind's place")
-    parser.add_argument("--dim", type=int, help="keep the first DIM numbers of each vector (Matryoshka)")
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--strict", action="store_true", help="rows that look odd are an error")
-    add_model_arguments(parser)
-    args = parser.parse_args(argv)
-
-    from megatron_embed.recipes.cli import run_program
-
-    run_program(lambda: _run(args), debug=args.debug)
-
-
 def check_corpus(texts: Corpus, *, strict: bool = False) -> None:
     """Rank 0 reads all of it once, and says what can be used and looks odd.
 
@@ -251,26 +208,3 @@ def check_corpus(texts: Corpus, *, strict: bool = False) -> None:
     """
 
     on_first_rank(lambda: report([texts.check().odd], strict=strict))
-
-
-def _run(args: argparse.Namespace) -> None:
-    texts = Corpus(args.input, args.kind)
-    with open_encoder(args) as encoder:
-        if args.prompt_name is not None:
-            encoder.tokenizer.prompts[args.kind] = encoder.named_prompt(args.prompt_name)
-        check_corpus(texts, strict=args.strict)
-        found = encode_texts(
-            encoder,
-            texts,
-            args.output,
-            kind=args.kind,
-            dim=args.dim,
-            precision=args.precision,
-            progress=sys.stderr.isatty() or "RANK" not in os.environ,
-        )
-        if dist.get_rank() == 0:
-            manifest = found.manifest
-            print(
-                f"{args.output}: {manifest.rows:,} vectors of {manifest.dim} × {manifest.precision} "
-                f"in {len(manifest.shards)} shards"
-            )

@@ -15,9 +15,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from megatron_embed.bridge.errors import named
 from megatron_embed.conversion.declared_attention import HELP
 from megatron_embed.recipes.beir import Collection, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
+from megatron_embed.recipes.cli import FirstRankParser, run_program
+from megatron_embed.recipes.inputs import check_writable
 from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.vectors import write_file
 
@@ -137,7 +140,7 @@ def markdown_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line; exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
-    parser = argparse.ArgumentParser(prog="megatron_embed.recipes.evaluate", description="Evaluate on BEIR folders.")
+    parser = FirstRankParser(prog="megatron_embed.recipes.evaluate", description="Evaluate on BEIR folders.")
     parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
     parser.add_argument("--data", required=True, nargs="+", metavar="BEIR_FOLDER", help="collections")
     parser.add_argument("--split", default="test", help="qrels/SPLIT.tsv (default: test)")
@@ -148,13 +151,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--strict", action="store_true", help="rows and judgements that look odd are an error")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
-
-    from megatron_embed.recipes.cli import run_program
-
     run_program(lambda: _run(args), debug=args.debug)
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.output:
+        with named("--output"):
+            check_writable(args.output.parent)
     first_rank = os.environ.get("RANK", "0") == "0"
     collections = load_collections(args.data, args.split)
     if first_rank or args.strict:  # an error ends all ranks

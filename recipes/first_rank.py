@@ -19,22 +19,22 @@ def on_first_rank(function: Callable[[], T]) -> T:
         try:
             box[0] = function()
         except UserError as error:
-            box[1] = str(error)
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise UserError(box[1])
+        raise box[1]
     return box[0]
 
 
 def on_every_rank(function: Callable[[], T]) -> list[T]:
     """What ``function`` returns on each rank, in their order, or the first :class:`UserError` that it raises on any."""
-    own: tuple[T | None, str | None]
+    own: tuple[T | None, UserError | None]
     try:
         own = function(), None
     except UserError as error:
-        own = None, str(error)
+        own = None, error
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
-    if messages := [message for _, message in found if message is not None]:
-        raise UserError(messages[0])
+    if errors := [error for _, error in found if error is not None]:
+        raise errors[0]
     return [result for result, _ in found]

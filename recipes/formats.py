@@ -19,8 +19,8 @@ from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.data_index import Index, indexed
 from megatron_embed.recipes.json_text import RowError, read_json
 from megatron_embed.recipes.pairs import Pair, kind_of, parse_pair
-from megatron_embed.recipes.rows import JsonObjectRows, Rows
-from megatron_embed.recipes.targets import exact_id
+from megatron_embed.recipes.rows import JsonObjectRows, Rows, place
+from megatron_embed.recipes.text_ids import exact_id
 
 #: (corpus id or None, document id) → text
 Lookup = Callable[[Any, Any], str]
@@ -163,13 +163,32 @@ def _first_form(rows: Rows) -> Index:
     return Index(facts={"key": FORMS[-1].key, "line": 0})
 
 
+def _no_form(rows: Rows) -> str:
+    """What is said of a file none of whose rows has a form: once, by its first row, and not of each row."""
+    try:
+        parse_pair(rows[0], FORMS[-1].names)
+        problem = ""
+    except RowError as error:
+        problem = str(error)
+    if "wanted" not in problem:
+        problem += "; wanted an object with query, positive and, optionally, negatives"
+    alike = f"; of {len(rows):,} rows none has the keys of a form (docs/data.md shows them)" if len(rows) > 1 else ""
+    return f"{rows.path}, {place(rows, 0)}: {problem}{alike}"
+
+
 class PairReader:
-    """Reads the rows of one file, all in the form of the first row that has one."""
+    """Reads the rows of one file, all in the form of the first row that has one.
+
+    Raises:
+        UserError: no row has one, or the documents that rows name cannot be found.
+    """
 
     def __init__(self, rows: Rows) -> None:
         found = indexed("form", rows.files, lambda: _first_form(rows)).facts
         self.form = next(form for form in FORMS if form.key == found["key"])
         self.line: int = found["line"]
+        if not self.line:
+            raise UserError(_no_form(rows))
         #: where the documents that rows name by id lie
         self.files: list[Path] = []
         #: ``query_prompt``, ``passage_prompt``: those that stand in the place of a corpus's instructions

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from array import array
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.config import DataSection, DataSource, load_run_config
 from megatron_embed.recipes.data import open_source
 from megatron_embed.recipes.duplicates import repeats
@@ -22,7 +22,9 @@ from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair, re
 from megatron_embed.recipes.pairs import Pair
 from megatron_embed.recipes.read_through import checked
 from megatron_embed.recipes.rows import Rows, place
-from megatron_embed.recipes.tokenization import Kind, TextTokenizer
+
+if TYPE_CHECKING:
+    from megatron_embed.recipes.tokenization import Kind, TextTokenizer
 
 _SHOWN = 20  # problems named one by one
 _SAMPLES = 3
@@ -185,6 +187,7 @@ def _clip(text: str, length: int = 100) -> str:
 def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
     """A model's tokenizer with the prompts and lengths that training would give it."""
     from megatron_embed.recipes.source import ModelSource
+    from megatron_embed.recipes.tokenization import TextTokenizer
 
     source = ModelSource.open(model, bidirectional=True)  # no attention is computed
     return TextTokenizer.from_folder(
@@ -198,8 +201,8 @@ def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0: every row can be used; 1: some cannot, or a file cannot be read; 2: bad arguments."""
-    parser = argparse.ArgumentParser(prog="megatron_embed.recipes.data", description="Look through training data.")
+    """Exit status 0: every row can be used; 1: some cannot, or a file cannot be read; 2: bad arguments or config."""
+    parser = FirstRankParser(prog="megatron_embed.recipes.data", description="Look through training data.")
     parser.add_argument("files", nargs="*", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
     parser.add_argument("--config", metavar="FILE.yaml", help="a run_config.yaml: its sources, prompts and lengths")
     parser.add_argument("--model", help="Hugging Face folder or Megatron checkpoint: samples as its tokenizer has them")
@@ -208,9 +211,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = parser.parse_args(argv)
     if not args.files and not args.config:
         parser.error("nothing to look through: wanted a FILE, or --config FILE.yaml")
-
-    from megatron_embed.recipes.cli import run_program
-
     run_program(lambda: _run(args), debug=args.debug)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.bridge.layout import Layout, check_layout
 from megatron_embed.recipes.config import RecipeConfig
 
@@ -23,18 +23,18 @@ def validate(cfg: RecipeConfig, world_size: int, *, inputs: bool = True) -> None
     """Refuse a recipe that cannot run on ``world_size`` ranks; ``inputs=False`` allows a model or data not yet named.
 
     Raises:
-        UserError: naming the key, the value found and the value wanted.
+        UsageError: naming the key, the value found and the value wanted.
     """
     if inputs:
         _validate_inputs(cfg)
     replicas, batch = layout_of(cfg).data_parallel_size(world_size), cfg.train.global_batch_size
     if batch < replicas:
-        raise UserError(
+        raise UsageError(
             f"train.global_batch_size: {batch} is smaller than the data-parallel size {replicas} "
             f"(world size {world_size}); every replica needs a query"
         )
     if batch % replicas:
-        raise UserError(
+        raise UsageError(
             f"train.global_batch_size: {batch} is not a multiple of the data-parallel size {replicas} "
             f"(world size {world_size})"
         )
@@ -65,7 +65,7 @@ def check_candidates(cfg: RecipeConfig, replicas: int, negatives: int, why: str)
         way = "raise the batch"
     else:
         return
-    raise UserError(
+    raise UsageError(
         f"{key} with {why} leaves nothing to tell a positive from: the loss would be 0 at every step; "
         f"{way}, or train with hard negatives"
     )
@@ -73,9 +73,9 @@ def check_candidates(cfg: RecipeConfig, replicas: int, negatives: int, why: str)
 
 def _validate_inputs(cfg: RecipeConfig) -> None:
     if not cfg.model.hf_model and not cfg.checkpoint.pretrained_checkpoint and not cfg.checkpoint.load:
-        raise UserError("model.hf_model: missing; wanted a Hugging Face model folder or id, model.hf_model=DIR_OR_ID")
+        raise UsageError("model.hf_model: missing; wanted a Hugging Face model folder or id, model.hf_model=DIR_OR_ID")
     if not cfg.data.train:
-        raise UserError("data.train: missing; wanted at least one source of training pairs, data.train=FILE.jsonl")
+        raise UsageError("data.train: missing; wanted at least one source of training pairs, data.train=FILE.jsonl")
 
 
 def _validate_values(cfg: RecipeConfig) -> None:
@@ -83,37 +83,42 @@ def _validate_values(cfg: RecipeConfig) -> None:
     weighted = [source.weight is not None for source in data.train or []]
     if any(weighted) and not all(weighted):
         source = (data.train or [])[weighted.index(False)]
-        raise UserError(f"data.train: {source.path} has no weight, others have; wanted a weight for all or for none")
+        raise UsageError(f"data.train: {source.path} has no weight, others have; wanted a weight for all or for none")
     layout = layout_of(cfg)
     if layout.vpp is not None and layout.pp == 1:
-        raise UserError(
+        raise UsageError(
             "model.virtual_pipeline_model_parallel_size: interleaved stages need "
             "model.pipeline_model_parallel_size of at least 2"
         )
+    if layout.vpp == 1:
+        raise UsageError(
+            "model.virtual_pipeline_model_parallel_size: found 1; wanted the stages of each rank, 2 or more, or null "
+            "for no interleaving"
+        )
     if layout.vpp is not None and loss.mode == "direct":
-        raise UserError("loss.mode: direct is one micro-batch, interleaved stages need several; use cached")
+        raise UsageError("loss.mode: direct is one micro-batch, interleaved stages need several; use cached")
     if optimizer.min_lr > optimizer.lr:
-        raise UserError(f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}")
+        raise UsageError(f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}")
     if (optimizer.warmup_iters or 0) > train.train_iters:
-        raise UserError(
+        raise UsageError(
             f"optimizer.warmup_iters: {optimizer.warmup_iters} is above train.train_iters {train.train_iters}"
         )
     precision = cfg.model.precision
     if loss.learn_temperature and not optimizer.distributed and precision != "fp32":
-        raise UserError(
+        raise UsageError(
             f"loss.learn_temperature: true with model.precision {precision} needs optimizer.distributed=true: "
             f"megatron-core's other optimizer cannot save the temperature, an fp32 number among 16-bit ones"
         )
     if not loss.in_batch_negatives:
         for key in ("symmetric", "query_query_negatives", "passage_passage_negatives"):
             if getattr(loss, key):
-                raise UserError(f"loss.{key}: true needs loss.in_batch_negatives, which is false")
+                raise UsageError(f"loss.{key}: true needs loss.in_batch_negatives, which is false")
     for key in ("query_max_length", "passage_max_length"):
         length = getattr(data, key)
         if length < 3:
-            raise UserError(f"data.{key}: found {length}; wanted at least 3: BOS, a token of text, EOS")
+            raise UsageError(f"data.{key}: found {length}; wanted at least 3: BOS, a token of text, EOS")
         if train.micro_batch_size is None and length > train.micro_batch_tokens:
-            raise UserError(
+            raise UsageError(
                 f"data.{key}: {length} does not fit train.micro_batch_tokens {train.micro_batch_tokens}; "
                 f"raise the latter or set train.micro_batch_size"
             )

@@ -1,17 +1,23 @@
-"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar."""
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, a bar on a terminal or lines in the log."""
 
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
+import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.progress import time_left
+
+_LOG = logging.getLogger(__name__)
 
 
 def model_flops(config: EncoderConfig, *, tokens: int, squared_lengths: int) -> float:
@@ -59,12 +65,47 @@ class Reporter:
             import wandb
 
             self._wandb = wandb.init(project=cfg.logger.wandb_project, config=cfg.to_dict(), dir=str(save_dir))
-        self._bar = tqdm(total=cfg.train.train_iters, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=cfg.train.train_iters,
+            initial=start,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=None,  # where stderr is no terminal: each record of a bar would be a line of the log
+        )
+        self._losses: list[float] = []
+        self._start, self._total, self._began = start, cfg.train.train_iters, time.perf_counter()
 
-    def log(self, record: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, flushed; the same numbers wherever else they are wanted."""
+    def step(self, record: dict[str, Any], *, logged: bool) -> None:
+        """One step done.
+
+        Args:
+            record: what the step was; ``loss`` is its own.
+            logged: it is written down, with ``loss_step``, its own loss, and ``loss``, the mean over the steps since
+                the one that was logged before.
+        """
         if not self.active:
             return
+        self._losses.append(record["loss"])
+        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
+        self._bar.update()
+        if not logged:
+            return
+        interval = {"step": record["step"], "loss": fmean(self._losses), "loss_step": record["loss"]}
+        self._losses.clear()
+        self._write({**interval, **record, **interval})
+        if self._bar.disable:
+            done = record["step"] - self._start
+            left = time_left(self._total - record["step"], done / (time.perf_counter() - self._began))
+            rate = f"lr {record['learning_rate']:.3g}"
+            self.say(f"step {record['step']}/{self._total}: loss {interval['loss']:.4f}, {rate}, {speed}, {left} left")
+        for collection, scores in record.get("eval", {}).items():
+            told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            self.say(f"step {record['step']}: {collection}: {told}")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, flushed; the same numbers wherever else they are wanted."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         step = record["step"]
@@ -78,16 +119,10 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
-    def progress(self, *, loss: float, tokens_per_second: float) -> None:
-        """One step done."""
-        if self.active:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-            self._bar.update()
-
     def say(self, text: str) -> None:
-        """A line above the progress bar."""
+        """A line of the log, above the bar where there is one."""
         if self.active:
-            self._bar.write(text, file=sys.stderr)
+            _LOG.info(text)
 
     def close(self) -> None:
         """Everything on disk; the bar's line ended."""

@@ -9,14 +9,16 @@ that its vectors depend on; the ranks then search the corpus together and choose
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # first of all: --help and bad arguments do not wait for torch
+    from megatron_embed.recipes.mine_command import main
+
+    main()
+
 import hashlib
 import json
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +34,9 @@ from megatron_embed.recipes.encode import Encoder
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
+from megatron_embed.recipes.mine_command import main
 from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose, still_said
 from megatron_embed.recipes.mining_input import check_corpus, check_prompts, checked_before
-from megatron_embed.recipes.mining_report import beside, describe, write_audit
-from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
 from megatron_embed.recipes.odd_rows import OddRows, report
 from megatron_embed.recipes.positives import PositiveVectors, find_documents
 from megatron_embed.recipes.search import Searcher
@@ -43,6 +44,8 @@ from megatron_embed.recipes.tokenization import Kind
 from megatron_embed.recipes.training_texts import TrainingTexts
 from megatron_embed.recipes.vectors import VectorFolder, write_file
 from megatron_embed.recipes.writer_lock import LOCK, writing
+
+__all__ = ["Audit", "main", "mine"]
 
 _BLOCK = 4096  # queries searched together
 
@@ -228,81 +231,3 @@ class _Miner:
 
 def _line(row: dict[str, Any]) -> bytes:
     return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
-
-
-# ---- the command line
-
-
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
-    parser = argparse.ArgumentParser(prog="megatron_embed.recipes.mine", description="Mine hard negatives.")
-    parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
-    parser.add_argument("--data", required=True, help="training data, any form that training takes")
-    parser.add_argument("--corpus", required=True, help="BEIR folder, file of texts, or hf://org/name")
-    parser.add_argument("--output", required=True, type=Path, metavar="OUT.jsonl")
-    parser.add_argument("--negatives", type=int, default=4, help="of each query, at most (default: 4)")
-    parser.add_argument(
-        "--max-score-ratio", type=float, default=0.95, help="of the positive's score (default: 0.95; inf: off)"
-    )
-    parser.add_argument("--margin", type=float, help="negatives score lower than the positive by this at least")
-    parser.add_argument("--rank-range", type=_rank_range, default=(0, 100), metavar="A:B", help="default: 0:100")
-    teacher = parser.add_mutually_exclusive_group()
-    teacher.add_argument("--scores", action="store_true", help="write the model's scores, for distillation")
-    teacher.add_argument("--cross-encoder", metavar="MODEL", help="write this cross-encoder's scores, for distillation")
-    parser.add_argument(
-        "--faiss", nargs="?", const="Flat", metavar="FACTORY", help="search a FAISS index (default: Flat)"
-    )
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of vectors (default: beside OUT.jsonl)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT.jsonl")
-    parser.add_argument("--strict", action="store_true", help="rows that look odd are an error")
-    add_model_arguments(parser)
-    args = parser.parse_args(argv)
-
-    from megatron_embed.recipes.cli import run_program
-
-    run_program(lambda: _run(args), debug=args.debug)
-
-
-def _rank_range(text: str) -> tuple[int, int]:
-    first, colon, last = text.partition(":")
-    if not colon or not (first or "0").isdecimal() or not last.isdecimal():
-        raise argparse.ArgumentTypeError(f"found {text!r}; wanted A:B, two whole numbers")
-    return int(first or "0"), int(last)
-
-
-def _existing(path: Path) -> Path:
-    """The nearest of the folders above that is there."""
-    return next(folder for folder in path.absolute().parents if folder.is_dir())
-
-
-def _run(args: argparse.Namespace) -> None:
-    rules = MiningRules(args.negatives, args.rank_range, args.max_score_ratio, args.margin)
-    if args.output.exists() and not args.overwrite:
-        raise UserError(f"{args.output}: is there already; name another file, or --overwrite")
-    if args.output.is_dir():
-        raise UserError(f"{args.output}: a folder; wanted a file's name")
-    if not os.access(_existing(args.output), os.W_OK):
-        raise UserError(f"{_existing(args.output)}: cannot be written to")
-    corpus = Corpus(args.corpus)
-    with open_encoder(args, scores=True) as encoder:
-        audit = mine(
-            encoder,
-            args.data,
-            corpus,
-            args.output,
-            rules=rules,
-            cache=args.cache or args.output.parent / "vectors",
-            with_scores=args.scores,
-            cross_encoder=args.cross_encoder,
-            faiss=args.faiss,
-            progress=sys.stderr.isatty() or "RANK" not in os.environ,
-            strict=args.strict,
-        )
-        if dist.get_rank() == 0:
-            write_audit(audit, rules, args.output)
-            print(describe(audit, rules))
-            print(f"written to {args.output}; scores in {beside(args.output, '.scores.png')}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UsageError
 from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.pairs import Pair, Teacher
-from megatron_embed.recipes.targets import text_id
+from megatron_embed.recipes.text_ids import text_id
 
 #: why a candidate is no negative, in the order in which they are asked
 REASONS = (
@@ -48,9 +48,9 @@ class MiningRules:
     def __post_init__(self) -> None:
         first, last = self.ranks
         if not 0 <= first < last:
-            raise UserError(f"--rank-range: found {first}:{last}; wanted A:B with 0 <= A < B")
+            raise UsageError(f"--rank-range: found {first}:{last}; wanted A:B with 0 <= A < B")
         if self.negatives < 1 or not self.max_score_ratio > 0:
-            raise UserError(
+            raise UsageError(
                 f"--negatives {self.negatives} --max-score-ratio {self.max_score_ratio:g}: wanted numbers above 0"
             )
 

@@ -12,7 +12,7 @@ from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.odd_rows import OddRows
-from megatron_embed.recipes.targets import text_id
+from megatron_embed.recipes.text_ids import text_id
 from megatron_embed.recipes.vectors import write_array, write_file
 
 REPEATED_TEXTS = "rows repeat the text of an earlier row, which alone can be a negative"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.pairs import Pair
+
+_LOG = logging.getLogger(__name__)
 
 NO_TEXT = "rows have no text; their vectors are the prompt's"
 REPEATED_PAIRS = "repeated pairs"
@@ -69,7 +71,7 @@ def of_pair(pair: Pair) -> list[str]:
 
 
 def report(odd: Iterable[OddRows], *, strict: bool = False) -> None:
-    """Say on stderr what looks odd.
+    """Log what looks odd.
 
     Raises:
         UserError: anything does, with ``strict``.
@@ -78,4 +80,4 @@ def report(odd: Iterable[OddRows], *, strict: bool = False) -> None:
     if found and strict:
         raise UserError("; ".join(found))
     for remark in found:
-        print(remark, file=sys.stderr)
+        _LOG.warning(remark)

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_embed.recipes.cli import FirstRankParser, positive, read_words, run_program
+from megatron_embed.conversion.arguments import positive, whole
+from megatron_embed.recipes.cli import FirstRankParser, read_words, run_program
 from megatron_embed.recipes.config import RecipeConfig
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> PlanArguments:
     parser.add_argument("--world-size", type=positive, required=True, metavar="W", help="ranks")
     parser.add_argument("--gpu-memory", type=_size, default=80.0, metavar="GIB", help="of each GPU (80)")
     parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="with fast links (8)")
-    parser.add_argument("--top", type=int, default=25, metavar="N", help="layouts in the table (25); 0: all")
+    parser.add_argument("--top", type=whole, default=25, metavar="N", help="layouts in the table (25); 0: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too, in bytes")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_intermixed_args(argv)

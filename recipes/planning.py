@@ -164,7 +164,8 @@ def plan_world(
     Raises:
         UserError: no layout is left; why the first was refused.
     """
-    plans, refusals = [], []
+    plans: list[Plan] = []
+    refusals: list[UserError] = []
     for layout in layouts(config, world_size):
         changed = cfg.model_copy(deep=True)
         changed.model.tensor_model_parallel_size = layout.tp
@@ -174,11 +175,12 @@ def plan_world(
         try:
             by_recompute = plan_layout(changed, config, world_size, gpus_per_node=gpus_per_node)
         except UserError as error:
-            refusals.append(str(error))
+            refusals.append(error)
             continue
         plans.append(choose(by_recompute, gpu_memory, recompute))
     if not plans:
-        raise UserError(f"no layout of {world_size} ranks can run this recipe; {refusals[0]}")
+        first = refusals[0]
+        raise type(first)(f"no layout of {world_size} ranks can run this recipe; {first}")
     return sorted(plans, key=lambda plan: (0, plan.seconds) if plan.fits(gpu_memory) else (1, plan.total))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.data import PairSource
-from megatron_embed.recipes.targets import text_id
+from megatron_embed.recipes.text_ids import text_id
 from megatron_embed.recipes.vectors import VectorFolder
 
 

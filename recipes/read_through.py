@@ -14,7 +14,7 @@ from megatron_embed.recipes.json_text import RowError
 from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair
 from megatron_embed.recipes.pairs import Pair
 from megatron_embed.recipes.rows import Rows, place
-from megatron_embed.recipes.targets import text_id
+from megatron_embed.recipes.text_ids import text_id
 
 
 def checked(rows: Rows, reader: PairReader) -> Iterator[tuple[Pair | None, str]]:

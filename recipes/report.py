@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import html
 import io
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.cli import FirstRankParser, run_program
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
 
 # Drawn in this colour, and then replaced: figures take the page's own text colour, light or dark.
 _INK = "#010203"
@@ -27,6 +28,28 @@ _LOOK: Any = {
     "svg.fonttype": "none",
 }
 _SERIES = ("#3b7dd8", "#d9822b", "#3a9d5d", "#b5547a", "#7a63c7", "#8a8a3a")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _drawn(draw: Function) -> Function:
+    """Draw in the page's look; matplotlib is imported when something is drawn, and not for ``--help``."""
+
+    @functools.wraps(draw)
+    def drawing(*args: Any, **kwargs: Any) -> Any:
+        from matplotlib import rc_context
+
+        with rc_context(_LOOK):
+            return draw(*args, **kwargs)
+
+    return drawing  # type: ignore[return-value]
+
+
+def _figure(**kwargs: Any) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(**kwargs)
 
 
 @dataclass(frozen=True)
@@ -117,11 +140,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-@rc_context(_LOOK)
+@_drawn
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, caption: str = "") -> str:
     """A figure of a matrix ``[len(rows), len(columns)]`` with its labels and a colour bar."""
     width = 0.42 * len(columns) + 4.2
-    figure = Figure(figsize=(width, 0.42 * len(rows) + 2.4))
+    figure = _figure(figsize=(width, 0.42 * len(rows) + 2.4))
     axes = figure.subplots()
     image = axes.imshow(values, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), [_clip(text, 26) for text in columns], rotation=50, ha="right", fontsize=8)
@@ -149,9 +172,9 @@ def _summary(runs: Sequence[RunLog]) -> str:
     return table(("run", "steps", "first loss", "last loss", "tokens/s (median)", "peak memory"), rows)
 
 
-@rc_context(_LOOK)
+@_drawn
 def _training_figure(runs: Sequence[RunLog]) -> str:
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    figure = _figure(figsize=(11, 6.4), layout="constrained")
     grid = figure.subplots(2, 2)
     panels = {
         "loss": "loss",
@@ -169,12 +192,15 @@ def _training_figure(runs: Sequence[RunLog]) -> str:
         axes.set_ylim(bottom=0 if key != "grad_norm" else None)
     if len(runs) > 1:
         grid.flat[0].legend(fontsize=8)
-    return _svg(figure, "Loss, gradient norm, learning rate and speed of the logged steps.")
+    return _svg(
+        figure,
+        "Loss (the mean over the steps since the point before); gradient norm, learning rate, speed of logged steps.",
+    )
 
 
-@rc_context(_LOOK)
+@_drawn
 def _scores_figure(runs: Sequence[RunLog]) -> str:
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = _figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()
     labelled = [(run, name, values) for run in runs for name, values in run.scores("ndcg@10").items()]
     for color, (run, name, (steps, values)) in zip(_SERIES * len(labelled), labelled, strict=False):
@@ -201,6 +227,8 @@ def _first_and_last(runs: Sequence[RunLog]) -> str:
 def _svg(figure: Figure, caption: str) -> str:
     buffer = io.StringIO()
     # Clip paths are named by a hash: figures on one page must not share the salt.
+    from matplotlib import rc_context
+
     with rc_context({"svg.hashsalt": caption}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     svg = buffer.getvalue()
@@ -247,13 +275,11 @@ _PAGE = """<!doctype html>
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
-    parser = argparse.ArgumentParser(prog="megatron_embed.recipes.report", description="An HTML page about runs.")
+    parser = FirstRankParser(prog="megatron_embed.recipes.report", description="An HTML page about runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of runs (train.save_dir)")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the first run")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
-
-    from megatron_embed.recipes.cli import run_program
 
     def body() -> None:
         runs = [read_run(folder) for folder in args.runs]

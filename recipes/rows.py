@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.data_index import Index, indexed, stamps
+from megatron_embed.recipes.foreign_files import refuse_foreign
 from megatron_embed.recipes.json_entries import entries_of_array, entries_of_data, is_object
 from megatron_embed.recipes.json_text import BOM, RowError, parse_json
 
@@ -73,18 +74,42 @@ def place(rows: Rows, index: int) -> str:
 def _recognised(path: str) -> Rows:
     if path.startswith("hf://"):
         return TableRows.from_hub(path)
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file or folder")
-    with open(path, "rb") as file:
-        head = file.read(4096)
+    head = check_file(path)
     if head.startswith(b"PAR1"):
         return TableRows.from_parquet(path)
-    head = head.removeprefix(BOM).lstrip()
+    head = head.lstrip()
     if re.match(rb"\[\s*([{\]]|$)", head):  # of objects, or empty: a line of text may begin with a bracket, too
         return JsonArrayRows(path)
     if re.match(rb'\{\s*"(corpus|data)"\s*:', head) and is_object(Path(path)):
         return JsonObjectRows(path)
     return JsonLineRows(path)
+
+
+def check_file(path: str) -> bytes:
+    """The beginning of a file that may hold rows, without a BOM.
+
+    Raises:
+        UserError: no such file, or one in another encoding, compressed, binary, or a table in text.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file or folder; wanted JSON lines, a JSON list, Parquet, or a BEIR folder")
+    with open(path, "rb") as file:
+        head = file.read(4096).removeprefix(BOM)
+    if not head.startswith(b"PAR1"):
+        refuse_foreign(path, head)
+    return head
+
+
+def hub_parts(path: str) -> list[str]:
+    """``org``, ``name`` and perhaps ``config`` of ``hf://org/name[/config]``.
+
+    Raises:
+        UserError: it is of another form.
+    """
+    parts = path.removeprefix("hf://").split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise UserError(f"{path}: wanted hf://org/name or hf://org/name/config")
+    return parts
 
 
 _SCANNED = 1 << 20  # bytes read at once where all rows are read
@@ -248,9 +273,7 @@ class TableRows:
     @classmethod
     def from_hub(cls, path: str) -> TableRows:
         """The train split of ``hf://org/name[/config]``, from the hub or its cache."""
-        parts = path.removeprefix("hf://").split("/")
-        if len(parts) not in (2, 3) or not all(parts):
-            raise UserError(f"{path}: wanted hf://org/name or hf://org/name/config")
+        parts = hub_parts(path)
         try:
             table = _quiet_datasets().load_dataset("/".join(parts[:2]), *parts[2:], split="train")
         except Exception as error:  # network, absent repository, absent split, …: datasets has no common base class

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes.config import RecipeConfig
 
 _YARN: dict[str, Any] = {
@@ -84,7 +84,7 @@ def encoder_of(cfg: RecipeConfig) -> EncoderConfig:
         return config.replace(**stated)
     name = cfg.model.hf_model
     if not name:
-        raise UserError("model.hf_model: missing; wanted a Hugging Face model folder or id, model.hf_model=DIR_OR_ID")
+        raise UsageError("model.hf_model: missing; wanted a Hugging Face model folder or id, model.hf_model=DIR_OR_ID")
     folder = Path(name).expanduser()
     if folder.exists():
         return EncoderConfig.from_hf(folder).replace(**stated)

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.encoder import Encoder
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, named
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.casts import Casts, Rounded, dtype_name, merged, told
-from megatron_embed.conversion.declared_attention import CONSENT, made_bidirectional
-from megatron_embed.conversion.direct import load_hf_weights, refuse_overflow
+from megatron_embed.conversion.declared_attention import CONSENT, CONSENT_OF_A_RECIPE, made_bidirectional
 from megatron_embed.conversion.hf_folder import HFFolder
-from megatron_embed.conversion.model_state import load_model_state
 from megatron_embed.conversion.sentence_files import SentenceSettings, read_sentence_settings
+from megatron_embed.conversion.tokenizer_files import has_tokenizer
+from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.first_rank import on_every_rank
+from megatron_embed.recipes.inputs import start_of
+
+if TYPE_CHECKING:
+    from megatron_embed.bridge.encoder import Encoder
 
 
 def dtype_option(dtype: torch.dtype) -> str:
@@ -109,6 +112,11 @@ class ModelSource:
         Raises:
             UserError: on every rank: a weight does not fit, or has a value that the encoders' dtype cannot hold.
         """
+        from megatron.core import parallel_state
+
+        from megatron_embed.conversion.direct import load_hf_weights, refuse_overflow
+        from megatron_embed.conversion.model_state import load_model_state
+
         stages = [(encoder, encoder.layer_offset) for encoder in encoders]
         casts = Casts(self.path, rounding=rounding or self.hf is None, ask=ask)
 
@@ -122,6 +130,46 @@ class ModelSource:
             return casts.rounded if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0 else {}
 
         return told(merged(on_every_rank(load)))
+
+    def check(self) -> None:
+        """Look at every weight's name and shape, and whether the files are whole; no value is read.
+
+        Raises:
+            UserError: listing what is missing, misshapen or too much.
+        """
+        if self.hf is not None:
+            self.hf.check(self.config)
+            return
+        from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
+        from megatron_embed.conversion.tensor_stream import CheckpointReader
+
+        assert self.iter_dir is not None
+        reader = CheckpointReader(self.iter_dir)
+        CheckpointWeights(reader, self.config)
+        reader.check_files()
+
+
+def open_source(cfg: RecipeConfig) -> ModelSource:
+    """The model to start from, with the recipe's pooling, normalisation and temperature.
+
+    Raises:
+        UserError: there is none, it is damaged, or it has no tokenizer; by its key.
+    """
+    key, path = start_of(cfg)
+    stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
+    with named(key):
+        source = ModelSource.open(
+            path,
+            megatron=key != "model.hf_model",
+            bidirectional=cfg.model.bidirectional,
+            consent=CONSENT_OF_A_RECIPE,
+        )
+        if not has_tokenizer(source.files):
+            raise UserError(
+                f"{source.files}: no tokenizer.json, without which no text can be read; put the model's own there: "
+                f"transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained({str(source.files)!r})"
+            )
+    return replace(source, config=source.config.replace(**stated))
 
 
 def _looks_like_megatron(path: Path) -> bool:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from megatron_embed.recipes.cli import describe, parse_train_arguments, recipe_table, run_program
+from megatron_embed.recipes.cli import parse_train_arguments, recipe_table, run_program
 from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.inputs import check_inputs
 from megatron_embed.recipes.layout import validate
 
 
@@ -29,7 +30,7 @@ sys.modules[__name__].__class__ = _CallableModule
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0: done; 1: failed, with one message; 2: bad arguments."""
+    """Exit status 0: done; 1: failed, with one message; 2: a wrong command line or config, with one message."""
     args = parse_train_arguments(argv)
 
     def body() -> None:
@@ -42,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             return
         assert args.cfg is not None
         if args.dry_run:
+            from megatron_embed.recipes.dry_run import describe
+
             print(describe(args.cfg, args.world_size))
             return
-        validate(args.cfg, args.world_size)  # before the imports that take seconds
+        validate(args.cfg, args.world_size)  # both before the imports that take seconds
+        check_inputs(args.cfg)
         from megatron_embed.recipes.training import train
 
         train(args.cfg)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
+import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,24 @@ from megatron_embed.bridge import host, parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.declared_attention import CONSENT_OF_A_RECIPE
+from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig, save_run_config
 from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.encode import encode_sequences
+from megatron_embed.recipes.inputs import check_inputs
 from megatron_embed.recipes.layout import check_candidates, layout_of, validate, validate_layout
 from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
 from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.optimizer import TrainState, set_up_training
 from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, check_teachers, micro_batches
-from megatron_embed.recipes.source import ModelSource
+from megatron_embed.recipes.source import ModelSource, open_source
 from megatron_embed.recipes.step import contrastive_step, learned_temperature
 from megatron_embed.recipes.tokenization import TextTokenizer
+
+_LOG = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,9 +51,11 @@ def train(cfg: RecipeConfig) -> Path:
     Raises:
         UserError: bad input; nothing that was there before is damaged.
     """
+    began = time.perf_counter()
     cfg = cfg.resolved()
     world = parallel.world_size()
     validate(cfg, world)
+    check_inputs(cfg)
     parallel.select_device(cfg.device)
     # Everything that can be refused is looked at before any weight is read.
     source = open_source(cfg)
@@ -70,20 +77,18 @@ def train(cfg: RecipeConfig) -> Path:
         run = _set_up(cfg, source, dataset, sampler, save_dir, collections)
         start = checkpointing.restore(cfg, run.state, resume, dataset.state()) if resume else 0
         run.loop(start)
+        if dist.get_rank() == 0:
+            _LOG.info(_closing(save_dir, cfg.train.train_iters, time.perf_counter() - began))
     return save_dir
 
 
-def open_source(cfg: RecipeConfig) -> ModelSource:
-    """The model to start from, with the recipe's pooling, normalisation and temperature."""
-    checkpoint = cfg.checkpoint.pretrained_checkpoint or (None if cfg.model.hf_model else cfg.checkpoint.load)
-    source = ModelSource.open(
-        checkpoint or cfg.model.hf_model or "",
-        megatron=checkpoint is not None,
-        bidirectional=cfg.model.bidirectional,
-        consent=CONSENT_OF_A_RECIPE,
+def _closing(save_dir: Path, steps: int, seconds: float) -> str:
+    """Where a finished run lies, and what is likely to be wanted next."""
+    export = ["convert-checkpoints", "export", "--megatron-path", str(save_dir), "--hf-path", f"{save_dir}-embedder"]
+    return (
+        f"done: step {steps} after {timedelta(seconds=round(seconds))}; the run lies in {save_dir}; "
+        f"export it with: {shlex.join(export)}"
     )
-    stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
-    return replace(source, config=source.config.replace(**stated))
 
 
 def _open_collections(cfg: RecipeConfig) -> list[Any]:
@@ -123,7 +128,7 @@ def _set_up(
     notes = source.fill(encoders, tp_rank=tp_rank, tp_size=layout.tp, ask=_ask_for)
     if dist.get_rank() == 0:
         for note in notes:
-            print(f"{source.path}: {note}", file=sys.stderr)
+            _LOG.warning(f"{source.path}: {note}")
     state = set_up_training(encoders, cfg.optimizer, train_iters=cfg.train.train_iters)
     builder = BatchBuilder(
         dataset,
@@ -178,6 +183,7 @@ class Run:
             save_run_config(self.cfg, self.save_dir / "run_config.yaml")
         reporter = Reporter(self.cfg, self.save_dir, active=first, start=start)
         told: set[str] = set()
+        reporter.say(self._what(start))
         try:
             for step in range(start + 1, train.train_iters + 1):
                 began = time.perf_counter()
@@ -196,13 +202,23 @@ class Run:
                 last = step == train.train_iters
                 if self.collections and (last or step % train.eval_interval == 0):
                     record["eval"] = self._evaluate()
-                if last or step % train.log_interval == 0 or "eval" in record:
-                    reporter.log(record)
-                reporter.progress(loss=loss, tokens_per_second=record["tokens_per_second"])
-                if last or step % train.save_interval == 0:
-                    self._save(step)
+                saved = last or step % train.save_interval == 0
+                # A step that is saved is logged too: a run that goes on from it means its losses from the same step on.
+                reporter.step(record, logged=saved or step == 1 or step % train.log_interval == 0 or "eval" in record)
+                if saved:
+                    reporter.say(f"step {step}: saved to {self._save(step)}")
         finally:
             reporter.close()
+
+    def _what(self, start: int) -> str:
+        """What begins, in one line."""
+        cfg, sampler, world = self.cfg, self.builder.sampler, dist.get_world_size()
+        layout = f"{layout_of(cfg)} × DP {layout_of(cfg).data_parallel_size(world)}"
+        return (
+            f"{cfg.recipe} on {world} rank{'s' if world > 1 else ''} ({layout}), steps {start + 1:,} to "
+            f"{cfg.train.train_iters:,} of {cfg.train.global_batch_size:,} queries, into {self.save_dir}; "
+            f"data: {len(self.builder.dataset):,} examples, {sampler.steps_per_epoch:,} steps an epoch"
+        )
 
     def _mode(self, batch: RankBatch) -> str:
         """How this step's gradient is computed, the same on every rank."""
@@ -290,7 +306,7 @@ class Run:
 
         return encode
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int) -> Path:
         first = dist.get_rank() == 0
         checkpointing.save(
             self.cfg,
@@ -301,3 +317,4 @@ class Run:
             data=self.builder.dataset.state(),
             first=first,
         )
+        return checkpoint_folder.iteration_folder(checkpointing.checkpoints_folder(self.save_dir), step)

@@ -194,6 +194,17 @@ def test_a_hub_id_offline(tmp_path: Path, capsys: Capture, monkeypatch: pytest.M
     assert "HF_HUB_OFFLINE='1'" in message
 
 
+def test_a_source_without_a_tokenizer_is_imported_and_the_lack_of_it_told(
+    vlm: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (vlm / "tokenizer.json").unlink()
+    assert run("import", "--hf-model", vlm, "--megatron-path", tmp_path / "out") == 0
+    assert f"no tokenizer.json in {vlm}: " in capsys.readouterr().out
+    assert "--hf-model a folder with a tokenizer.json" in refused(
+        capsys, tmp_path, "export", "--megatron-path", tmp_path / "out", "--hf-path", tmp_path / "hf"
+    )
+
+
 # ---- layouts and outputs
 
 

@@ -67,7 +67,7 @@ PAIRS: dict[str, tuple[bytes, str]] = {
         (PAIR + '{"query": "é"}').encode("latin-1"),
         ", line 2: not UTF-8: byte 0xe9 at byte 12 of the line",
     ),
-    "in UTF-16": (PAIR.encode("utf-16"), ", line 1: not UTF-8: byte 0xff at byte 1 of the line; wanted the file conv"),
+    "in UTF-16": (PAIR.encode("utf-16"), ": found UTF-16 text; wanted UTF-8 text (JSON lines, a JSON list) or Parquet"),
     "with a BOM inside": (PAIR.encode() + b"\xef\xbb\xbf" + PAIR.encode(), ", line 2: not JSON: Unexpected UTF-8 BOM"),
     "with a bare NUL": ((PAIR + '{"query": "a\0"}').encode(), ", line 2: not JSON: Invalid control character at colu"),
     "cut short": ((PAIR + PAIR[:-3]).encode(), ", line 2: not JSON: Unterminated string starting at column 28"),
@@ -111,7 +111,7 @@ CORPORA: dict[str, tuple[bytes, str]] = {
         (DOCUMENT + '{"_id": "é"}').encode("latin-1"),
         ", line 2: not UTF-8: byte 0xe9 at byte 10 of the line",
     ),
-    "in UTF-16": (DOCUMENT.encode("utf-16"), ", line 1: not UTF-8: byte 0xff at byte 1 of the line; wanted the file"),
+    "in UTF-16": (DOCUMENT.encode("utf-16"), ": found UTF-16 text; wanted UTF-8 text (JSON lines, a JSON list) or Par"),
     "with a bare NUL": ((DOCUMENT + '{"_id": "b\0"}').encode(), ", line 2: not JSON: Invalid control character at col"),
     "with an id twice": ((DOCUMENT * 2).encode(), ", line 2: _id 'a' stands in the file twice"),
     "with an id of another type": ((DOCUMENT + '{"_id": null, "text": ""}').encode(), ", line 2: '_id': found null; "),
@@ -234,7 +234,7 @@ def test_pairs(damage: str, commands: Commands, tmp_path: Path, capsys: pytest.C
     path = tmp_path / "bad"
     path.write_bytes(content)
     for command in (commands.train, commands.mine_data):
-        assert f"error: {path}{message}" in commands.refused(command, path, capsys)
+        assert f"{path}{message}" in commands.refused(command, path, capsys)
     err = commands.refused(commands.data, path, capsys)
     assert f"error: {path}" in err
     assert message.removeprefix(",") in err
@@ -248,14 +248,14 @@ def test_a_corpus(
     path = tmp_path / "bad"
     path.write_bytes(content)
     for command in (commands.encode, commands.mine_corpus):
-        assert f"error: {path}{message}" in commands.refused(command, path, capsys)
+        assert f"{path}{message}" in commands.refused(command, path, capsys)
     if damage in TABLES:
         return
     for name in ("corpus.jsonl", "queries.jsonl"):
         before = (beir / name).read_bytes()
         (beir / name).write_bytes(content)
         for command in (commands.evaluate, commands.train, commands.eval_in_training, commands.data):
-            assert f"error: {beir / name}{message}" in commands.refused(command, beir, capsys)
+            assert f"{beir / name}{message}" in commands.refused(command, beir, capsys)
         (beir / name).write_bytes(before)
 
 

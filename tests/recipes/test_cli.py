@@ -11,7 +11,7 @@ import pytest
 import yaml
 from support.tiny_models import save_model
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import parse_train_arguments, run_program
 from megatron_embed.recipes.config import RecipeConfig, load_run_config, save_run_config
@@ -85,9 +85,11 @@ def test_bad_arguments_end_with_status_2(argv: list[str], message: str, capsys: 
         ),
     ],
 )
-def test_what_cannot_run_ends_with_status_1(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_cannot_run_ends_with_status_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, out, err = run(*argv, capsys=capsys)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert err.startswith(message)
     assert err.count("\n") == 1
 
@@ -114,7 +116,7 @@ def test_dry_run_prints_the_resolved_config_and_the_layout(name: str, capsys: py
 
 
 def test_dry_run_knows_the_stages_of_a_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_model(tmp_path / "hf", num_hidden_layers=6, tokenizer=False)
+    save_model(tmp_path / "hf", num_hidden_layers=6)
     folder = f"model.hf_model={tmp_path / 'hf'}"
     argv = (TINY, "--dry-run", "--world-size", "8", folder, "model.pipeline_model_parallel_size=4")
     _, out, _ = run(*argv, capsys=capsys)
@@ -141,8 +143,9 @@ def test_programs_end_with_one_message(capsys: pytest.CaptureFixture[str]) -> No
             run_program(body)
         return int(ended.value.code or 0), capsys.readouterr().err
 
+    assert end(UsageError("model.pooling: no")) == (2, "error: model.pooling: no\n")
     assert end(UserError("a.jsonl, line 3: no 'query'")) == (1, "error: a.jsonl, line 3: no 'query'\n")
-    assert end(PermissionError(13, "Permission denied", "/x")) == (1, "error: [Errno 13] Permission denied: '/x'\n")
+    assert end(PermissionError(13, "Permission denied", "/x")) == (1, "error: /x: Permission denied\n")
     assert end(KeyboardInterrupt()) == (130, "error: interrupted\n")
     status, err = end(ZeroDivisionError("no"))
     assert status == 1
@@ -182,7 +185,7 @@ def test_train_is_callable_whatever_was_imported_before(before: str) -> None:
     done = _python(
         f"{before}\n"
         "from megatron_embed.recipes import ministral3_tiny_embed_config, train\n"
-        "from megatron_embed.bridge.errors import UserError\n"
+        "from megatron_embed.bridge.errors import UsageError, UserError\n"
         "try:\n    train(ministral3_tiny_embed_config())\n"
         "except UserError as error:\n    print(error)\n"
     )
@@ -197,6 +200,32 @@ def test_importing_the_package_is_quick() -> None:
         "print([name for name in ('torch', 'megatron.core', 'transformers') if name in sys.modules])"
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+_HEAVY = ("torch", "megatron.core", "transformers", "datasets", "matplotlib", "pandas")
+_HELP = """
+import runpy, sys
+sys.argv = [{module!r}, *{argv!r}, "--help"]
+try:
+    runpy.run_module({module!r}, run_name="__main__")
+finally:
+    print([name for name in {heavy!r} if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        *((f"megatron_embed.recipes.{name}", ()) for name in ("train", "plan", "evaluate", "encode", "mine", "data")),
+        ("megatron_embed.recipes.report", ()),
+        *(("megatron_embed.conversion.convert_checkpoints", argv) for argv in ((), ("import",), ("export",))),
+    ],
+)
+def test_help_waits_for_no_library_and_says_nothing_else(module: str, argv: tuple[str, ...]) -> None:
+    done = _python(_HELP.format(module=module, argv=argv, heavy=_HEAVY))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_programs_run_as_modules() -> None:

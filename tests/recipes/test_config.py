@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.config import (
     DataSource,
+    OptimizerSection,
     RecipeConfig,
     differences,
     keys,
     load_run_config,
     save_run_config,
 )
-from megatron_embed.recipes.overrides import apply_overrides
+from megatron_embed.recipes.overrides import ALIASES, apply_overrides
 
 # What users rely on: adding a key is a feature, renaming one or changing a default is a break.
 DEFAULTS = {
@@ -205,15 +205,57 @@ def test_bad_overrides(text: str, message: str) -> None:
         override(text)
 
 
-def test_assignment_is_strict_too() -> None:
+def test_in_python_a_wrong_value_or_key_is_an_error_for_users_too() -> None:
     cfg = RecipeConfig()
     cfg.train.train_iters = 100
-    with pytest.raises(ValidationError):
+    with pytest.raises(UsageError, match=r"^train.train_iters: found 'many'; wanted a whole number$"):
         cfg.train.train_iters = "many"  # type: ignore[assignment]
-    with pytest.raises(ValidationError):
+    with pytest.raises(UsageError, match=r"^unknown key 'train.train_itres'; did you mean 'train.train_iters'\?$"):
         cfg.train.train_itres = 5  # type: ignore[attr-defined]
-    with pytest.raises(ValidationError):
+    with pytest.raises(UsageError, match=r"^unknown key 'optimizer.learning_rate'; did you mean 'optimizer.lr'\?$"):
+        cfg.optimizer.learning_rate = 1e-5  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"^data.train.1.weigth: found 2; wanted keys path, weight"):
+        cfg.data.train = ["a", {"path": "b", "weigth": 2}]  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=r"^unknown key 'trian'; did you mean the section 'train'\?$"):
         RecipeConfig(trian={})  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match=r"^train.seed: found 'x'; wanted a whole number$"):
+        RecipeConfig(train={"seed": "x"})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^optimizer.lr: found -1; wanted a number above 0$"):
+        OptimizerSection(lr=-1)
+    assert cfg.train.train_iters == 100
+    assert cfg.data.train is None
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("learning_rate", "optimizer.lr"),
+        ("batch_size", "train.global_batch_size"),
+        ("train.batch-size", "train.global_batch_size"),
+        ("tp", "model.tensor_model_parallel_size"),
+        ("model.pp", "model.pipeline_model_parallel_size"),
+        ("model.tensor_parallel_size", "model.tensor_model_parallel_size"),
+        ("train.max_steps", "train.train_iters"),
+        ("output_dir", "train.save_dir"),
+        ("optimizer.learnin_rate", "optimizer.lr"),
+        ("data.max_length", "data.passage_max_length"),
+    ],
+)
+def test_what_other_programs_call_a_key_is_known(key: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"^unknown key '{key}'; did you mean '{meant}'\?$"):
+        override(f"{key}=1")
+
+
+def test_every_alias_leads_to_a_key_and_is_none() -> None:
+    known = {key for key, _ in keys()}
+    assert set(ALIASES.values()) <= known
+    assert not set(ALIASES) & {key.rpartition(".")[2] for key in known}
+
+
+def test_where_nothing_is_near_the_keys_of_the_section_are_listed() -> None:
+    with pytest.raises(UsageError, match=r"^unknown key 'optimizer.foo'; keys of optimizer: lr, min_lr, "):
+        override("optimizer.foo=1")
 
 
 def test_configs_do_not_share_sections() -> None:

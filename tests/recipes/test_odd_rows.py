@@ -146,19 +146,18 @@ def test_data(strict: bool, folder: Path, capsys: pytest.CaptureFixture[str]) ->
         assert not err
 
 
-def test_train(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_vlm(tmp_path / "model")
     odd = (folder / "pairs.jsonl").read_text()
     write_pairs(tmp_path / "train.jsonl", 20)
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(odd)
     train(recipe(tmp_path, "run", "train.train_iters=1", f"data.eval={folder}", "device=cpu"))
-    err = capsys.readouterr().err
     wanted = remarks(
         tmp_path / "train.jsonl", {remark: (count, 20 + line) for remark, (count, line) in ODD_PAIRS.items()}
     )
     wanted |= remarks(folder / "qrels" / "test.tsv", ODD_JUDGEMENTS)
-    assert wanted <= set(err.splitlines())
+    assert wanted <= {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
 
 
 def test_nothing_odd_says_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,7 +248,7 @@ def test_a_model_folder_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([LARGE, "--world-size", "4", "--gpu-memory", "nan"], 2, "error: argument --gpu-memory: found 'nan'; wanted"),
         (["ministral3_3b", "--world-size", "4"], 2, "error: unknown recipe 'ministral3_3b'; did you mean"),
         ([LARGE, "--world-size", "4", "model.tp=2"], 2, "error: unknown key 'model.tp'"),
-        ([TINY, "--world-size", "4"], 1, "error: model.hf_model: missing"),
+        ([TINY, "--world-size", "4"], 2, "error: model.hf_model: missing"),
         ([TINY, "--world-size", "4", "model.hf_model=a/b"], 1, "error: model.hf_model: 'a/b' is no folder, and its"),
         (
             [LARGE, "--world-size", "48", "model.tensor_model_parallel_size=3"],
@@ -260,15 +260,15 @@ def test_a_model_folder_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[st
             1,
             "error: model.pipeline_model_parallel_size: 64 is more than the model's 40 layers",
         ),
-        ([LARGE, "--world-size", "6", "model.context_parallel_size=4"], 1, "error: world size: found 6; wanted"),
+        ([LARGE, "--world-size", "6", "model.context_parallel_size=4"], 2, "error: world size: found 6; wanted"),
         (
             [LARGE, "--world-size", "1024", "model.context_parallel_size=1"],
-            1,
+            2,
             "error: train.global_batch_size: 128 is smaller than the data-parallel size 256",
         ),
         (
             [LARGE, "--world-size", "8", "data.passage_max_length=20000"],
-            1,
+            2,
             "error: no layout of 8 ranks can run this recipe; data.passage_max_length: 20000 does not fit",
         ),
         (

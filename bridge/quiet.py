@@ -1,0 +1,27 @@
+"""Warnings of torch and megatron-core that nobody who runs this package can act on: not shown.
+
+Each is named by the beginning of its text, so that every other warning is still heard.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+#: beginning of the text (a regular expression) → why it says nothing to the reader
+_EXPECTED: dict[str, str] = {
+    "Transformer Engine and Apex are not installed": "an optional extra; torch's own kernels serve as well",
+    "Apex is not installed": "the same",
+    "full scope is deprecated": "megatron-core warns of the default of its own cuda_graph_scope",
+    r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is deprecated": "megatron-core's calls, not ours",
+    "The .grad attribute of a Tensor that is not a leaf": "megatron-core's zero_grad looks at it, and it is None",
+}
+#: the same, where there is no CUDA
+_EXPECTED_ON_CPU: dict[str, str] = {
+    "When using sequence parallelism it is recommended to set the environment variable": "of CUDA's streams",
+}
+
+
+def ignore_expected_warnings(*, on_cpu: bool = False) -> None:
+    """Ignore them from now on, in this process; ``on_cpu`` adds those that concern CUDA alone."""
+    for text in {**_EXPECTED, **(_EXPECTED_ON_CPU if on_cpu else {})}:
+        warnings.filterwarnings("ignore", message=text)

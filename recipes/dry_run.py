@@ -1,0 +1,103 @@
+"""``--dry-run``: the resolved config and the layout, and what could not work refused before anything is built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError, named
+from megatron_embed.bridge.layout import pipeline_split
+from megatron_embed.recipes.config import RecipeConfig, to_yaml
+from megatron_embed.recipes.inputs import check_inputs, start_of
+from megatron_embed.recipes.layout import layout_of, validate, validate_layout
+
+
+def describe(cfg: RecipeConfig, world_size: int) -> str:
+    """The resolved config as YAML and, as comments, the layout; nothing is built and no weight is read.
+
+    A model or data that no key names may still be missing.
+
+    Raises:
+        UserError: a layout that cannot hold; data, a model, a checkpoint or an evaluation folder that is not there or
+            is no such thing; a ``save_dir`` that cannot be written to or holds another run. The key is named.
+    """
+    validate(cfg, world_size, inputs=False)
+    check_inputs(cfg)
+    cfg = cfg.resolved()
+    encoder = _encoder(cfg)
+    if encoder is not None:
+        validate_layout(cfg, encoder)
+    _check_resume(cfg)
+    model, train = cfg.model, cfg.train
+    replicas = layout_of(cfg).data_parallel_size(world_size)
+    micro = f"{train.micro_batch_size} texts" if train.micro_batch_size else f"{train.micro_batch_tokens} tokens"
+    layout = (
+        f"tensor parallel {model.tensor_model_parallel_size} × pipeline parallel {model.pipeline_model_parallel_size}"
+        f" × context parallel {model.context_parallel_size} × data parallel {replicas}"
+    )
+    lines = [
+        f"# layout of {world_size} rank{'s' if world_size > 1 else ''}: {layout}",
+        f"# layers per stage: {_stages(cfg, encoder)}",
+        f"# queries per step: {train.global_batch_size}, {train.global_batch_size // replicas} a replica",
+        f"# micro-batch: {micro}",
+    ]
+    return to_yaml(cfg) + "\n".join(lines)
+
+
+def _stages(cfg: RecipeConfig, encoder: EncoderConfig | None) -> str:
+    """Layers of each stage."""
+    if encoder is None:
+        return f"known once model.hf_model is a folder (found {cfg.model.hf_model or 'none'})"
+    layout = layout_of(cfg)
+    split = pipeline_split(encoder.num_hidden_layers, layout.pp * (layout.vpp or 1))
+    return f"{', '.join(map(str, split))} of {encoder.num_hidden_layers}"
+
+
+def _encoder(cfg: RecipeConfig) -> EncoderConfig | None:
+    """The model that training would start from, its weights' names and shapes checked; None: no key names one, or it
+    lies on the hub, is there, and says its sizes only once it is fetched."""
+    from megatron_embed.recipes.sizes import SIZES, encoder_of
+
+    if not (cfg.model.hf_model or cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load):
+        return None
+    key, path = start_of(cfg)
+    if key == "model.hf_model" and not Path(path).expanduser().exists():
+        if path in SIZES:
+            return encoder_of(cfg)
+        if _may_be_fetched(path):
+            return None
+    from megatron_embed.recipes.source import open_source
+
+    source = open_source(cfg)
+    with named(key):
+        source.check()
+    return source.config
+
+
+def _may_be_fetched(name: str) -> bool:
+    """Whether a model is on the hub; False: to be looked for as training would, in a folder or the hub's cache.
+
+    Raises:
+        UserError: the hub does not have it, or cannot be asked.
+    """
+    from megatron_embed.conversion.hf_folder import is_hub_id, not_on_the_hub
+
+    if not is_hub_id(name) or os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # offline, no such repository, no right to it, …
+        raise UserError(f"model.hf_model: {not_on_the_hub(name, error)}") from None
+    return True
+
+
+def _check_resume(cfg: RecipeConfig) -> None:
+    """Refuse a ``save_dir`` that holds another run, as training would."""
+    save_dir = Path(cfg.train.save_dir or "")
+    if cfg.checkpoint.resume and (save_dir / "checkpoints").is_dir():
+        from megatron_embed.recipes.checkpointing import find_resume
+
+        find_resume(cfg, save_dir)

@@ -1,0 +1,86 @@
+"""The command line of ``mine``, without torch, so that ``--help`` and bad arguments do not wait for it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_embed.bridge.errors import UserError, named
+from megatron_embed.conversion.arguments import positive
+from megatron_embed.recipes.cli import FirstRankParser, run_program
+from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.inputs import check_source, check_writable
+from megatron_embed.recipes.mining import MiningRules
+from megatron_embed.recipes.mining_report import beside, describe, write_audit
+from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
+    parser = FirstRankParser(prog="megatron_embed.recipes.mine", description="Mine hard negatives.")
+    parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("--data", required=True, help="training data, any form that training takes")
+    parser.add_argument("--corpus", required=True, help="BEIR folder, file of texts, or hf://org/name")
+    parser.add_argument("--output", required=True, type=Path, metavar="OUT.jsonl")
+    parser.add_argument(
+        "--negatives", type=positive, metavar="N", default=4, help="of each query, at most (default: 4)"
+    )
+    parser.add_argument(
+        "--max-score-ratio", type=float, default=0.95, help="of the positive's score (default: 0.95; inf: off)"
+    )
+    parser.add_argument("--margin", type=float, help="negatives score lower than the positive by this at least")
+    parser.add_argument("--rank-range", type=_rank_range, default=(0, 100), metavar="A:B", help="default: 0:100")
+    teacher = parser.add_mutually_exclusive_group()
+    teacher.add_argument("--scores", action="store_true", help="write the model's scores, for distillation")
+    teacher.add_argument("--cross-encoder", metavar="MODEL", help="write this cross-encoder's scores, for distillation")
+    parser.add_argument(
+        "--faiss", nargs="?", const="Flat", metavar="FACTORY", help="search a FAISS index (default: Flat)"
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of vectors (default: beside OUT.jsonl)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.jsonl")
+    parser.add_argument("--strict", action="store_true", help="rows that look odd are an error")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    run_program(lambda: _run(args), debug=args.debug)
+
+
+def _rank_range(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not colon or not (first or "0").isdecimal() or not last.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {text!r}; wanted A:B, two whole numbers")
+    return int(first or "0"), int(last)
+
+
+def _run(args: argparse.Namespace) -> None:
+    rules = MiningRules(args.negatives, args.rank_range, args.max_score_ratio, args.margin)
+    if args.output.exists() and not args.overwrite:
+        raise UserError(f"{args.output}: is there already; name another file, or --overwrite")
+    if args.output.is_dir():
+        raise UserError(f"{args.output}: a folder; wanted a file's name")
+    with named("--output"):
+        check_writable(args.output.parent)
+    check_source(args.data)
+    corpus = Corpus(args.corpus)
+    from megatron_embed.recipes.mine import mine
+
+    with open_encoder(args, scores=True) as encoder:
+        audit = mine(
+            encoder,
+            args.data,
+            corpus,
+            args.output,
+            rules=rules,
+            cache=args.cache or args.output.parent / "vectors",
+            with_scores=args.scores,
+            cross_encoder=args.cross_encoder,
+            faiss=args.faiss,
+            progress=True,
+            strict=args.strict,
+        )
+        if os.environ.get("RANK", "0") == "0":
+            write_audit(audit, rules, args.output)
+            print(describe(audit, rules))
+            print(f"written to {args.output}; scores in {beside(args.output, '.scores.png')}")

@@ -1,0 +1,48 @@
+"""How far a long piece of work is: a bar on a terminal, elsewhere plain lines in the log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+_LOG = logging.getLogger(__name__)
+_EVERY = 30.0  # seconds between lines: a day's log stays readable
+
+
+@contextmanager
+def progress(what: str, total: int, *, done: int = 0, unit: str = "text") -> Iterator[Callable[[int], object]]:
+    """Show how much of ``total`` is done; call what it yields with how much more that is."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, initial=done, desc=what, unit=unit, file=sys.stderr) as bar:
+            yield bar.update
+        return
+    lines = _Lines(what, total, done, unit)
+    yield lines.advance
+
+
+class _Lines:
+    def __init__(self, what: str, total: int, done: int, unit: str) -> None:
+        self.what, self.total, self.done, self.unit = what, total, done, unit
+        self.began = self.said = time.monotonic()
+        self.first = done
+
+    def advance(self, more: int) -> None:
+        self.done += more
+        now = time.monotonic()
+        if now - self.said < _EVERY and self.done < self.total:
+            return
+        self.said = now
+        rate = (self.done - self.first) / max(now - self.began, 1e-9)
+        left = time_left(self.total - self.done, rate)
+        _LOG.info(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {rate:,.0f} a second, {left} left")
+
+
+def time_left(remaining: float, rate: float) -> str:
+    """``0:01:30`` for what remains at a rate of so much a second."""
+    return str(timedelta(seconds=round(remaining / rate))) if rate > 0 else "?"
