@@ -28,6 +28,7 @@ from megatron_embed.conversion.checkpoint_folder import (
     refuse_unsafe_loading,
     safe_metadata,
 )
+from megatron_embed.conversion.optimizer_forms import FormChange
 from megatron_embed.conversion.param_groups import ask_for_saved_groups, take_groups
 
 #: iteration folder while it is being written
@@ -66,6 +67,7 @@ def save_model_state(
     model = _sharded_model(encoders)
     state: dict[str, Any] = {**model, **(common or {}), "iteration": iteration, "checkpoint_version": 3.0}
     if optimizer is not None:
+        _make_moments(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
     # Results of a synchronous save stay in this process. The default is a manager process that imports the main module
     # again (so scripts without a `__main__` guard fail) and that outlives a run which is killed.
@@ -85,6 +87,8 @@ def save_model_state(
 def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any = None) -> dict[str, Any]:
     """Fill the stages (and the optimizer) from an iteration folder, whatever layout it was written under.
 
+    The optimizer may be distributed where the one that was saved was not, and the other way round.
+
     Returns:
         The plain values that were saved beside the tensors and, with an optimizer, :data:`NEW_GROUPS`.
 
@@ -92,24 +96,39 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
         UserError: the checkpoint lacks a tensor, has one of another shape, or carries what is not plain data.
     """
     refuse_unsafe_loading()
-    safe_metadata(iter_dir)  # it is a pickle: looked through before megatron-core unpickles it
+    metadata = safe_metadata(iter_dir)  # it is a pickle: looked through before megatron-core unpickles it
     model = _sharded_model(encoders)
     state: dict[str, Any] = dict(model)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
+        wanted = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
+        forms = FormChange(wanted, model, metadata.state_dict_metadata.keys())
+        state["optimizer"] = forms.request
         groups = ask_for_saved_groups(state["optimizer"], load_common(iter_dir).get("optimizer", {}))
-    try:
-        with mock.patch("torch.load", _load_plain), _quiet():
-            loaded = dist_checkpointing.load(state, str(iter_dir), strict=StrictHandling.RAISE_UNEXPECTED)
-    except (Exception, CheckpointException) as error:  # which is no Exception
-        raise UserError(f"{iter_dir}: cannot be loaded into this model ({_first_lines(error)})") from error
+    loaded = _load(state, iter_dir)
     for index, encoder in enumerate(encoders):
         name = f"model{index}" if len(encoders) > 1 else "model"
         encoder.load_state_dict(loaded.pop(name), strict=False)
     if optimizer is not None:
         loaded[NEW_GROUPS] = not take_groups(loaded["optimizer"], groups)
-        optimizer.load_state_dict(loaded.pop("optimizer"))
+        main = _load({"main": forms.main}, iter_dir)["main"] if forms.main else {}
+        optimizer.load_state_dict(forms.fit(loaded.pop("optimizer"), main))
     return loaded
+
+
+def _load(state: dict[str, Any], iter_dir: Path) -> dict[str, Any]:
+    """The tensors that ``state`` asks for, with the checkpoint's plain values."""
+    try:
+        with mock.patch("torch.load", _load_plain), _quiet():
+            return dist_checkpointing.load(state, str(iter_dir), strict=StrictHandling.RAISE_UNEXPECTED)
+    except (Exception, CheckpointException) as error:  # which is no Exception
+        raise UserError(f"{iter_dir}: cannot be loaded into this model ({_first_lines(error)})") from error
+
+
+def _make_moments(optimizer: Any) -> None:
+    """Before the first update there are none, and no checkpoint of them: with fp16 many updates may be skipped."""
+    for each in optimizer.chained_optimizers:
+        if not each.is_stub_optimizer and not each.optimizer.state:
+            each.init_state_fn(each.optimizer, each.config)
 
 
 @contextmanager

@@ -263,7 +263,8 @@ class CheckpointSection(Section):
     load: str | None = None
     """Continue another run's checkpoint: weights, optimizer, data position."""
     resume: Flag = True
-    """Continue from save_dir if it holds a checkpoint of the same recipe, data, loss, optimizer and seed."""
+    """Continue from save_dir if it holds a checkpoint of the same model, data, loss, optimizer and seed; false: start
+    afresh there, and move the run that it holds to save_dir/replaced-1."""
 
 
 class LoggerSection(Section):

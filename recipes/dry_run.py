@@ -24,11 +24,11 @@ def describe(cfg: RecipeConfig, world_size: int) -> str:
     """
     validate(cfg, world_size, inputs=False)
     check_inputs(cfg)
-    cfg = cfg.resolved()
+    asked, cfg = cfg, cfg.resolved()
     encoder = _encoder(cfg)
     if encoder is not None:
         validate_layout(cfg, encoder)
-    _check_resume(cfg)
+    _check_resume(asked, Path(cfg.train.save_dir or ""))
     model, train = cfg.model, cfg.train
     replicas = layout_of(cfg).data_parallel_size(world_size)
     micro = f"{train.micro_batch_size} texts" if train.micro_batch_size else f"{train.micro_batch_tokens} tokens"
@@ -94,10 +94,9 @@ def _may_be_fetched(name: str) -> bool:
     return True
 
 
-def _check_resume(cfg: RecipeConfig) -> None:
+def _check_resume(asked: RecipeConfig, save_dir: Path) -> None:
     """Refuse a ``save_dir`` that holds another run, as training would."""
-    save_dir = Path(cfg.train.save_dir or "")
-    if cfg.checkpoint.resume and (save_dir / "checkpoints").is_dir():
-        from megatron_embed.recipes.checkpointing import find_resume
+    if asked.checkpoint.resume and (save_dir / "checkpoints").is_dir():
+        from megatron_embed.recipes.resume import find_start
 
-        find_resume(cfg, save_dir)
+        find_start(asked, save_dir)

@@ -16,6 +16,7 @@ import torch
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.progress import time_left
+from megatron_embed.recipes.run_folder import METRICS, TENSORBOARD, RunFolder
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,26 +46,23 @@ def peak_memory_bytes() -> int:
 
 
 class Reporter:
-    """Writes on one rank; on the others every call does nothing."""
+    """Writes on one rank, from the first line on; on the others every call does nothing."""
 
-    def __init__(self, cfg: RecipeConfig, save_dir: Path, *, active: bool, start: int):
+    def __init__(self, cfg: RecipeConfig, folder: RunFolder, *, active: bool, start: int):
         self.active = active
         if not active:
             return
         from tqdm import tqdm
 
-        save_dir.mkdir(parents=True, exist_ok=True)
-        # A resumed run goes on where its checkpoint stood; later lines of the stopped run did not happen.
-        self._file = _open_at(save_dir / "metrics.jsonl", start)
-        self._tensorboard = self._wandb = None
-        if cfg.logger.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(save_dir / "tensorboard"), purge_step=start + 1)
+        self._cfg, self._folder, self._start = cfg, folder, start
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self._file: Any = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
         if cfg.logger.wandb_project:
             import wandb
 
-            self._wandb = wandb.init(project=cfg.logger.wandb_project, config=cfg.to_dict(), dir=str(save_dir))
+            self._wandb = wandb.init(project=cfg.logger.wandb_project, config=cfg.to_dict(), dir=str(folder.path))
         self._bar = tqdm(
             total=cfg.train.train_iters,
             initial=start,
@@ -74,7 +72,7 @@ class Reporter:
             disable=None,  # where stderr is no terminal: each record of a bar would be a line of the log
         )
         self._losses: list[float] = []
-        self._start, self._total, self._began = start, cfg.train.train_iters, time.perf_counter()
+        self._total, self._began = cfg.train.train_iters, time.perf_counter()
 
     def step(self, record: dict[str, Any], *, logged: bool) -> None:
         """One step done.
@@ -106,6 +104,8 @@ class Reporter:
 
     def _write(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, flushed; the same numbers wherever else they are wanted."""
+        if self._file is None:
+            self._open()
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         step = record["step"]
@@ -119,6 +119,15 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
+    def _open(self) -> None:
+        if moved := self._folder.claim():
+            self.say(moved)
+        self._file = (self._folder.path / METRICS).open("a", encoding="utf-8")
+        if self._cfg.logger.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._folder.path / TENSORBOARD), purge_step=self._start + 1)
+
     def say(self, text: str) -> None:
         """A line of the log, above the bar where there is one."""
         if self.active:
@@ -129,25 +138,9 @@ class Reporter:
         if not self.active:
             return
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _open_at(path: Path, start: int) -> Any:
-    """Open for appending after the lines of steps up to ``start``."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and start else []
-    kept = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut short when the run was killed
-            continue
-        if record["step"] <= start:
-            kept.append(line + "\n")
-    file = path.open("w", encoding="utf-8")
-    file.writelines(kept)
-    file.flush()
-    return file

@@ -20,10 +20,9 @@ from megatron_embed.bridge import host, parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.batching import BatchingPlan
-from megatron_embed.recipes.config import RecipeConfig, save_run_config
+from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.encode import encode_sequences
 from megatron_embed.recipes.inputs import check_inputs
@@ -33,6 +32,8 @@ from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_by
 from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.optimizer import TrainState, set_up_training
 from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, check_teachers, micro_batches
+from megatron_embed.recipes.resume import Start, find_start
+from megatron_embed.recipes.run_folder import RunFolder
 from megatron_embed.recipes.source import ModelSource, open_source
 from megatron_embed.recipes.step import contrastive_step, learned_temperature
 from megatron_embed.recipes.tokenization import TextTokenizer
@@ -52,18 +53,26 @@ def train(cfg: RecipeConfig) -> Path:
         UserError: bad input; nothing that was there before is damaged.
     """
     began = time.perf_counter()
-    cfg = cfg.resolved()
+    asked, cfg = cfg.model_copy(deep=True), cfg.resolved()
+    asked.train.save_dir = cfg.train.save_dir
     world = parallel.world_size()
     validate(cfg, world)
     check_inputs(cfg)
     parallel.select_device(cfg.device)
     # Everything that can be refused is looked at before any weight is read.
     source = open_source(cfg)
-    cfg.model.bidirectional = source.made_bidirectional  # a checkpoint that it starts from may say so
+    # a checkpoint that it starts from may say so
+    asked.model.bidirectional = cfg.model.bidirectional = source.made_bidirectional
     validate_layout(cfg, source.config)
     save_dir = Path(cfg.train.save_dir or "")
-    resume = checkpointing.find_resume(cfg, save_dir)
+    start = find_start(asked, save_dir)
+    if start is not None and (done := start.nothing_to_do(cfg.train.train_iters)):
+        if parallel.rank() == 0:
+            _LOG.info(done)
+        return save_dir
     dataset = PairDataset(cfg.data.sources())
+    if start is not None:
+        start.check_data(dataset.state())
     check_teachers(dataset, cfg.loss, source.config.hidden_size)
     replicas = layout_of(cfg).data_parallel_size(world)
     for each in dataset.sources:  # every batch is of one source
@@ -74,8 +83,9 @@ def train(cfg: RecipeConfig) -> Path:
     with parallel.parallel_world(layout_of(cfg)):
         if dist.get_rank() == 0:
             report([each.odd for each in dataset.sources] + [odd for each in collections for odd in each.odd])
-        run = _set_up(cfg, source, dataset, sampler, save_dir, collections)
-        start = checkpointing.restore(cfg, run.state, resume, dataset.state()) if resume else 0
+        run = _set_up(cfg, source, dataset, sampler, RunFolder(asked, save_dir, start), collections)
+        if start is not None:
+            checkpointing.restore(cfg, run.state, start)
         run.loop(start)
         if dist.get_rank() == 0:
             _LOG.info(_closing(save_dir, cfg.train.train_iters, time.perf_counter() - began))
@@ -104,7 +114,7 @@ def _set_up(
     source: ModelSource,
     dataset: PairDataset,
     sampler: GlobalBatchSampler,
-    save_dir: Path,
+    folder: RunFolder,
     collections: list[Any],
 ) -> Run:
     layout, data = layout_of(cfg), cfg.data
@@ -149,7 +159,7 @@ def _set_up(
     )
     group = parallel_state.get_data_parallel_group()
     loss = ContrastiveLoss(cfg.loss, normalize=source.config.normalize, group=group)
-    return Run(cfg, source, state, builder, plan, loss, save_dir, collections)
+    return Run(cfg, source, state, builder, plan, loss, folder, collections)
 
 
 def _ask_for(dtype: torch.dtype) -> str:
@@ -167,25 +177,29 @@ class Run:
     builder: BatchBuilder
     plan: BatchingPlan
     loss: ContrastiveLoss
-    save_dir: Path
+    folder: RunFolder
     collections: list[Any]
+    kept: Path | None = None
+    """The newest checkpoint that stands for this run."""
 
     @property
     def encoder_config(self) -> EncoderConfig:
         """The model that is trained."""
         return self.source.config
 
-    def loop(self, start: int) -> None:
-        """Steps ``start + 1`` to ``train_iters``."""
+    def loop(self, start: Start | None) -> None:
+        """The steps after ``start``, to ``train_iters``."""
         train = self.cfg.train
-        first = dist.get_rank() == 0
-        if first:
-            save_run_config(self.cfg, self.save_dir / "run_config.yaml")
-        reporter = Reporter(self.cfg, self.save_dir, active=first, start=start)
+        done = 0
+        if start is not None:
+            done, self.kept = start.step, start.iter_dir
+        reporter = Reporter(self.cfg, self.folder, active=dist.get_rank() == 0, start=done)
         told: set[str] = set()
-        reporter.say(self._what(start))
+        reporter.say(self._what(done))
         try:
-            for step in range(start + 1, train.train_iters + 1):
+            if start is not None and (news := start.news(self.cfg)):
+                reporter.say(news)
+            for step in range(done + 1, train.train_iters + 1):
                 began = time.perf_counter()
                 batch = self.builder.build(step - 1)
                 mode = self._mode(batch)
@@ -210,13 +224,13 @@ class Run:
         finally:
             reporter.close()
 
-    def _what(self, start: int) -> str:
+    def _what(self, done: int) -> str:
         """What begins, in one line."""
         cfg, sampler, world = self.cfg, self.builder.sampler, dist.get_world_size()
         layout = f"{layout_of(cfg)} × DP {layout_of(cfg).data_parallel_size(world)}"
         return (
-            f"{cfg.recipe} on {world} rank{'s' if world > 1 else ''} ({layout}), steps {start + 1:,} to "
-            f"{cfg.train.train_iters:,} of {cfg.train.global_batch_size:,} queries, into {self.save_dir}; "
+            f"{cfg.recipe} on {world} rank{'s' if world > 1 else ''} ({layout}), steps {done + 1:,} to "
+            f"{cfg.train.train_iters:,} of {cfg.train.global_batch_size:,} queries, into {self.folder.path}; "
             f"data: {len(self.builder.dataset):,} examples, {sampler.steps_per_epoch:,} steps an epoch"
         )
 
@@ -262,10 +276,9 @@ class Run:
         return loss, grad_norm, 1 - batch.real_tokens / total
 
     def _not_finite(self, step: int, what: str, value: float) -> str:
-        kept = checkpointing.latest(self.save_dir)
         return (
             f"step {step}: {what} is {value}. Batch: {self.builder.lines(step - 1)}. "
-            f"{f'The checkpoint {kept} is kept' if kept else 'No checkpoint was written yet'}; "
+            f"{f'The checkpoint {self.kept} is kept' if self.kept else 'No checkpoint was written yet'}; "
             f"lower optimizer.lr, or look at these lines"
         )
 
@@ -308,13 +321,13 @@ class Run:
 
     def _save(self, step: int) -> Path:
         first = dist.get_rank() == 0
-        checkpointing.save(
-            self.cfg,
+        saved = self.kept = checkpointing.save(
+            self.folder.asked,
             self.source,
             self.state,
             step=step,
-            save_dir=self.save_dir,
+            save_dir=self.folder.path,
             data=self.builder.dataset.state(),
             first=first,
         )
-        return checkpoint_folder.iteration_folder(checkpointing.checkpoints_folder(self.save_dir), step)
+        return saved
