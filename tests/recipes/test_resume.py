@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -196,7 +197,7 @@ def rate(step: int, iters: int) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [20, 13])
 def test_a_longer_run_goes_on_with_the_schedule_of_its_length_and_says_so(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: int
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, first: int
 ) -> None:
     """20 steps, then 60: bit for bit the run of 60 steps whose first 20 had the rates of a run of 20.
 
@@ -207,9 +208,9 @@ def test_a_longer_run_goes_on_with_the_schedule_of_its_length_and_says_so(
     if first == 13:
         shutil.rmtree(iteration_folder(tmp_path / "run" / "checkpoints", 20))
         (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("13\n")
-    capsys.readouterr()
+    caplog.set_level(logging.INFO, "megatron_embed")
     train(recipe(inputs, "run", *overrides, "train.train_iters=60"))
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if "train.train_iters" in line]
+    (told,) = [line for line in caplog.messages if "train.train_iters" in line]
     assert told.strip("\r ") == (
         f"train.train_iters: 20 before, 60 now; from step {first + 1} on the learning rate is that of a run of 60 "
         f"steps (optimizer.warmup_iters 6)"

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 from support.runs import make_inputs, read_metrics, recipe
 
-from megatron_embed.conversion import convert_checkpoints
+from megatron_embed.conversion import checkpoint_folder, convert_checkpoints
 from megatron_embed.recipes.cli import run_program
 from megatron_embed.recipes.config import save_run_config
 from megatron_embed.recipes.metrics import Reporter
 from megatron_embed.recipes.progress import progress
 from megatron_embed.recipes.report import read_run, write_report
+from megatron_embed.recipes.resume import Start, checkpoints_folder
+from megatron_embed.recipes.run_folder import RunFolder
 from megatron_embed.recipes.train import main
 
 
@@ -32,7 +34,13 @@ class Terminal(io.StringIO):
 def report_steps(folder: Path, losses: list[float], logged: set[int], *, start: int = 0) -> None:
     """Give a reporter steps whose losses are these, the first after ``start``."""
     cfg = recipe(folder, "run", f"train.train_iters={start + len(losses)}")
-    reporter = Reporter(cfg, folder / "run", active=True, start=start)
+    begin = None
+    if start:
+        root = checkpoints_folder(folder / "run")
+        root.mkdir()
+        checkpoint_folder.write_tracker(root, start)
+        begin = Start(checkpoint_folder.iteration_folder(root, start), start, own=True, before=None, data={})
+    reporter = Reporter(cfg, RunFolder(cfg, folder / "run", begin), active=True, start=start)
     for step, loss in enumerate(losses, start=start + 1):
         record: dict[str, Any] = {"step": step, "loss": loss, "learning_rate": 1e-4, "tokens_per_second": 5e3}
         if step == 4:
