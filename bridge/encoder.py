@@ -94,10 +94,16 @@ def transformer_config(
         # Micro-batches differ in length, so stages exchange shapes; megatron-core ties this to an MoE setting.
         variable_seq_lengths=layout.pp > 1,
         moe_token_dispatcher_type="alltoall",
-        deallocate_pipeline_outputs=layout.pp > 1,
         # The default batched messages hang with interleaved stages.
         overlap_p2p_comm=bool(layout.vpp),
         batch_p2p_comm=not layout.vpp,
+        # Plain stages wait for the end of a message before megatron-core frees the output that it carried. Interleaved
+        # stages send while they compute: there megatron-core frees an output (`.data = empty(1)`) one step before it
+        # waits for its message, and gloo and NCCL, which keep the tensor and not its storage, then send memory that
+        # something else was written to. So outputs are kept until their backward, by when they must have arrived. The
+        # cost: `tokens × hidden_size` values a stage (but the last) and micro-batch in flight, as much as one layer
+        # keeps under full recomputation; :meth:`Activations.chunk` counts it.
+        deallocate_pipeline_outputs=layout.pp > 1 and not layout.vpp,
         **overrides,
     )
 

@@ -96,6 +96,8 @@ class Activations:
             total += shape.tokens * FP32 * (len(shape.lengths) if shape.packed else 1)
             if config.normalize:  # the pooled vectors, their norms, where these were clamped
                 total += len(shape.lengths) * (FP32 * config.hidden_size + 2 * FP32)
+        elif self.layout.vpp:  # its output: others free theirs as soon as it is sent, see `transformer_config`
+            total += self._outside(shape) * config.hidden_size * self.width
         return total
 
     def layer(self, shape: Shape, recompute: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,13 +180,15 @@ def saved(case: ActivationCase) -> tuple[int, list[int]]:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = encoder(batch)
         parameters = storages(encoder.parameters())
+        if not (encoder.post_process or transformer.deallocate_pipeline_outputs):
+            kept.append(output)  # the schedule keeps it for backward
         found.append(sum(n for address, n in storages(kept).items() if address not in parameters))
         assert output.requires_grad
     return parallel_state.get_pipeline_model_parallel_rank(), found
 
 
 class Kept:
-    """Counts the storages that autograd keeps at a time, and the most that it ever kept."""
+    """Counts the storages that autograd (and the schedule) keeps at a time, and the most that were ever kept."""
 
     def __init__(self, apart: Iterable[Tensor]):
         self._users: dict[int, int] = {}
@@ -193,15 +196,23 @@ class Kept:
         self.now = self.most = 0
 
     def pack(self, tensor: Tensor) -> Held:
-        address, size = next(iter(storages([tensor]).items()))
+        self.add(*next(iter(storages([tensor]).items())))
+        return Held(self, tensor)
+
+    def output(self, module: Any, _: Any, tensor: Tensor) -> None:
+        """A forward hook of stages whose outputs the schedule keeps until their backward."""
+        if tensor.requires_grad and not module.post_process:
+            address, size = next(iter(storages([tensor]).items()))
+            self.add(address, size)
+            weakref.finalize(tensor, self.release, address, size)
+
+    def add(self, address: int, size: int) -> None:
         if address not in self._apart:
             self._users[address] = self._users.get(address, 0) + 1
             self.now += size if self._users[address] == 1 else 0
             self.most = max(self.most, self.now)
-        return Held(self, tensor)
 
-    def release(self, tensor: Tensor) -> None:
-        address, size = next(iter(storages([tensor]).items()))
+    def release(self, address: int, size: int) -> None:
         if address not in self._apart:
             self._users[address] -= 1
             self.now -= size if self._users[address] == 0 else 0
@@ -214,7 +225,7 @@ class Held:
         self.kept, self.tensor = kept, tensor
 
     def __del__(self) -> None:
-        self.kept.release(self.tensor)
+        self.kept.release(*next(iter(storages([self.tensor]).items())))
 
 
 def in_a_step(layout: Layout) -> tuple[int, int]:
@@ -242,6 +253,8 @@ def in_a_step(layout: Layout) -> tuple[int, int]:
             [[5 + number] * case.lengths[0] for number in range(6 * len(case.lengths))]
         )
         kept = Kept(parameters)
+        for stage in stages if not stages[0].config.deallocate_pipeline_outputs else []:
+            stage.module.register_forward_hook(kept.output)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor):
             contrastive_step(
                 stages,

@@ -27,13 +27,18 @@ def hf_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model = model.to(dtype).eval()
     if exact_norms:
-        for parent in model.modules():
-            for name, child in list(parent.named_children()):
-                if "RMSNorm" in type(child).__name__:
-                    norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=dtype)
-                    norm.weight = child.weight
-                    setattr(parent, name, norm)
+        use_exact_norms(model)
     return model
+
+
+def use_exact_norms(model: Any) -> None:
+    """Replace HF's RMSNorm, which computes in fp32 whatever its input, by torch's."""
+    for parent in model.modules():
+        for name, child in list(parent.named_children()):
+            if "RMSNorm" in type(child).__name__:
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=child.weight.dtype)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
 
 
 def embed(model: Any, texts: Ids, *, pad_id: int = 11) -> Tensor:

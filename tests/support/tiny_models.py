@@ -116,16 +116,17 @@ def save_model(path: str | Path, **kw: Any) -> Path:
 def _save(model_class: type[PreTrainedModel], make_config: Any, path: str | Path, kw: dict[str, Any]) -> Path:
     """Build, randomise and save.
 
-    Keywords: ``seed`` (0), ``dtype`` ("float32"), ``max_shard_size`` ("5GB"), ``tokenizer`` (True: make one beside the
-    weights); everything else goes to :func:`tiny_config`.
+    Keywords: ``seed`` (0), ``scale`` (0.2, of the weights), ``dtype`` ("float32"), ``max_shard_size`` ("5GB"),
+    ``tokenizer`` (True: make one beside the weights); everything else goes to :func:`tiny_config`.
     """
+    scale = kw.pop("scale", 0.2)
     seed, dtype = kw.pop("seed", 0), getattr(torch, kw.pop("dtype", "float32"))
     max_shard_size, tokenizer = kw.pop("max_shard_size", "5GB"), kw.pop("tokenizer", True)
     config = make_config(**kw)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config)
-        randomize(model)
+        randomize(model, scale=scale)
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     if tokenizer:
         make_tiny_tokenizer(path, vocab_size=min(997, kw.get("vocab_size", 997)))
