@@ -41,6 +41,8 @@ def named(key: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{key}: {error}") from None
+        told = type(error)(f"{key}: {error}")
+        told.__dict__.update(error.__dict__)
+        raise told from None
     except OSError as error:
         raise UserError(f"{key}: {explain(error)[1]}") from None

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge import host, liveness
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 
@@ -33,18 +33,27 @@ def select_device(wanted: str = "auto") -> torch.device:
     return host.device()
 
 
-def initialize(layout: Layout, *, timeout_minutes: int = 30) -> None:
+def initialize(layout: Layout, *, timeout_minutes: float = 30) -> None:
     """Create torch's process group (if there is none) and megatron-core's model-parallel groups.
 
     Under ``torchrun`` the environment says who is who; a lone process becomes a world of one without any network.
+
+    Args:
+        timeout_minutes: how long a collective waits for a rank that does not answer.
     """
     from megatron.core import parallel_state
 
     if not dist.is_initialized():
         backend = "gloo" if host.cuda_is_hidden() else "nccl"
-        timeout = timedelta(minutes=timeout_minutes)
+        # NCCL's own end is an abort without a word of who did not answer: a minute later, so that it can be said before
+        limited = backend == "nccl"
+        timeout = timedelta(minutes=timeout_minutes + (1 if limited else 0))
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
+            if dist.get_world_size() > 1:
+                store = dist.PrefixStore("liveness", dist.distributed_c10d._get_default_store())
+                rank, size = dist.get_rank(), dist.get_world_size()
+                liveness.join(store, rank=rank, size=size, minutes=timeout_minutes, limited=limited)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     layout.data_parallel_size(dist.get_world_size())
@@ -56,6 +65,7 @@ def initialize(layout: Layout, *, timeout_minutes: int = 30) -> None:
         context_parallel_size=layout.cp,
         # megatron-core wants gloo twins beside NCCL groups; where gloo is the backend they would be the same again
         create_gloo_process_groups=not host.cuda_is_hidden(),
+        distributed_timeout_minutes=timeout_minutes if host.cuda_is_hidden() else timeout_minutes + 1,
     )
 
 
@@ -72,6 +82,7 @@ def shut_down(*, process_group: bool = True) -> None:
             dist.destroy_process_group(group)
         gc.collect()  # models refer to their groups, and are circles: until they go, the threads stay
         if process_group:
+            liveness.leave()
             dist.destroy_process_group()
     _groups_before.clear()
 
@@ -86,14 +97,14 @@ def _process_groups() -> set[dist.ProcessGroup]:
 
 
 @contextmanager
-def parallel_world(layout: Layout) -> Iterator[None]:
+def parallel_world(layout: Layout, *, timeout_minutes: float = 30) -> Iterator[None]:
     """:func:`initialize` on entry, :func:`shut_down` on exit; a process group that was there before stays.
 
     Where one of several ranks fails, it leaves the group to the end of its process: closed at once, the others would
     fail of that, and be heard before the one that knows why.
     """
     owned = not dist.is_initialized()
-    initialize(layout)
+    initialize(layout, timeout_minutes=timeout_minutes)
     try:
         yield
     except BaseException:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.checksums import Summing
 
 #: small enough to stay in a processor's cache between being filled and being written
 BLOCK = 2 << 20
@@ -32,14 +33,15 @@ class BlockWriter:
     Args:
         path: the file to make.
         disk: the thread that writes blocks; several files may share one.
+        sums: given, that thread adds up the file's checksums too.
 
     Raises:
         OSError: by any method: a full disk and its like, at the latest by :meth:`close`.
     """
 
-    def __init__(self, path: Path, disk: ThreadPoolExecutor) -> None:
+    def __init__(self, path: Path, disk: ThreadPoolExecutor, sums: Summing | None = None) -> None:
         self.path = path
-        self._disk = disk
+        self._disk, self._sums = disk, sums
         self._file = _open(path)
         # two blocks: one is filled, one is being written; mapped memory begins at a page
         self._block, self._other = (memoryview(mmap.mmap(-1, BLOCK)) for _ in range(2))
@@ -78,7 +80,7 @@ class BlockWriter:
         try:
             size = self.tell()
             if self._filled:
-                self._pass_on(-(-self._filled // _SECTOR) * _SECTOR)
+                self._pass_on(self._filled)
             self._wait()
             os.ftruncate(self._file, size)
         finally:
@@ -114,9 +116,14 @@ class BlockWriter:
 
     def _pass_on(self, size: int) -> None:
         self._wait()
-        self._writing = self._disk.submit(_write, self._file, self._block[:size], self._start)
+        self._writing = self._disk.submit(self._write, self._block, size, self._start)
         self._block, self._other = self._other, self._block
         self._start, self._filled = self._start + size, 0
+
+    def _write(self, block: memoryview, size: int, position: int) -> None:
+        if self._sums is not None:
+            self._sums.update(block[:size])
+        _write(self._file, block[: -(-size // _SECTOR) * _SECTOR], position)
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None

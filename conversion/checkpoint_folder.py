@@ -2,7 +2,8 @@
 
 ``DIR/latest_checkpointed_iteration.txt`` names the newest ``DIR/iter_0000000/``, which holds megatron-core's files
 (``.metadata``, ``*.distcp``, ``common.pt``, ``metadata.json``) and ours: ``run_config.yaml`` and ``hf/``, the source's
-files beside the weights, so that export needs nothing that may have moved.
+files beside the weights, so that export needs nothing that may have moved. ``checksums.json`` says what all of them
+should be, see :mod:`megatron_embed.conversion.checksums`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import declared_attention
+from megatron_embed.conversion.checksums import CHECKSUMS, Checksums, DamagedCheckpoint
 from megatron_embed.conversion.hf_folder import read_json
 from megatron_embed.conversion.sentence_files import (
     SentenceSettings,
@@ -57,11 +60,24 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         UserError: none of these; says what was found.
+        DamagedCheckpoint: a file is cut short, missing, or (but for the tensors, which are checked as they are read)
+            not as it was written; names the newest sound checkpoint before it.
     """
+    folder = _locate(path)
+    try:
+        checks = Checksums.read(folder)
+        if checks is not None:
+            checks.check_files()
+    except DamagedCheckpoint as error:
+        raise with_older(error, folder) from None
+    return folder
+
+
+def _locate(path: str | os.PathLike[str]) -> Path:
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"{path}: no such folder; wanted a Megatron checkpoint (a folder with {TRACKER})")
-    if (root / ".metadata").is_file():
+    if (root / ".metadata").is_file() or (root / CHECKSUMS).is_file():
         return root
     if not (root / TRACKER).is_file() and (root / "checkpoints" / TRACKER).is_file():
         root = root / "checkpoints"
@@ -73,23 +89,94 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         )
     text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdecimal():
-        raise UserError(f"{root / TRACKER}: holds {text[:40]!r}, wanted an iteration number")
+        error = DamagedCheckpoint(f"{root / TRACKER}: holds {text[:40]!r}, wanted an iteration number")
+        raise with_older(error, root / "iter_")
     folder = iteration_folder(root, int(text))
-    if not (folder / ".metadata").is_file():
-        raise UserError(
+    if not (folder / ".metadata").is_file() and not (folder / CHECKSUMS).is_file():
+        error = DamagedCheckpoint(
             f"{root / TRACKER}: names iteration {text}, but {folder} holds no checkpoint (.metadata is missing); "
             f"write the number of a complete iter_… folder into the tracker"
         )
+        raise with_older(error, folder)
     return folder
 
 
 def has_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether :func:`resolve` would find a checkpoint."""
     try:
-        resolve(path)
+        _locate(path)
     except UserError:
         return False
     return True
+
+
+# ---- which of them are sound
+
+
+def with_older(
+    error: DamagedCheckpoint, iter_dir: Path, check: Callable[[Path], bool] | None = None
+) -> DamagedCheckpoint:
+    """The error, saying also which is the newest sound checkpoint before ``iter_dir``: all of its files are read.
+
+    Args:
+        iter_dir: the damaged one; a name without a number stands behind every other.
+        check: in the place of :func:`is_sound`, such as one whose work several ranks share.
+    """
+    root, damaged = iter_dir.parent, _number(iter_dir)
+    numbers = {number: path for path in root.glob("iter_*") if (number := _number(path)) is not None}
+    older = [numbers[number] for number in sorted(numbers, reverse=True) if damaged is None or number < damaged]
+    found = next(filter(check or is_sound, older), None)
+    if found is None:
+        advice = f"there is no sound checkpoint before it in {root}"
+    else:
+        advice = (
+            f"the newest sound checkpoint before it is {found}; name that one, "
+            f"or let the run go on from it with checkpoint.allow_fallback=true"
+        )
+    complete = DamagedCheckpoint(f"{error}; {advice}")
+    complete.damage, complete.older = error.damage, found
+    return complete
+
+
+def is_sound(iter_dir: Path, *, part: int = 0, parts: int = 1) -> bool:
+    """Whether a checkpoint's files, or the ``part``-th of ``parts`` shares of them, are all as they were written.
+
+    Without checksums: whether they are all there, as long as ``.metadata`` says.
+    """
+    try:
+        checks = Checksums.read(iter_dir)
+        if checks is None:
+            check_lengths(iter_dir, safe_metadata(iter_dir))
+            load_common(iter_dir)
+        else:
+            checks.check_all(part=part, parts=parts)
+    except UserError:
+        return False
+    return True
+
+
+def check_lengths(iter_dir: Path, metadata: Metadata) -> None:
+    """That the tensors' files of a checkpoint without checksums are as long as its metadata says.
+
+    Raises:
+        DamagedCheckpoint: one is shorter, or missing.
+    """
+    lengths: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        if (name := str(info.relative_path)) != Path(name).name:
+            continue  # refused when it is to be read
+        lengths[name] = max(lengths.get(name, 0), info.offset + info.length)
+    for name, wanted in lengths.items():
+        path = iter_dir / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{path}: no such file, though tensors lie in it")
+        if (found := path.stat().st_size) < wanted:
+            raise DamagedCheckpoint(f"{path}: damaged: found {found:,} bytes, wanted at least {wanted:,}")
+
+
+def _number(iter_dir: Path) -> int | None:
+    match = re.fullmatch(r"iter_(\d+)", iter_dir.name)
+    return int(match[1]) if match else None
 
 
 # ---- what it says of itself

@@ -16,6 +16,7 @@ from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.atomic import atomic_output
 from megatron_embed.conversion.casts import Casts, torch_option
 from megatron_embed.conversion.checkpoint_weights import chunks, kept_chunks
+from megatron_embed.conversion.checksums import write_checksums
 from megatron_embed.conversion.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.progress import Converted, byte_bar
@@ -75,10 +76,11 @@ def import_hf(
         encoder = chunks(folder, config, dtype=torch_dtype_of(config.dtype), tp=tp, pp=pp, casts=casts)
         pieces = [*encoder, *kept_chunks(folder, kept)]
         with byte_bar("import", sum(piece.nbytes for piece in pieces), enabled=progress) as advance:
-            write_chunks(iter_dir, pieces, on_chunk=lambda piece: advance(piece.nbytes))
+            sums = write_chunks(iter_dir, pieces, on_chunk=lambda piece: advance(piece.nbytes))
         checkpoint_folder.write_sidecars(iter_dir, folder.path)
         checkpoint_folder.write_common(iter_dir, 0)
         checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, made, tp=tp, pp=pp))
+        write_checksums(iter_dir, sums)
         checkpoint_folder.write_tracker(out, 0)
     left_out = summarize({name: reason for name, reason in ignored.items() if name not in kept})
     notes = [*folder.notes, *left_out, *_files_left(folder.path), *_dequantized(folder), *casts.notes()]

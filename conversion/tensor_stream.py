@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.block_writer import BlockWriter
-from megatron_embed.conversion.checkpoint_folder import safe_metadata
+from megatron_embed.conversion.checkpoint_folder import check_lengths, safe_metadata, with_older
+from megatron_embed.conversion.checksums import Checksums, DamagedCheckpoint, FileSums, Summing
 from megatron_embed.conversion.prefetch import fault_in, one_ahead
 from megatron_embed.conversion.stored import Stored, Values, addresses, write_values
 
@@ -59,22 +60,29 @@ class Chunk:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[Chunk], object] | None = None) -> None:
+def write_chunks(
+    folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[Chunk], object] | None = None
+) -> dict[str, FileSums]:
     """Write ``*.distcp`` and ``.metadata`` into ``folder``; a chunk is read while the one before it is written.
 
     torch's own writer does the same from a plan, but keeps the last tensor of every name it wrote until the end of the
     file: with a name for each layer that is the whole model.
+
+    Returns:
+        The checksums of the ``*.distcp`` files, by name.
     """
     state: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     streams: dict[int, BlockWriter] = {}
+    sums: dict[str, Summing] = {}
     with ExitStack() as open_files:
         disk = open_files.enter_context(ThreadPoolExecutor(1, "disk"))
         # the thread that reads ends with the iterator
         read = open_files.enter_context(closing(one_ahead((chunk, fault_in(chunk.read())) for chunk in chunks)))
         for chunk, values in read:
             if chunk.rank not in streams:
-                file = BlockWriter(folder / f"__{chunk.rank}_0.distcp", disk)
+                name = f"__{chunk.rank}_0.distcp"
+                file = BlockWriter(folder / name, disk, sums.setdefault(name, Summing()))
                 streams[chunk.rank] = open_files.enter_context(file)
             entry = state.setdefault(
                 chunk.key, TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(chunk.global_shape), [])
@@ -91,6 +99,7 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[C
         assert held == math.prod(entry.size), f"{key}: chunks hold {held} of {math.prod(entry.size)} values"
     metadata = Metadata(state, {}, storage, StorageMeta(), CURRENT_DCP_VERSION)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return {name: each.result() for name, each in sums.items()}
 
 
 def _save(stream: BlockWriter, chunk: Chunk, values: Values) -> _StorageInfo:
@@ -98,7 +107,7 @@ def _save(stream: BlockWriter, chunk: Chunk, values: Values) -> _StorageInfo:
     stream.write(b"\0" * (-stream.tell() % _ALIGNED))
     start = stream.tell()
     around = _Around(stream, lambda: write_values(stream, values, chunk.shape, chunk.dtype))
-    with _without_checksums(), torch.serialization.skip_data():
+    with without_crc32(), torch.serialization.skip_data():
         torch.save(torch.empty(chunk.shape, dtype=chunk.dtype), around)
     return _StorageInfo(stream.path.name, start, stream.tell() - start)
 
@@ -121,7 +130,7 @@ class _Around:
 
 
 @contextmanager
-def _without_checksums() -> Iterator[None]:
+def without_crc32() -> Iterator[None]:
     """torch.save spends half of its time on CRC-32 sums, which torch.load never looks at."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -136,6 +145,8 @@ class CheckpointReader:
 
     Nothing of the checkpoint is run: the metadata passes an allow-list, chunks are loaded as tensors only.
 
+    What is read is compared with the checkpoint's checksums first, if it has any.
+
     Raises:
         UserError: incomplete, damaged or foreign files.
     """
@@ -143,6 +154,12 @@ class CheckpointReader:
     def __init__(self, iter_dir: Path) -> None:
         self.path = iter_dir
         self._metadata = safe_metadata(iter_dir)
+        try:
+            self._checks = Checksums.read(iter_dir)
+            if self._checks is None:
+                check_lengths(iter_dir, self._metadata)
+        except DamagedCheckpoint as error:
+            raise with_older(error, iter_dir) from None
         storage = self._metadata.storage_data
         self._storage: Mapping[MetadataIndex, _StorageInfo] = storage
         #: those that :meth:`addresses` speaks of
@@ -267,8 +284,12 @@ class CheckpointReader:
         if len(file.parts) != 1 or file.name in ("", ".", ".."):
             raise UserError(f"{self.path}: {key} is said to lie in {str(file)!r}, outside of the checkpoint; refused")
         try:
+            if self._checks is not None:
+                self._checks.check(file.name, info.offset, info.offset + info.length)
             with (self.path / file).open("rb") as stream:
                 yield stream, _create_file_view(stream, info.offset, info.length)
+        except DamagedCheckpoint as error:
+            raise with_older(error, self.path) from None
         except FileNotFoundError:
             raise UserError(f"{self.path / file}: no such file, though {key} lies in it") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:

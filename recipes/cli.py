@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megatron_embed.bridge import liveness
 from megatron_embed.bridge.errors import UsageError, UserError, explain
 from megatron_embed.conversion.arguments import Parser, positive
 from megatron_embed.recipes import RECIPES
@@ -133,21 +134,28 @@ def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
     """
     if not debug:
         warnings.filterwarnings("ignore")  # other packages' advice to their developers
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        liveness.watch(_exit_with)
     with shown_log():
         try:
             main()
         except KeyboardInterrupt:
             _exit_with(130, "interrupted")
+        except SystemExit:
+            raise
         except (UserError, OSError) as error:
             status, message = explain(error)
             _exit_with(status, traceback.format_exc() if debug else message)
-        except Exception:
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            if liveness.is_broken_connection(error):
+                _exit_with(1, liveness.explain(error) + (f"\n{traceback.format_exc()}" if debug else ""))
             _exit_with(1, f"this should not happen, please report it\n{traceback.format_exc()}")
     sys.exit(0)
 
 
 def _exit_with(status: int, message: str) -> NoReturn:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    liveness.say_end(message.strip())
     if _speaks_for_all():
         # on a terminal another rank's progress bar may stand on this line
         new_line = "\n" if not alone and sys.stderr.isatty() else ""
@@ -157,6 +165,7 @@ def _exit_with(status: int, message: str) -> NoReturn:
         # process that this one started outlive it.
         for child in multiprocessing.active_children():
             child.kill()
+        liveness.end_lost()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

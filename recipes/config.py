@@ -230,6 +230,8 @@ class TrainSection(Section):
     """null: $SAVE_DIR, or runs/<recipe>."""
     seed: CountOrZero = 42
     """Of the data order."""
+    timeout_minutes: Positive = 10.0
+    """How long ranks wait for one that does not answer; then every rank ends, saying which and where it stood."""
 
 
 class OptimizerSection(Section):
@@ -265,6 +267,8 @@ class CheckpointSection(Section):
     resume: Flag = True
     """Continue from save_dir if it holds a checkpoint of the same model, data, loss, optimizer and seed; false: start
     afresh there, and move the run that it holds to save_dir/replaced-1."""
+    allow_fallback: Flag = False
+    """Where the checkpoint to continue from is damaged, say so and continue from the newest sound one before it."""
 
 
 class LoggerSection(Section):

@@ -95,22 +95,24 @@ class Start:
         )
 
 
-def find_start(asked: RecipeConfig, save_dir: Path) -> Start | None:
+def find_start(asked: RecipeConfig, save_dir: Path, *, instead: Path | None = None) -> Start | None:
     """The checkpoint to go on from, if there is one and the run is the same.
 
     Args:
         asked: the recipe as the user gave it, with nothing derived.
+        instead: go on from this one, as the newest is damaged.
 
     Raises:
+        DamagedCheckpoint: a file of the checkpoint is not as it was written.
         UserError: ``save_dir`` holds a run with other data, loss, optimizer, seed or model; the checkpoint is not of a
             training run, or of one with a batch size that this one cannot count in.
     """
     root = checkpoints_folder(save_dir)
     resumes = asked.checkpoint.resume and (root / checkpoint_folder.TRACKER).is_file()
     if resumes:
-        iter_dir = checkpoint_folder.resolve(root)
+        iter_dir = instead or checkpoint_folder.resolve(root)
     elif asked.checkpoint.load is not None:
-        iter_dir = checkpoint_folder.resolve(asked.checkpoint.load)
+        iter_dir = instead or checkpoint_folder.resolve(asked.checkpoint.load)
     else:
         _refuse_to_replace_source(asked, root)
         return None
@@ -135,6 +137,16 @@ def find_start(asked: RecipeConfig, save_dir: Path) -> Start | None:
     if not own:
         _refuse_to_replace_source(asked, root)
     return Start(iter_dir, step, own, before, common.get("data", {}))
+
+
+def may_fall_back(asked: RecipeConfig, older: Path) -> bool:
+    """Whether a run may go on from ``older``: it is asked for, and that is a checkpoint of what the run continues."""
+    checkpoint, root = asked.checkpoint, os.path.realpath(older.parent)
+    continued = [checkpoints_folder(Path(asked.resolved().train.save_dir or ""))]
+    if checkpoint.load is not None:
+        load = Path(checkpoint.load).expanduser()
+        continued += [load, checkpoints_folder(load), load.parent]
+    return checkpoint.allow_fallback and root in map(os.path.realpath, continued)
 
 
 def beside_the_config(*, sentence: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:

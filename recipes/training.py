@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_embed.bridge import host, parallel
+from megatron_embed.bridge import host, liveness, parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.checksums import DamagedCheckpoint
+from megatron_embed.conversion.disk_errors import writing_to
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig
@@ -32,7 +34,7 @@ from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_by
 from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.optimizer import TrainState, set_up_training
 from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, check_teachers, micro_batches
-from megatron_embed.recipes.resume import Start, find_start
+from megatron_embed.recipes.resume import Start, find_start, may_fall_back
 from megatron_embed.recipes.run_folder import RunFolder
 from megatron_embed.recipes.source import ModelSource, open_source
 from megatron_embed.recipes.step import contrastive_step, learned_temperature
@@ -52,6 +54,18 @@ def train(cfg: RecipeConfig) -> Path:
     Raises:
         UserError: bad input; nothing that was there before is damaged.
     """
+    try:
+        return _train(cfg)
+    except DamagedCheckpoint as error:
+        damage, older = error.damage, error.older
+        if older is None or not may_fall_back(cfg, older):
+            raise
+    if parallel.rank() == 0:
+        _LOG.warning(f"{damage}; going on from {older} instead (checkpoint.allow_fallback)")
+    return _train(cfg, instead=older)
+
+
+def _train(cfg: RecipeConfig, *, instead: Path | None = None) -> Path:
     began = time.perf_counter()
     asked, cfg = cfg.model_copy(deep=True), cfg.resolved()
     asked.train.save_dir = cfg.train.save_dir
@@ -65,7 +79,7 @@ def train(cfg: RecipeConfig) -> Path:
     asked.model.bidirectional = cfg.model.bidirectional = source.made_bidirectional
     validate_layout(cfg, source.config)
     save_dir = Path(cfg.train.save_dir or "")
-    start = find_start(asked, save_dir)
+    start = find_start(asked, save_dir, instead=instead)
     if start is not None and (done := start.nothing_to_do(cfg.train.train_iters)):
         if parallel.rank() == 0:
             _LOG.info(done)
@@ -80,13 +94,16 @@ def train(cfg: RecipeConfig) -> Path:
         check_candidates(cfg, replicas, negatives, f"{each.rows.path}, which has no hard negatives,")
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
     collections = _open_collections(cfg)
-    with parallel.parallel_world(layout_of(cfg)):
+    with parallel.parallel_world(layout_of(cfg), timeout_minutes=cfg.train.timeout_minutes):
+        liveness.keep_stacks_in(save_dir / "stacks")
         if dist.get_rank() == 0:
             report([each.odd for each in dataset.sources] + [odd for each in collections for odd in each.odd])
+        liveness.stand_at("loading the model")
         run = _set_up(cfg, source, dataset, sampler, RunFolder(asked, save_dir, start), collections)
         if start is not None:
             checkpointing.restore(cfg, run.state, start)
-        run.loop(start)
+        with writing_to(save_dir):
+            run.loop(start)
         if dist.get_rank() == 0:
             _LOG.info(_closing(save_dir, cfg.train.train_iters, time.perf_counter() - began))
     return save_dir
@@ -201,6 +218,7 @@ class Run:
                 reporter.say(news)
             for step in range(done + 1, train.train_iters + 1):
                 began = time.perf_counter()
+                liveness.stand_at(f"step {step}, reading the batch")
                 batch = self.builder.build(step - 1)
                 mode = self._mode(batch)
                 if mode not in told:
@@ -210,16 +228,19 @@ class Run:
                 learned = {}
                 if self.cfg.loss.learn_temperature:  # as it divides this step's scores
                     learned["temperature"] = learned_temperature(self.state.stages)
+                liveness.stand_at(f"step {step}, forward and backward", limited=True)
                 loss, grad_norm, padding = self._step(batch, mode, step)
                 record = self._record(step, batch, padding, time.perf_counter() - began)
                 record.update(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, **learned)
                 last = step == train.train_iters
                 if self.collections and (last or step % train.eval_interval == 0):
+                    liveness.stand_at(f"step {step}, evaluation")
                     record["eval"] = self._evaluate()
                 saved = last or step % train.save_interval == 0
                 # A step that is saved is logged too: a run that goes on from it means its losses from the same step on.
                 reporter.step(record, logged=saved or step == 1 or step % train.log_interval == 0 or "eval" in record)
                 if saved:
+                    liveness.stand_at(f"step {step}, saving the checkpoint")
                     reporter.say(f"step {step}: saved to {self._save(step)}")
         finally:
             reporter.close()

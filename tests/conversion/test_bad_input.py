@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.hf_files import Source, edit_json, edit_tensors
+from support.hf_files import Source, edit_json, edit_tensors, without_checksums
 from torch import Tensor
 
 from megatron_embed.conversion.convert_checkpoints import main
@@ -276,7 +276,7 @@ def test_missing_checkpoint_file(checkpoint: Path, tmp_path: Path, capsys: Captu
 
 
 def test_a_checkpoint_of_another_shape(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
-    path = checkpoint / "iter_0000000" / "run_config.yaml"
+    path = without_checksums(checkpoint / "iter_0000000") / "run_config.yaml"
     good = path.read_text()
     path.write_text(good.replace("intermediate_size: 96", "intermediate_size: 64"))
     assert "found shape [192, 48], wanted [128, 48]" in export_refused(capsys, tmp_path, checkpoint)

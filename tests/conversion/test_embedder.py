@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from sentence_transformers import SentenceTransformer
-from support.hf_files import Source, edit_json
+from support.hf_files import Source, edit_json, without_checksums
 from support.tiny_models import make_tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, Mistral3ForConditionalGeneration
@@ -27,7 +27,7 @@ LONG = "one two three four " * 60
 def exported(source: Path, tmp_path: Path, **run: dict[str, Any]) -> Path:
     """Import and export, with sections of ``run_config.yaml`` changed between."""
     import_hf(source, tmp_path / "m", tp=2, progress=False)
-    path = tmp_path / "m" / "iter_0000000" / RUN_CONFIG
+    path = without_checksums(tmp_path / "m" / "iter_0000000") / RUN_CONFIG
     values = yaml.safe_load(path.read_text())
     for section, changes in run.items():
         values.setdefault(section, {}).update(changes)
@@ -200,7 +200,7 @@ def test_class_paths_of_both_sentence_transformers(source: Source, tmp_path: Pat
 
 def test_model_card(source: Source, tmp_path: Path) -> None:
     import_hf(source("vlm"), tmp_path / "run" / "checkpoints", progress=False)
-    path = tmp_path / "run" / "checkpoints" / "iter_0000000" / RUN_CONFIG
+    path = without_checksums(tmp_path / "run" / "checkpoints" / "iter_0000000") / RUN_CONFIG
     values = yaml.safe_load(path.read_text())
     values["train"] = {"train_iters": 7, "global_batch_size": 4}
     values["data"]["train"] = [{"path": "/somewhere/private/pairs.jsonl"}]

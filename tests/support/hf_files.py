@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_embed.conversion.checksums import CHECKSUMS
+
 #: the ``source`` fixture of the conversion tests
 Source = Callable[..., Path]
 
@@ -38,6 +40,12 @@ def assert_same_bits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
         other = found[name]
         assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def without_checksums(iter_dir: Path) -> Path:
+    """A checkpoint whose files a test is about to change on purpose."""
+    (iter_dir / CHECKSUMS).unlink(missing_ok=True)
+    return iter_dir
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

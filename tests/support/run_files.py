@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from megatron_embed.conversion.checkpoint_folder import RUN_CONFIG
+from support.hf_files import without_checksums
 
 
 def edit_run(megatron: Path, section: str, **changes: Any) -> None:
     """Change keys of a section in the checkpoint of step 0."""
-    path = megatron / "iter_0000000" / RUN_CONFIG
+    path = without_checksums(megatron / "iter_0000000") / RUN_CONFIG
     values = yaml.safe_load(path.read_text())
     values[section].update(changes)
     path.write_text(yaml.safe_dump(values))

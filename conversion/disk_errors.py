@@ -1,0 +1,61 @@
+"""What is said where a disk does not take what is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_embed.bridge.errors import UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def explain_unwritten(error: BaseException, folder: Path, needed: int | None = None) -> str | None:
+    """Why the disk of ``folder`` did not take what was to be written; None: the error is about something else.
+
+    Args:
+        needed: the bytes of all that was to be written, where that is known.
+    """
+    cause = system_error(error)
+    if cause is None or cause.errno is None:
+        return None
+    reason = os.strerror(cause.errno).lower()
+    if cause.errno not in _NO_SPACE:
+        return f"cannot be written ({reason})"
+    while not folder.exists():
+        folder = folder.parent
+    wanted = "" if needed is None else f"{_size(needed)} needed, "
+    return f"{reason}: {wanted}{_size(shutil.disk_usage(folder).free)} free; make room, or take another folder"
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Name the folder, and how much room it has, where the disk does not take what is written inside."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise UserError(f"{folder}: {explain_unwritten(error, folder)}") from error
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the system, if there is one, under what other layers made of it."""
+    chain: list[BaseException | None] = [error]
+    while (last := chain[-1]) is not None and last not in chain[:-1]:
+        if isinstance(last, OSError):
+            return last
+        chain.append(last.__cause__ or last.__context__)
+    return None
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB"
