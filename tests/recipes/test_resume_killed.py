@@ -24,7 +24,7 @@ AFRESH = "checkpoint.resume=false"
 WATCHED = (
     Run.loop,
     Run._save,
-    Reporter.log,
+    Reporter._write,
     Reporter._open,
     RunFolder.claim,
     RunFolder._put_aside,
