@@ -157,18 +157,19 @@ def source_is_causal(source: HFFolder) -> bool:
     return (source.path / "modules.json").is_file() and stated_causality(source.config) is not False
 
 
-def compare_attention(found: bool | None, source: HFFolder, *, where: str) -> Section:
+def compare_attention(found: bool | None, source: HFFolder, *, causal: bool, where: str) -> Section:
     """Compare ``is_causal`` of what was made of a source.
 
     Args:
         found: what it states.
+        causal: what it must be.
         where: the file and key that would state it.
     """
-    causal = source_is_causal(source)
     if (found is not False) == causal:
         return Section("attention", 1)
     says = NOT_STATED if found is None else str(found)
-    wanted = f"{stated_causality(source.config)} (a ready embedder's own)" if causal else "False"
+    own = f"{stated_causality(source.config)} (a ready embedder's own; --bidirectional if it was taken as a base model)"
+    wanted = own if causal else "False"
     return Section("attention", 1, [Difference(where, says, wanted)])
 
 

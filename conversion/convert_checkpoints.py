@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     other = cmd.add_mutually_exclusive_group(required=True)
     other.add_argument("--megatron-path", metavar="DIR", help="compare with this checkpoint")
     other.add_argument("--hf-path", metavar="DIR", help="compare with this folder")
+    cmd.add_argument(
+        "--bidirectional", action="store_true", help="the source, a causal embedder, was taken as a base model"
+    )
     return parser
 
 
@@ -123,7 +126,7 @@ def _verify(args: argparse.Namespace) -> int:
     from megatron_embed.conversion.verify import verify
     from megatron_embed.conversion.verify_table import print_table, summarize
 
-    outcome = verify(args.hf_model, **_pick(args, ("megatron_path", "hf_path", *_COMMON)))
+    outcome = verify(args.hf_model, **_pick(args, ("megatron_path", "hf_path", "bidirectional", *_COMMON)))
     print_table(outcome)
     if not outcome:
         print(f"error: {summarize(outcome)}", file=sys.stderr)

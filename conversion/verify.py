@@ -87,6 +87,7 @@ def verify(
     *,
     megatron_path: str | os.PathLike[str] | None = None,
     hf_path: str | os.PathLike[str] | None = None,
+    bidirectional: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -101,6 +102,8 @@ def verify(
     Args:
         hf_model: the source, a folder or hub id.
         megatron_path, hf_path: the other side; exactly one of them.
+        bidirectional: the source, a ready embedder of causal attention, was taken as a base model: it is compared with
+            its attention made bidirectional.
 
     Raises:
         UserError: one side cannot be read, or they are of different shapes though their configs are the same.
@@ -111,14 +114,18 @@ def verify(
     config = source.encoder_config()
     source.check(config)
     notes: list[str] = list(source.notes)
+    causal = source_is_causal(source)
+    if causal and bidirectional:
+        notes.append("the source's vectors are made with causal attention; compared with bidirectional, as asked")
+        causal = False
     other: HFFolder | Path
     if megatron_path is not None:
         other = checkpoint_folder.resolve(megatron_path)
-        sections = _checkpoint_files(source, other, config, notes)
+        sections = _checkpoint_files(source, other, config, causal, notes)
     else:
         assert hf_path is not None
         other = HFFolder(hf_path, trust_remote_code=trust_remote_code)
-        sections = _folder_files(source, other, config, notes)
+        sections = _folder_files(source, other, config, causal, notes)
     try:
         opened, pairs = _open(source, other, config)
     except UserError as error:
@@ -132,20 +139,22 @@ def verify(
     if not isinstance(opened, HFFolder) and torch.distributed.is_initialized():
         notes.append("embeddings not compared: this process is part of a parallel run")
     else:
-        sections.append(_embeddings(source, opened, config, progress=progress))
+        sections.append(_embeddings(source, opened, config, causal, progress=progress))
     return Verification(sections, notes)
 
 
 # ---- files
 
 
-def _folder_files(source: HFFolder, other: HFFolder, config: EncoderConfig, notes: list[str]) -> list[Section]:
+def _folder_files(
+    source: HFFolder, other: HFFolder, config: EncoderConfig, causal: bool, notes: list[str]
+) -> list[Section]:
     """An export's files against its source's."""
     vlm = is_vlm(other.config)
     key = "config.json: text_config.is_causal" if vlm else "config.json: is_causal"
     sections = [
         compare_configs(other.config, source.config, where="config.json"),
-        compare_attention(stated_causality(other.config), source, where=key),
+        compare_attention(stated_causality(other.config), source, causal=causal, where=key),
     ]
     if not vlm:
         sections.append(compare_folder_settings(other, source, config))
@@ -155,7 +164,9 @@ def _folder_files(source: HFFolder, other: HFFolder, config: EncoderConfig, note
     return sections
 
 
-def _checkpoint_files(source: HFFolder, iter_dir: Path, config: EncoderConfig, notes: list[str]) -> list[Section]:
+def _checkpoint_files(
+    source: HFFolder, iter_dir: Path, config: EncoderConfig, causal: bool, notes: list[str]
+) -> list[Section]:
     """A checkpoint's own config and settings, and the files that it keeps for its exports, against its source's."""
     sidecars = iter_dir / checkpoint_folder.SIDECARS
     sections = []
@@ -169,7 +180,7 @@ def _checkpoint_files(source: HFFolder, iter_dir: Path, config: EncoderConfig, n
         before = sections.pop() if sections else Section("config", 0)
         sections.append(Section("config", before.compared + files.compared, before.differences + files.differences))
     # the encoder of a checkpoint is bidirectional, whatever was imported
-    sections.append(compare_attention(False, source, where="the encoder's attention, is_causal"))
+    sections.append(compare_attention(False, source, causal=causal, where="the encoder's attention, is_causal"))
     settings = checkpoint_folder.sentence_settings(iter_dir, stated or config)
     sections.append(compare_settings(settings, source, config, where=f"{checkpoint_folder.RUN_CONFIG}: data"))
     sections += _tokenizer(source, sidecars, notes)
@@ -211,7 +222,7 @@ def _of_checkpoint(stated: EncoderConfig | None, source: EncoderConfig) -> Encod
 
 
 def _embeddings(
-    source: HFFolder, other: HFFolder | CheckpointWeights, config: EncoderConfig, *, progress: bool
+    source: HFFolder, other: HFFolder | CheckpointWeights, config: EncoderConfig, causal: bool, *, progress: bool
 ) -> Section:
     """The same token ids through both; a source that is no embedder yet is pooled as the other side says."""
     theirs = other.encoder_config() if isinstance(other, HFFolder) else other.config
@@ -226,7 +237,7 @@ def _embeddings(
     def stored(weight: Weight, name: str) -> torch.dtype:
         return other.tensor_dtype(other.prefix + name) if isinstance(other, HFFolder) else other.stored_dtype(weight)
 
-    wanted = hf_layers(source, config, ids, causal=source_is_causal(source), dtype_of=stored)
+    wanted = hf_layers(source, config, ids, causal=causal, dtype_of=stored)
     layers = config.num_hidden_layers
     with byte_bar("embed", layers, unit=" layers", enabled=progress) as advance:
         apart = compare_layers(found, wanted, tolerance=EMBEDDING_TOLERANCE, on_layer=lambda: advance(1))

@@ -224,6 +224,13 @@ def test_a_causal_ready_embedder_is_not_its_bidirectional_export(
         assert [d.name.rpartition(" ")[2] for d in outcome.differences] == ["is_causal", "embeddings"]
         assert outcome.differences[0].found == "False"
         assert outcome.differences[0].wanted.startswith(str(stated))
+        outcome = verify(folder, **other, bidirectional=True, progress=False)  # type: ignore[arg-type]
+        assert outcome
+        assert outcome.notes == [
+            "the source's vectors are made with causal attention; compared with bidirectional, as asked"
+        ]
+    edit_json(folder / CONFIG, set_to(is_causal=False))
+    assert verify(folder, hf_path=made / "hf", bidirectional=True, progress=False).notes == []  # nothing to say
 
 
 def test_rope_theta_is_named_where_nothing_is_embedded(
