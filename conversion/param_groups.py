@@ -22,11 +22,11 @@ def ask_for_saved_groups(wanted: dict[str, Any], saved: dict[str, Any]) -> Group
         saved: the optimizer's part of the checkpoint's plain values.
 
     Returns:
-        The optimizer's own groups, for :func:`take_groups`.
+        The optimizer's own groups, for :func:`take_groups`; none of an optimizer without parameters on this rank.
     """
     holder, of_checkpoint = _holder(wanted), _holder(saved)
-    own: Groups = holder["param_groups"]
-    if "param_groups" in of_checkpoint:
+    own: Groups = holder.get("param_groups", [])
+    if own and "param_groups" in of_checkpoint:
         by_key = {_key(group): group for group in own}
         none: dict[str, Any] = {"params": LocalNonpersistentObject([])} if "params" in own[0] else {}
         holder["param_groups"] = [by_key.get(_key(group), none) for group in of_checkpoint["param_groups"]]
@@ -39,6 +39,8 @@ def take_groups(loaded: dict[str, Any], own: Groups) -> bool:
     Returns:
         Whether it has them all.
     """
+    if not own:
+        return True
     holder = _holder(loaded)
     by_key = {_key(group): group for group in holder["param_groups"]}
     holder["param_groups"] = [by_key.get(_key(group)) or _without_wrapper(group) for group in own]
