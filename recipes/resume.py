@@ -100,7 +100,7 @@ def find_start(asked: RecipeConfig, save_dir: Path, *, instead: Path | None = No
 
     Args:
         asked: the recipe as the user gave it, with nothing derived.
-        instead: go on from this one, as the newest is damaged.
+        instead: go on from this one of ``save_dir``, as the newest is damaged.
 
     Raises:
         DamagedCheckpoint: a file of the checkpoint is not as it was written.
@@ -112,7 +112,7 @@ def find_start(asked: RecipeConfig, save_dir: Path, *, instead: Path | None = No
     if resumes:
         iter_dir = instead or checkpoint_folder.resolve(root)
     elif asked.checkpoint.load is not None:
-        iter_dir = instead or checkpoint_folder.resolve(asked.checkpoint.load)
+        iter_dir = checkpoint_folder.resolve(asked.checkpoint.load)
     else:
         _refuse_to_replace_source(asked, root)
         return None
@@ -139,14 +139,14 @@ def find_start(asked: RecipeConfig, save_dir: Path, *, instead: Path | None = No
     return Start(iter_dir, step, own, before, common.get("data", {}))
 
 
-def may_fall_back(asked: RecipeConfig, older: Path) -> bool:
-    """Whether a run may go on from ``older``: it is asked for, and that is a checkpoint of what the run continues."""
+def may_fall_back(asked: RecipeConfig, older: Path) -> tuple[bool, bool]:
+    """Whether checkpoint.allow_fallback allows to go on from ``older`` as the run's own, or as what it loads."""
     checkpoint, root = asked.checkpoint, os.path.realpath(older.parent)
-    continued = [checkpoints_folder(Path(asked.resolved().train.save_dir or ""))]
-    if checkpoint.load is not None:
-        load = Path(checkpoint.load).expanduser()
-        continued += [load, checkpoints_folder(load), load.parent]
-    return checkpoint.allow_fallback and root in map(os.path.realpath, continued)
+    own = checkpoints_folder(Path(asked.resolved().train.save_dir or ""))
+    load = Path(checkpoint.load or "").expanduser()
+    loaded = [load, checkpoints_folder(load), load.parent] if checkpoint.load is not None else []
+    allowed = checkpoint.allow_fallback
+    return allowed and root == os.path.realpath(own), allowed and root in map(os.path.realpath, loaded)
 
 
 def beside_the_config(*, sentence: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:

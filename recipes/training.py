@@ -58,11 +58,16 @@ def train(cfg: RecipeConfig) -> Path:
         return _train(cfg)
     except DamagedCheckpoint as error:
         damage, older = error.damage, error.older
-        if older is None or not may_fall_back(cfg, older):
+        own, of_another = may_fall_back(cfg, older) if older is not None else (False, False)
+        if not own and not of_another:
             raise
     if parallel.rank() == 0:
         _LOG.warning(f"{damage}; going on from {older} instead (checkpoint.allow_fallback)")
-    return _train(cfg, instead=older)
+    cfg = cfg.model_copy(deep=True)
+    if own:
+        return _train(cfg, instead=older)
+    cfg.checkpoint.load = str(older)
+    return _train(cfg)
 
 
 def _train(cfg: RecipeConfig, *, instead: Path | None = None) -> Path:
