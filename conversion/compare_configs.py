@@ -11,7 +11,8 @@ from megatron_embed.bridge.config import EncoderConfig, stock_text_config
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import BIDIRECTIONAL, VLMS, is_vlm
 from megatron_embed.conversion.comparison import NOT_STATED, Difference, Section, compare_values, flatten
-from megatron_embed.conversion.hf_folder import HFFolder, read_json
+from megatron_embed.conversion.hf_folder import read_json
+from megatron_embed.conversion.sidecars import without_local_paths
 
 #: Keys that do not change what a model computes, with the reason. Every other key is compared.
 NOT_COMPARED: dict[str, str] = {
@@ -149,28 +150,19 @@ def stated_causality(raw: Mapping[str, Any]) -> bool | None:
     return None if value is None else bool(value)
 
 
-def source_is_causal(source: HFFolder) -> bool:
-    """Whether what is made of a source must be causal, as only a ready embedder is that does not say otherwise.
-
-    A base model is causal, and becomes bidirectional: the one difference that is expected.
-    """
-    return (source.path / "modules.json").is_file() and stated_causality(source.config) is not False
-
-
-def compare_attention(found: bool | None, source: HFFolder, *, causal: bool, where: str) -> Section:
+def compare_attention(found: bool | None, *, causal: bool, where: str) -> Section:
     """Compare ``is_causal`` of what was made of a source.
 
     Args:
         found: what it states.
-        causal: what it must be.
+        causal: whether it must be causal, as a ready embedder is that declares it. A base model is causal too, and
+            becomes bidirectional: the one difference that is expected.
         where: the file and key that would state it.
     """
     if (found is not False) == causal:
         return Section("attention", 1)
-    says = NOT_STATED if found is None else str(found)
-    own = f"{stated_causality(source.config)} (a ready embedder's own; --bidirectional if it was taken as a base model)"
-    wanted = own if causal else "False"
-    return Section("attention", 1, [Difference(where, says, wanted)])
+    wanted = "True: the source is an embedder with causal attention" if causal else "False"
+    return Section("attention", 1, [Difference(where, NOT_STATED if found is None else str(found), wanted)])
 
 
 # ---- processor
@@ -184,7 +176,10 @@ def compare_processors(found: Path, wanted: Path) -> list[Section]:
             count += 1
             differences.append(Difference(name, "no such file", "the source's"))
         elif (found / name).is_file():
-            theirs = flatten(read_json(wanted / name)) if (wanted / name).is_file() else {}
-            more, different = compare_values(flatten(read_json(found / name)), theirs, where=name)
+            left, right = (
+                flatten(without_local_paths(read_json(path / name))) if (path / name).is_file() else {}
+                for path in (found, wanted)
+            )
+            more, different = compare_values(left, right, where=name)
             count, differences = count + more, differences + different
     return [Section("processor", count, differences)] if count else []

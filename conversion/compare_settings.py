@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
@@ -38,11 +37,10 @@ def compare_settings(found: SentenceSettings, source: HFFolder, config: EncoderC
 
     Args:
         found: of the checkpoint or the export.
-        config: the source's encoder; no maximal length exceeds its ``max_position_embeddings``.
+        config: the source's encoder.
     """
     stated = read_sentence_settings(source.path)
-    wanted = stated or default_settings(config)
-    left, right = (_values(settings, config.max_position_embeddings) for settings in (found, wanted))
+    left, right = (flatten(asdict(settings)) for settings in (found, stated or default_settings(config)))
     if stated is None and source.config.get("pooling") is None:
         for name in _OF_A_BASE_MODEL:  # states none of these: what is made of it may take any
             left.pop(name, None)
@@ -51,12 +49,4 @@ def compare_settings(found: SentenceSettings, source: HFFolder, config: EncoderC
 
 
 #: how vectors are made and compared, on which a base model says nothing
-_OF_A_BASE_MODEL = ("pooling", "normalize", "similarity", "similarity_fn_name")
-
-
-def _values(settings: SentenceSettings, longest: int) -> dict[str, Any]:
-    values = flatten({**asdict(settings), "max_length": settings.text_max_length})
-    return {
-        key: min(value, longest) if key.endswith("_length") and isinstance(value, int) else value
-        for key, value in values.items()
-    }
+_OF_A_BASE_MODEL = ("pooling", "normalize", "similarity")

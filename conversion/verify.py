@@ -21,7 +21,6 @@ from megatron_embed.conversion.compare_configs import (
     compare_configs,
     compare_encoders,
     compare_processors,
-    source_is_causal,
     stated_causality,
 )
 from megatron_embed.conversion.compare_settings import compare_folder_settings, compare_settings
@@ -34,6 +33,7 @@ from megatron_embed.conversion.compare_tensors import (
 )
 from megatron_embed.conversion.compare_tokenizers import compare_tokenizers, reads_control_tokens
 from megatron_embed.conversion.comparison import Difference, Section
+from megatron_embed.conversion.declared_attention import declares_causal
 from megatron_embed.conversion.embedding import SENTENCES, checkpoint_layers, compare_layers, hf_layers, token_ids
 from megatron_embed.conversion.hf_folder import HFFolder, read_json
 from megatron_embed.conversion.progress import byte_bar
@@ -102,8 +102,8 @@ def verify(
     Args:
         hf_model: the source, a folder or hub id.
         megatron_path, hf_path: the other side; exactly one of them.
-        bidirectional: the source, a ready embedder of causal attention, was taken as a base model: it is compared with
-            its attention made bidirectional.
+        bidirectional: the source is a ready embedder of causal attention that was taken as a base model; asked where
+            the other side does not say so itself.
 
     Raises:
         UserError: one side cannot be read, or they are of different shapes though their configs are the same.
@@ -114,18 +114,22 @@ def verify(
     config = source.encoder_config()
     source.check(config)
     notes: list[str] = list(source.notes)
-    causal = source_is_causal(source)
-    if causal and bidirectional:
-        notes.append("the source's vectors are made with causal attention; compared with bidirectional, as asked")
-        causal = False
     other: HFFolder | Path
     if megatron_path is not None:
         other = checkpoint_folder.resolve(megatron_path)
-        sections = _checkpoint_files(source, other, config, causal, notes)
+        model = checkpoint_folder.read_run_config(other).get("model")
+        bidirectional = bidirectional or (isinstance(model, dict) and model.get("bidirectional") is True)
     else:
         assert hf_path is not None
         other = HFFolder(hf_path, trust_remote_code=trust_remote_code)
-        sections = _folder_files(source, other, config, causal, notes)
+    causal = declares_causal(source.path, source.config) is not None
+    if causal and bidirectional:
+        causal = False
+        notes.append("the source is an embedder with causal attention, taken as a base model: both sides bidirectional")
+    if isinstance(other, HFFolder):
+        sections = _folder_files(source, other, config, notes, causal=causal)
+    else:
+        sections = _checkpoint_files(source, other, config, notes, causal=causal)
     try:
         opened, pairs = _open(source, other, config)
     except UserError as error:
@@ -139,7 +143,7 @@ def verify(
     if not isinstance(opened, HFFolder) and torch.distributed.is_initialized():
         notes.append("embeddings not compared: this process is part of a parallel run")
     else:
-        sections.append(_embeddings(source, opened, config, causal, progress=progress))
+        sections.append(_embeddings(source, opened, config, causal=causal, progress=progress))
     return Verification(sections, notes)
 
 
@@ -147,14 +151,14 @@ def verify(
 
 
 def _folder_files(
-    source: HFFolder, other: HFFolder, config: EncoderConfig, causal: bool, notes: list[str]
+    source: HFFolder, other: HFFolder, config: EncoderConfig, notes: list[str], *, causal: bool
 ) -> list[Section]:
     """An export's files against its source's."""
     vlm = is_vlm(other.config)
     key = "config.json: text_config.is_causal" if vlm else "config.json: is_causal"
     sections = [
         compare_configs(other.config, source.config, where="config.json"),
-        compare_attention(stated_causality(other.config), source, causal=causal, where=key),
+        compare_attention(stated_causality(other.config), causal=causal, where=key),
     ]
     if not vlm:
         sections.append(compare_folder_settings(other, source, config))
@@ -165,7 +169,7 @@ def _folder_files(
 
 
 def _checkpoint_files(
-    source: HFFolder, iter_dir: Path, config: EncoderConfig, causal: bool, notes: list[str]
+    source: HFFolder, iter_dir: Path, config: EncoderConfig, notes: list[str], *, causal: bool
 ) -> list[Section]:
     """A checkpoint's own config and settings, and the files that it keeps for its exports, against its source's."""
     sidecars = iter_dir / checkpoint_folder.SIDECARS
@@ -180,7 +184,7 @@ def _checkpoint_files(
         before = sections.pop() if sections else Section("config", 0)
         sections.append(Section("config", before.compared + files.compared, before.differences + files.differences))
     # the encoder of a checkpoint is bidirectional, whatever was imported
-    sections.append(compare_attention(False, source, causal=causal, where="the encoder's attention, is_causal"))
+    sections.append(compare_attention(False, causal=causal, where="the encoder's attention, is_causal"))
     settings = checkpoint_folder.sentence_settings(iter_dir, stated or config)
     sections.append(compare_settings(settings, source, config, where=f"{checkpoint_folder.RUN_CONFIG}: data"))
     sections += _tokenizer(source, sidecars, notes)
@@ -222,7 +226,7 @@ def _of_checkpoint(stated: EncoderConfig | None, source: EncoderConfig) -> Encod
 
 
 def _embeddings(
-    source: HFFolder, other: HFFolder | CheckpointWeights, config: EncoderConfig, causal: bool, *, progress: bool
+    source: HFFolder, other: HFFolder | CheckpointWeights, config: EncoderConfig, *, causal: bool, progress: bool
 ) -> Section:
     """The same token ids through both; a source that is no embedder yet is pooled as the other side says."""
     theirs = other.encoder_config() if isinstance(other, HFFolder) else other.config

@@ -126,9 +126,12 @@ def test_a_ready_embedder_verifies(source: Source, tmp_path: Path) -> None:
         assert outcome.differences == []
         assert outcome.notes == []
     edit_json(tmp_path / "hf" / "sentence_bert_config.json", lambda raw: raw.update(max_seq_length=47))
+    edit_json(tmp_path / "hf" / "config_sentence_transformers.json", lambda raw: raw.update(similarity_fn_name="dot"))
     outcome = verify(folder, hf_path=tmp_path / "hf", progress=False)
-    assert {difference.found for difference in outcome.differences} == {"47"}
-    assert {difference.wanted for difference in outcome.differences} == {"48"}
+    assert {(difference.found, difference.wanted) for difference in outcome.differences} == {
+        ("47", "48"),
+        ("'dot'", "'cosine'"),
+    }
 
 
 # ---- embeddings, one layer at a time

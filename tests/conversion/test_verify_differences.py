@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.hf_files import Source, edit_json
+from support.hf_files import Source, edit_json, without_checksums
 from support.run_files import edit_encoder, edit_run
 
 from megatron_embed.conversion.exporting import export_hf
@@ -60,7 +60,7 @@ def no_eos(tokenizer: dict[str, Any]) -> None:
 
 
 CONFIG, SENTENCES, PROCESSOR = "config.json", "sentence-transformers files", "processor_config.json"
-PROMPTS = "config_sentence_transformers.json"
+PROMPTS, LENGTHS = "config_sentence_transformers.json", "sentence_bert_config.json"
 #: (which, file, edit, name, found, wanted)
 CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object], str, str, str]] = {
     "rope_theta": (
@@ -80,7 +80,7 @@ CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object], str, str,
     ),
     "no prompts": ("hf", PROMPTS, set_to(prompts={}), f"{SENTENCES}: passage_prompt", "''", "'passage: '"),
     "max_seq_length": (
-        *("hf", "sentence_bert_config.json", set_to(max_seq_length=77)),
+        *("hf", LENGTHS, set_to(max_seq_length=77)),
         *(f"{SENTENCES}: query_max_length", "77", "512"),
     ),
     "two token ids swapped": ("hf", "tokenizer.json", swap_two_ids, "tokenizer.json: vocabulary, 2 places", "", ""),
@@ -123,6 +123,13 @@ CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object], str, str,
         *(f"{CONFIG}: projector_hidden_act", "'relu'", "'gelu'"),
     ),
     "merge size": ("vlm", CONFIG, set_to(spatial_merge_size=1), f"{CONFIG}: spatial_merge_size", "1", "2"),
+    "query_length": ("hf", LENGTHS, set_to(query_length=9), f"{SENTENCES}: query_max_length", "9", "512"),
+    "lower case": ("hf", LENGTHS, set_to(do_lower_case=True), f"{SENTENCES}: do_lower_case", "True", "False"),
+    "another prompt": ("hf", PROMPTS, set_to(prompts__sts="x"), f"{SENTENCES}: prompts.sts", "'x'", "not stated"),
+    "default prompt": (
+        *("hf", PROMPTS, set_to(default_prompt_name="query")),
+        *(f"{SENTENCES}: default_prompt_name", "'query'", "None"),
+    ),
     "bare pooling": ("hf", CONFIG, set_to(pooling="cls"), f"{CONFIG}: pooling", "'cls'", "'avg'"),
     "processor": ("vlm", PROCESSOR, set_to(patch_size=16), f"{PROCESSOR}: patch_size", "16", "14"),
     "merges": ("hf", "tokenizer.json", drop_a_merge, "tokenizer.json: merges, 1 places", "", ""),
@@ -181,7 +188,7 @@ def test_verify_names_what_differs_in_a_checkpoint(
     edit: Callable[[Path], object], name: str, made: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(made / "m", tmp_path / "m")
-    edit(tmp_path / "m" / "iter_0000000")
+    edit(without_checksums(tmp_path / "m" / "iter_0000000"))
     outcome = verify(made / "source", megatron_path=tmp_path / "m", progress=False)
     assert any(difference.name.startswith(name) for difference in outcome.differences)
 
@@ -211,26 +218,32 @@ def test_files_that_are_missing_are_named(made: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stated", [True, None], ids=["true", "not stated"])
 def test_a_causal_ready_embedder_is_not_its_bidirectional_export(
-    stated: bool | None, made: Path, source: Source, tmp_path: Path
+    stated: bool | None, made: Path, tmp_path: Path
 ) -> None:
     """Its own vectors are causal; what is made of it here is not: both the key and the vectors differ."""
     folder = tmp_path / "ready"
     shutil.copytree(made / "hf", folder)
-    outcome = verify(folder, hf_path=made / "hf", progress=False)
-    assert outcome
+    assert verify(folder, hf_path=made / "hf", progress=False)
     edit_json(folder / CONFIG, set_to(is_causal=stated))
     for other in ({"hf_path": made / "hf"}, {"megatron_path": made / "m"}):
         outcome = verify(folder, **other, progress=False)  # type: ignore[arg-type]
         assert [d.name.rpartition(" ")[2] for d in outcome.differences] == ["is_causal", "embeddings"]
         assert outcome.differences[0].found == "False"
-        assert outcome.differences[0].wanted.startswith(str(stated))
-        outcome = verify(folder, **other, bidirectional=True, progress=False)  # type: ignore[arg-type]
-        assert outcome
-        assert outcome.notes == [
-            "the source's vectors are made with causal attention; compared with bidirectional, as asked"
-        ]
-    edit_json(folder / CONFIG, set_to(is_causal=False))
-    assert verify(folder, hf_path=made / "hf", bidirectional=True, progress=False).notes == []  # nothing to say
+        assert outcome.differences[0].wanted.startswith("True")
+        assert verify(folder, **other, bidirectional=True, progress=False)  # type: ignore[arg-type]
+
+
+def test_a_causal_embedder_taken_as_a_base_model(made: Path, tmp_path: Path) -> None:
+    """The checkpoint says so itself."""
+    folder = tmp_path / "ready"
+    shutil.copytree(made / "hf", folder)
+    edit_json(folder / CONFIG, set_to(is_causal=True))
+    import_hf(folder, tmp_path / "m", bidirectional=True, progress=False)
+    outcome = verify(folder, megatron_path=tmp_path / "m", progress=False)
+    assert outcome
+    assert outcome.notes == [
+        "the source is an embedder with causal attention, taken as a base model: both sides bidirectional"
+    ]
 
 
 def test_rope_theta_is_named_where_nothing_is_embedded(
