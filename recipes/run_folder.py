@@ -66,7 +66,8 @@ class RunFolder:
     def _put_later_checkpoints_aside(self, step: int) -> str | None:
         """Where ``checkpoint.load`` named one of the run's own that is not the newest."""
         root = checkpoints_folder(self.path)
-        if (root / checkpoint_folder.TRACKER).read_text(encoding="utf-8", errors="replace").strip() == str(step):
+        tracker = root / checkpoint_folder.TRACKER  # missing where the first save was cut short before it was written
+        if tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace").strip() == str(step):
             return None
         checkpoint_folder.write_tracker(root, step)
         newest = checkpoint_folder.iteration_folder(root, step).name

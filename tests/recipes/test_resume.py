@@ -292,6 +292,13 @@ def test_going_back_to_an_earlier_checkpoint_of_the_run_puts_the_later_ones_asid
     assert snapshot(iteration_folder(aside, 4)) == kept
 
 
+def test_a_checkpoint_that_no_tracker_names_yet_is_gone_on_from(folder: Path) -> None:
+    """The run was killed at its first save, between the checkpoint's name and the tracker."""
+    checkpoints = folder / "run" / "checkpoints"
+    (checkpoints / "latest_checkpointed_iteration.txt").unlink()
+    assert run(folder, "train.train_iters=3", f"checkpoint.load={iteration_folder(checkpoints, 2)}") == [1, 2, 3]
+
+
 @pytest.mark.parametrize("key", ["load", "pretrained_checkpoint"])
 def test_a_run_does_not_take_the_place_of_what_it_reads(folder: Path, key: str) -> None:
     before = snapshot(folder / "run")
