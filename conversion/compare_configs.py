@@ -161,7 +161,8 @@ def compare_attention(found: bool | None, *, causal: bool, where: str) -> Sectio
     """
     if (found is not False) == causal:
         return Section("attention", 1)
-    wanted = "True: the source is an embedder with causal attention" if causal else "False"
+    own = "True, as the source embeds (--bidirectional if it was taken as a base model)"
+    wanted = own if causal else "False"
     return Section("attention", 1, [Difference(where, NOT_STATED if found is None else str(found), wanted)])
 
 

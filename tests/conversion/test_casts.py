@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support.hf_files import Source, assert_same_bits, edit_json, edit_tensors, encoder_tensors_of, tensors_of
+from support.hf_files import (
+    Source,
+    assert_same_bits,
+    edit_json,
+    edit_tensors,
+    encoder_tensors_of,
+    tensors_of,
+    without_checksums,
+)
 from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError
@@ -249,7 +257,7 @@ def test_fp8_is_dequantised_without_asking_and_said_so(tmp_path: Path) -> None:
 
 def as_if(checkpoint: Path, **sections: Any) -> None:
     """Let an fp32 checkpoint say that its source was bfloat16; ``train`` makes it a training run's."""
-    path = checkpoint / "iter_0000000" / "run_config.yaml"
+    path = without_checksums(checkpoint / "iter_0000000") / "run_config.yaml"
     run_config = yaml.safe_load(path.read_text())
     run_config["encoder"]["dtype"] = "bfloat16"
     path.write_text(yaml.safe_dump({**run_config, **sections}))
