@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.hf_files import Source
+from support.hf_files import Source, without_checksums
 
 from megatron_embed.conversion.convert_checkpoints import main
 
@@ -87,7 +87,7 @@ def test_overwrite_never_replaces_the_source_that_the_checkpoint_remembers(
 def test_overwrite_never_replaces_the_source_that_is_given(
     place: str, vlm: Path, checkpoint: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    config = checkpoint / "iter_0000000" / "run_config.yaml"
+    config = without_checksums(checkpoint / "iter_0000000") / "run_config.yaml"
     config.write_text(config.read_text().replace(str(vlm), str(tmp_path / "gone")))
     (vlm.parent / "config.json").write_text("{}")
     out = TARGETS[place](vlm, tmp_path)
@@ -127,7 +127,7 @@ def test_what_training_started_from_is_a_source_too(
     """A run that began with an imported checkpoint names only that; what it was imported from must outlive it too."""
     run_folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(checkpoint, run_folder)
-    path = run_folder / "iter_0000000" / "run_config.yaml"
+    path = without_checksums(run_folder / "iter_0000000") / "run_config.yaml"
     config = yaml.safe_load(path.read_text())
     config["model"]["hf_model"] = None
     config["checkpoint"] = {"pretrained_checkpoint": str(checkpoint), "load": None}

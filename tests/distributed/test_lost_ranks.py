@@ -47,7 +47,7 @@ def launch(folder: Path, number: signal.Signals, waits_in: str, processes: int =
     program.write_text(PROGRAM)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command = [*torchrun, str(program), str(int(number)), waits_in, str(folder / "stacks")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1
     assert "this should not happen" not in done.stderr
     return [line for line in done.stderr.splitlines() if line.startswith("error:")]
