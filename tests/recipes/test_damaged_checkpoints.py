@@ -125,9 +125,9 @@ def test_a_damaged_older_checkpoint_is_not_called_sound(folder: Path, run: Path)
 
 @pytest.mark.parametrize(("name", "damage"), [("__0_1.distcp", "flipped"), (".metadata", "missing"), ("", "tracker")])
 def test_with_allow_fallback_a_run_goes_on_from_the_newest_sound_checkpoint(
-    name: str, damage: str, folder: Path, run: Path, capsys: pytest.CaptureFixture[str]
+    name: str, damage: str, folder: Path, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = steps(folder, "undisturbed", 4)
+    whole = steps(folder, "undisturbed", 6)
     path = newest(run) / name
     if damage == "tracker":
         path = run / "checkpoints" / checkpoint_folder.TRACKER
@@ -135,10 +135,9 @@ def test_with_allow_fallback_a_run_goes_on_from_the_newest_sound_checkpoint(
         shutil.rmtree(newest(run))
     else:
         DAMAGES[damage](path)
-    assert steps(folder, "run", 4, "checkpoint.allow_fallback=true") == whole
-    told = capsys.readouterr().err
-    assert re.search(rf"{path}: .*; going on from {run}/checkpoints/iter_0000002 instead", told), told
-    assert checkpoint_folder.resolve(run) == newest(run)  # written anew
+    assert steps(folder, "run", 6, "checkpoint.allow_fallback=true") == whole
+    assert re.search(rf"{path}: .*; going on from {run}/checkpoints/iter_0000002 instead", caplog.text), caplog.text
+    assert checkpoint_folder.is_sound(newest(run))  # written anew
     Encoder.from_pretrained(run, device="cpu").close()
 
 
