@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -106,7 +106,9 @@ class _SummedFile(BufferedWriter):
 
 def bytes_on_all_ranks(state: dict[str, Any]) -> int:
     """Bytes of the tensors that a save will write."""
-    tensors = [each for each in nested_values(state) if isinstance(getattr(each, "data", None), torch.Tensor)]
+    # plain tensors, such as fp16's loss scale, go into common.pt, which is small
+    sharded = [each for each in nested_values(state) if isinstance(each, ShardedBase)]
+    tensors = [each for each in sharded if isinstance(each.data, torch.Tensor)]
     own = sum(each.data.nbytes for each in tensors if is_main_replica(each.replica_id))
     total = torch.tensor(own, dtype=torch.int64, device=host.device())
     dist.all_reduce(total)
