@@ -65,6 +65,7 @@ DEFAULTS = {
     "train.log_interval": 10,
     "train.save_dir": None,
     "train.seed": 42,
+    "train.timeout_minutes": 10.0,
     "optimizer.lr": 5e-6,
     "optimizer.min_lr": 0.0,
     "optimizer.temperature_lr": 1e-2,
@@ -77,6 +78,7 @@ DEFAULTS = {
     "checkpoint.pretrained_checkpoint": None,
     "checkpoint.load": None,
     "checkpoint.resume": True,
+    "checkpoint.allow_fallback": False,
     "logger.tensorboard": True,
     "logger.wandb_project": None,
 }

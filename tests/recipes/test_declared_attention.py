@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from sentence_transformers import SentenceTransformer
-from support.hf_files import edit_json
+from support.hf_files import edit_json, without_checksums
 from support.ready import make_ready
 from support.runs import recipe, write_pairs
 from transformers import AutoModel
@@ -59,7 +59,7 @@ def unasked(folder: Path, tmp_path: Path) -> Path:
 
 
 def _edit_run(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = checkpoint / "iter_0000000" / "run_config.yaml"
+    path = without_checksums(checkpoint / "iter_0000000") / "run_config.yaml"
     run = yaml.safe_load(path.read_text())
     change(run)
     path.write_text(yaml.safe_dump(run))
