@@ -141,7 +141,7 @@ class Checksums:
         """
         wanted = self._files.get(name)
         with self._lock:
-            blocks = range(start // BLOCK, -(-stop // BLOCK))
+            blocks = range(start // BLOCK, -(-stop // BLOCK) if start < stop else 0)
             unread = [block for block in blocks if (name, block) not in self._right]
             if wanted is None or not unread:
                 return

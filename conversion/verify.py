@@ -16,6 +16,7 @@ from megatron_embed.bridge.families import is_vlm
 from megatron_embed.bridge.mapping import Weight
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
+from megatron_embed.conversion.checksums import DamagedCheckpoint
 from megatron_embed.conversion.compare_configs import (
     compare_attention,
     compare_configs,
@@ -132,6 +133,8 @@ def verify(
         sections = _checkpoint_files(source, other, config, notes, causal=causal)
     try:
         opened, pairs = _open(source, other, config)
+    except DamagedCheckpoint:
+        raise
     except UserError as error:
         if not any(section.differences for section in sections):
             raise

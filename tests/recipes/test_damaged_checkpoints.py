@@ -102,7 +102,6 @@ def test_a_damaged_file_is_named_with_the_newest_sound_checkpoint(
     assert not (folder / "out").exists()
 
 
-@pytest.mark.xfail(reason="fails since the branches were merged; the cause is not known yet")
 def test_a_checkpoint_without_checksums_loads_as_before_and_a_short_file_is_named(folder: Path, run: Path) -> None:
     for path in (run / "checkpoints").glob(f"iter_*/{CHECKSUMS}"):
         path.unlink()
@@ -163,7 +162,6 @@ def test_sums_do_not_depend_on_the_pieces_in_which_bytes_come() -> None:
     assert sums_in_pieces(content[: 2 * BLOCK], []).sums == whole.sums[:2]
 
 
-@pytest.mark.xfail(reason="fails since the branches were merged; the cause is not known yet")
 def test_only_the_blocks_that_are_read_are_checked_and_shares_cover_all(tmp_path: Path) -> None:
     path = tmp_path / "__0_0.distcp"
     path.write_bytes(bytes(5 * BLOCK + 7))
