@@ -129,7 +129,7 @@ FOUND: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*DRY, "checkpoint.pretrained_checkpoint=empty"), ("checkpoint.pretrained_checkpoint: empty: not a Megatron",)),
     (
         (*DRY, "checkpoint.pretrained_checkpoint=cut"),
-        ("checkpoint.pretrained_checkpoint: cut/", "was cut short"),
+        ("checkpoint.pretrained_checkpoint: cut/", ".distcp: damaged: found ", " bytes, wanted "),
     ),
     ((*DRY, "checkpoint.load=none"), ("checkpoint.load: none: no such folder; wanted a Megatron checkpoint",)),
     ((*DRY, "train.save_dir=pairs.jsonl"), ("train.save_dir: pairs.jsonl: is a file; wanted a folder",)),
