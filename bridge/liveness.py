@@ -70,6 +70,8 @@ class _World:
 
 
 _world: _World | None = None
+#: taken by the thread that ends this process, and never given back
+_ending = threading.Lock()
 
 
 def join(store: Any, *, rank: int, size: int, minutes: float, limited: bool = False) -> None:
@@ -166,6 +168,15 @@ def say_end(message: str) -> None:
         _in_time(_world.publish)
 
 
+def begin_end() -> None:
+    """Return to the thread that is the first to end this process; keep any other until the process is gone.
+
+    The main thread and that of :func:`watch` can notice one fault at the same moment. The second must not end the
+    process while the first still writes its message.
+    """
+    _ending.acquire()
+
+
 def end_lost() -> None:
     """End the processes on this host that :func:`explain` found not to answer: a stopped one heeds no other signal."""
     for process in _world.lost if _world is not None else []:
@@ -205,6 +216,7 @@ def _watch(signals: int, end: Callable[[int, str], Any]) -> None:
             others = _in_time(_world.exchange) if _world is not None else None
             if (known := _end_of(others or [])) is not None:
                 end(1, known)
+            begin_end()
             say_end(_TERMINATED)
             os._exit(128 + signal.SIGTERM)
         if not ready and _seconds_left() == 0:

@@ -155,6 +155,8 @@ def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
 
 def _exit_with(status: int, message: str) -> NoReturn:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not alone:
+        liveness.begin_end()
     liveness.say_end(message.strip())
     if _speaks_for_all():
         # on a terminal another rank's progress bar may stand on this line

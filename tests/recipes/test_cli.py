@@ -170,6 +170,38 @@ def test_of_several_ranks_the_first_to_fail_speaks(
     assert spoken == ["error: told once\n", ""]
 
 
+_TWO_ENDS = """
+import threading
+from megatron_embed.recipes import cli
+
+speaks, claimed, other = cli._speaks_for_all, threading.Event(), threading.Event()
+
+def slowly():
+    if claimed.is_set():
+        other.set()
+        return speaks()
+    claimed.set()
+    found = speaks()
+    other.wait(1)  # where the other thread may come as far as this, it does
+    return found
+
+cli._speaks_for_all = slowly
+threading.Thread(target=cli._exit_with, args=(1, "rank 1 is gone"), daemon=True).start()
+claimed.wait()
+cli._exit_with(1, "the connection broke")
+"""
+
+
+def test_of_two_threads_that_end_a_rank_the_first_finishes_its_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "0").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    ended = _python(_TWO_ENDS)
+    assert (ended.returncode, ended.stderr) == (1, "error: rank 1 is gone\n")
+
+
 def _python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code] if code else [sys.executable, *argv]
     return subprocess.run(
