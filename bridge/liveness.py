@@ -70,6 +70,8 @@ class _World:
 
 
 _world: _World | None = None
+#: writing to this wakes the thread of :func:`watch`
+_wakeup: int | None = None
 #: taken by the thread that ends this process, and never given back
 _ending = threading.Lock()
 
@@ -86,6 +88,8 @@ def join(store: Any, *, rank: int, size: int, minutes: float, limited: bool = Fa
     global _world
     _world = _World(store, rank, size, minutes, limited)
     _world.publish()
+    if _wakeup is not None:
+        os.write(_wakeup, b"\0")  # no signal's number: the thread only looks again how long it may sleep
 
 
 def leave() -> None:
@@ -194,9 +198,10 @@ def watch(end: Callable[[int, str], Any]) -> None:
     Args:
         end: ends the process, with a status and a message.
     """
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    global _wakeup
+    read, _wakeup = os.pipe()
+    os.set_blocking(_wakeup, False)
+    signal.set_wakeup_fd(_wakeup, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)  # without a handler the thread would not be told
     os.register_at_fork(after_in_child=_unwatch)
     threading.Thread(target=_watch, args=(read, end), name="liveness", daemon=True).start()
@@ -204,6 +209,8 @@ def watch(end: Callable[[int, str], Any]) -> None:
 
 def _unwatch() -> None:
     """A forked child has no such thread, and its signals are not this process's."""
+    global _wakeup
+    _wakeup = None
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -224,11 +231,15 @@ def _watch(signals: int, end: Callable[[int, str], Any]) -> None:
 
 
 def _seconds_left() -> float | None:
-    """Until this rank stood for too long where it stands; None: as long as it likes."""
+    """Return how long the thread may sleep before it looks again whether this rank stood for too long; None: for ever.
+
+    That is 0 where it did. A part without a limit may give way to one with a limit at any time, so that the thread
+    never sleeps for longer than the limit.
+    """
     if _world is None or not _world.limited:
-        return 60.0  # when it may have joined a world
-    left = _world.since + 60 * _world.minutes - time.monotonic()
-    return min(max(0.0, left), 60.0)
+        return None
+    limit = 60 * _world.minutes
+    return min(max(0.0, _world.since + limit - time.monotonic()), limit)
 
 
 def _end_of(others: list[Note]) -> str | None:
