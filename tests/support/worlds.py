@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -13,19 +14,41 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+#: what every world needs and takes long to import: one process imports it, and the ranks are forked from that one
+PRELOADED = (
+    "pytest",
+    "transformers.models.ministral3.modeling_ministral3",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron_embed.bridge.encoder",
+    "megatron_embed.conversion.convert_checkpoints",
+    "megatron_embed.recipes.training",
+)
+
 
 def run_world(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call ``function(*args)`` in every process of a fresh world; return each rank's result.
 
     The rendezvous is a file, so no port is taken. A rank that raises fails the call at once with its traceback.
-    Spawning costs about 10 s of imports: run many cases in one world.
     """
+    multiprocessing.set_forkserver_preload(list(PRELOADED))  # heeded when the server starts, at the first world
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_child, args=(world_size, folder, function, args), nprocs=world_size, join=True)
+        every = (world_size, folder, dict(os.environ), function, args)
+        mp.start_processes(_child, args=every, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _child(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _child(
+    rank: int,
+    world_size: int,
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.clear()  # the server's is that of its start
+    os.environ.update(environment)
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     from megatron_embed.bridge import host
