@@ -17,10 +17,12 @@ from megatron_embed.bridge import liveness
 from megatron_embed.bridge.errors import UsageError, UserError, explain
 from megatron_embed.conversion.arguments import Parser, positive
 from megatron_embed.recipes import RECIPES
-from megatron_embed.recipes.config import RecipeConfig, load_run_config
+from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.config_errors import nearest
 from megatron_embed.recipes.layout import layout_of
 from megatron_embed.recipes.logs import shown_log
-from megatron_embed.recipes.overrides import apply_overrides, nearest
+from megatron_embed.recipes.overrides import apply_overrides
+from megatron_embed.recipes.run_config import load_run_config
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,7 +100,7 @@ def _base(recipe: str | None, config: Path | None) -> RecipeConfig:
         hint = f"did you mean {match!r}?" if match else f"known: {', '.join(RECIPES)}"
         raise UsageError(f"unknown recipe {recipe!r}; {hint}")
     base = RECIPES[recipe]() if recipe is not None else None
-    return base if config is None and base is not None else load_run_config(config or "", base=base)
+    return base if config is None and base is not None else load_run_config(config or "", base=base, recipes=RECIPES)
 
 
 def recipe_table() -> Table:

@@ -6,16 +6,14 @@ Every key is a field below; strict throughout, so that a typo or a value of the 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from megatron_embed.bridge.config import Pooling
 from megatron_embed.bridge.errors import UsageError
+from megatron_embed.recipes.config_errors import explain_validation_error
 
 
 def _no_bool(value: Any) -> Any:
@@ -66,11 +64,9 @@ class Section(BaseModel):
 
     @classmethod
     def _refused(cls, error: ValidationError) -> UsageError:
-        from megatron_embed.recipes.overrides import explain_validation_error
-
         sections = {field.annotation: name for name, field in RecipeConfig.model_fields.items()}
         sections[DataSource] = "data.train"
-        return UsageError(explain_validation_error(error, prefix=sections.get(cls, "")))
+        return UsageError(explain(error, prefix=sections.get(cls, "")))
 
 
 class ModelSection(Section):
@@ -311,7 +307,7 @@ class RecipeConfig(Section):
         return cfg
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, section by section; :func:`config_from_dict` is the inverse."""
+        """Return plain values by section; :func:`megatron_embed.recipes.run_config.config_from_dict` is the inverse."""
         return self.model_dump(mode="json")
 
 
@@ -324,74 +320,7 @@ def keys(model: type[Section] = RecipeConfig, prefix: str = "") -> Iterator[tupl
             yield f"{prefix}{name}", field
 
 
-def config_from_dict(
-    values: Mapping[str, Any], *, base: RecipeConfig | None = None, where: str = "config"
-) -> RecipeConfig:
-    """A config from nested plain values laid over ``base``'s.
-
-    Raises:
-        UsageError: an unknown key (with the nearest known one) or a bad value, named ``where: key``.
-    """
-    from megatron_embed.recipes.overrides import explain_validation_error, refuse_unknown_keys
-
-    refuse_unknown_keys(values, where=where)
-    merged: dict[str, Any] = (base or RecipeConfig()).to_dict()
-    for name, value in values.items():
-        merged[name] = {**merged[name], **value} if isinstance(merged[name], dict) else value
-    try:
-        return RecipeConfig.model_validate(merged)
-    except ValidationError as error:
-        raise UsageError(f"{where}: {explain_validation_error(error)}") from None
-
-
-def load_run_config(path: str | Path, *, base: RecipeConfig | None = None) -> RecipeConfig:
-    """Read a ``run_config.yaml``; keys that it lacks keep ``base``'s values, or those of the recipe that it names."""
-    from megatron_embed.recipes import RECIPES
-
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); wanted a run_config.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{path}: found {type(values).__name__}; wanted sections such as 'train:' with their keys")
-    if base is None and values.get("recipe") in RECIPES:
-        base = RECIPES[values["recipe"]]()
-    return config_from_dict(values, base=base, where=str(path))
-
-
-def save_run_config(cfg: RecipeConfig, path: str | Path) -> None:
-    """Write ``cfg`` as YAML, atomically: a reader sees the old file or the new one, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(to_yaml(cfg))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)  # mkstemp's 0600 would hide the run from colleagues
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-
-
-def to_yaml(cfg: RecipeConfig) -> str:
-    """``cfg`` as ``run_config.yaml`` holds it."""
-    return yaml.safe_dump(cfg.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-def differences(a: RecipeConfig, b: RecipeConfig, prefixes: Iterable[str]) -> list[tuple[str, Any, Any]]:
-    """(key, value in a, value in b) for every key that starts with one of ``prefixes`` and differs."""
-    flat_a, flat_b, wanted = dict(_flat(a)), dict(_flat(b)), tuple(prefixes)
-    return [(key, flat_a[key], flat_b[key]) for key in flat_a if key.startswith(wanted) and flat_a[key] != flat_b[key]]
-
-
-def _flat(cfg: RecipeConfig) -> Iterator[tuple[str, Any]]:
-    values = cfg.to_dict()
-    for key, _ in keys():
-        section, _, name = key.rpartition(".")
-        yield key, values[section][name] if section else values[name]
+def explain(error: ValidationError, *, prefix: str = "", found: Any = None) -> str:
+    """Describe a pydantic error about a recipe in one line; see :func:`explain_validation_error`."""
+    known = [key for key, _ in keys()]
+    return explain_validation_error(error, known, DataSource.model_fields, prefix=prefix, found=found)

@@ -8,15 +8,19 @@ from pathlib import Path
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError, named
 from megatron_embed.bridge.layout import pipeline_split
-from megatron_embed.recipes.config import RecipeConfig, to_yaml
+from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.inputs import check_inputs, start_of
 from megatron_embed.recipes.layout import layout_of, validate, validate_layout
+from megatron_embed.recipes.run_config import NO_RECIPES, Recipes, to_yaml
 
 
-def describe(cfg: RecipeConfig, world_size: int) -> str:
+def describe(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RECIPES) -> str:
     """The resolved config as YAML and, as comments, the layout; nothing is built and no weight is read.
 
     A model or data that no key names may still be missing.
+
+    Args:
+        recipes: see :func:`megatron_embed.recipes.resume.trained_config`.
 
     Raises:
         UserError: a layout that cannot hold; data, a model, a checkpoint or an evaluation folder that is not there or
@@ -28,7 +32,7 @@ def describe(cfg: RecipeConfig, world_size: int) -> str:
     encoder = _encoder(cfg)
     if encoder is not None:
         validate_layout(cfg, encoder)
-    _check_resume(asked, Path(cfg.train.save_dir or ""))
+    _check_resume(asked, Path(cfg.train.save_dir or ""), recipes)
     model, train = cfg.model, cfg.train
     replicas = layout_of(cfg).data_parallel_size(world_size)
     micro = f"{train.micro_batch_size} texts" if train.micro_batch_size else f"{train.micro_batch_tokens} tokens"
@@ -94,9 +98,9 @@ def _may_be_fetched(name: str) -> bool:
     return True
 
 
-def _check_resume(asked: RecipeConfig, save_dir: Path) -> None:
+def _check_resume(asked: RecipeConfig, save_dir: Path, recipes: Recipes) -> None:
     """Refuse a ``save_dir`` that holds another run, as training would."""
     if asked.checkpoint.resume and (save_dir / "checkpoints").is_dir():
         from megatron_embed.recipes.resume import find_start
 
-        find_start(asked, save_dir)
+        find_start(asked, save_dir, recipes=recipes)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import FirstRankParser, run_program
-from megatron_embed.recipes.config import DataSection, DataSource, load_run_config
+from megatron_embed.recipes.config import DataSection, DataSource
 from megatron_embed.recipes.data import open_source
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.formats import PairReader
@@ -22,6 +23,7 @@ from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair, re
 from megatron_embed.recipes.pairs import Pair
 from megatron_embed.recipes.read_through import checked
 from megatron_embed.recipes.rows import Rows, place
+from megatron_embed.recipes.run_config import load_run_config
 
 if TYPE_CHECKING:
     from megatron_embed.recipes.tokenization import Kind, TextTokenizer
@@ -215,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: Any) -> None:
-    data, unusable = load_run_config(args.config).data if args.config else DataSection(), []
+    data, unusable = load_run_config(args.config, recipes=RECIPES).data if args.config else DataSection(), []
     if args.files:
         data = data.model_copy(update={"train": [DataSource(path=path) for path in args.files]})
     tokenizer = open_tokenizer(args.model, data) if args.model else None

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
-from megatron_embed.recipes.config import RecipeConfig, config_from_dict, differences
+from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.run_config import NO_RECIPES, Recipes, config_from_dict, differences, recipe_named
 
 #: what a run that goes on must not have changed
 RESUME_KEYS = (
@@ -95,12 +96,15 @@ class Start:
         )
 
 
-def find_start(asked: RecipeConfig, save_dir: Path, *, instead: Path | None = None) -> Start | None:
+def find_start(
+    asked: RecipeConfig, save_dir: Path, *, instead: Path | None = None, recipes: Recipes = NO_RECIPES
+) -> Start | None:
     """The checkpoint to go on from, if there is one and the run is the same.
 
     Args:
         asked: the recipe as the user gave it, with nothing derived.
         instead: go on from this one of ``save_dir``, as the newest is damaged.
+        recipes: see :func:`trained_config`.
 
     Raises:
         DamagedCheckpoint: a file of the checkpoint is not as it was written.
@@ -125,7 +129,7 @@ def find_start(asked: RecipeConfig, save_dir: Path, *, instead: Path | None = No
         )
     before = None
     if resumes:
-        before, directory = trained_config(iter_dir)
+        before, directory = trained_config(iter_dir, recipes)
         _refuse_changes(before, directory, asked, save_dir)
     if samples % batch:
         raise UserError(
@@ -154,14 +158,15 @@ def beside_the_config(*, sentence: dict[str, Any], encoder: dict[str, Any]) -> d
     return {_DIRECTORY: os.getcwd(), "sentence": sentence, "encoder": encoder}
 
 
-def trained_config(iter_dir: Path) -> tuple[RecipeConfig, Path]:
+def trained_config(iter_dir: Path, recipes: Recipes = NO_RECIPES) -> tuple[RecipeConfig, Path]:
     """(the recipe as its user gave it, the folder where its relative paths start) of a training run's checkpoint.
+
+    Args:
+        recipes: the one that the checkpoint names says the keys that an earlier version did not write.
 
     Raises:
         UserError: it is missing or damaged, or has keys that this version does not know.
     """
-    from megatron_embed.recipes import RECIPES
-
     values = checkpoint_folder.read_run_config(iter_dir)
     path = iter_dir / checkpoint_folder.RUN_CONFIG
     if "train" not in values:
@@ -171,8 +176,7 @@ def trained_config(iter_dir: Path) -> tuple[RecipeConfig, Path]:
         )
     directory = values.pop(_DIRECTORY, None)
     values = {key: value for key, value in values.items() if key not in _OF_EXPORTS}
-    base = RECIPES[values["recipe"]]() if values.get("recipe") in RECIPES else None
-    cfg = config_from_dict(values, base=base, where=str(path))
+    cfg = config_from_dict(values, base=recipe_named(values, recipes), where=str(path))
     if directory is None and cfg.optimizer.warmup_iters == cfg.train.train_iters // 10:
         # earlier versions wrote the derived value there, as if it had been asked for
         cfg.optimizer.warmup_iters = None

@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 
 from megatron_embed.conversion import checkpoint_folder
-from megatron_embed.recipes.config import RecipeConfig, save_run_config
+from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.resume import Start, checkpoints_folder
+from megatron_embed.recipes.run_config import save_run_config
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import parse_train_arguments, recipe_table, run_program
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.inputs import check_inputs
@@ -23,7 +24,7 @@ class _CallableModule(ModuleType):
         """Run the training that ``cfg`` describes; see :func:`megatron_embed.recipes.training.train`."""
         from megatron_embed.recipes.training import train
 
-        return train(cfg)
+        return train(cfg, recipes=RECIPES)
 
 
 sys.modules[__name__].__class__ = _CallableModule
@@ -45,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if args.dry_run:
             from megatron_embed.recipes.dry_run import describe
 
-            print(describe(args.cfg, args.world_size))
+            print(describe(args.cfg, args.world_size, recipes=RECIPES))
             return
         validate(args.cfg, args.world_size)  # both before the imports that take seconds
         check_inputs(args.cfg)
         from megatron_embed.recipes.training import train
 
-        train(args.cfg)
+        train(args.cfg, recipes=RECIPES)
 
     run_program(body, debug=args.debug)
 

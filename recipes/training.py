@@ -35,6 +35,7 @@ from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.optimizer import TrainState, set_up_training
 from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, check_teachers, micro_batches
 from megatron_embed.recipes.resume import Start, find_start, may_fall_back
+from megatron_embed.recipes.run_config import NO_RECIPES, Recipes
 from megatron_embed.recipes.run_folder import RunFolder
 from megatron_embed.recipes.source import ModelSource, open_source
 from megatron_embed.recipes.step import contrastive_step, learned_temperature
@@ -45,8 +46,11 @@ _LOG = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def train(cfg: RecipeConfig) -> Path:
+def train(cfg: RecipeConfig, *, recipes: Recipes = NO_RECIPES) -> Path:
     """Fine-tune as the recipe says, on as many processes as there are.
+
+    Args:
+        recipes: see :func:`megatron_embed.recipes.resume.trained_config`.
 
     Returns:
         The folder of the run (``train.save_dir``).
@@ -55,7 +59,7 @@ def train(cfg: RecipeConfig) -> Path:
         UserError: bad input; nothing that was there before is damaged.
     """
     try:
-        return _train(cfg)
+        return _train(cfg, recipes)
     except DamagedCheckpoint as error:
         damage, older = error.damage, error.older
         own, of_another = may_fall_back(cfg, older) if older is not None else (False, False)
@@ -65,12 +69,12 @@ def train(cfg: RecipeConfig) -> Path:
         _LOG.warning(f"{damage}; going on from {older} instead (checkpoint.allow_fallback)")
     cfg = cfg.model_copy(deep=True)
     if own:
-        return _train(cfg, instead=older)
+        return _train(cfg, recipes, instead=older)
     cfg.checkpoint.load = str(older)
-    return _train(cfg)
+    return _train(cfg, recipes)
 
 
-def _train(cfg: RecipeConfig, *, instead: Path | None = None) -> Path:
+def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) -> Path:
     began = time.perf_counter()
     asked, cfg = cfg.model_copy(deep=True), cfg.resolved()
     asked.train.save_dir = cfg.train.save_dir
@@ -84,7 +88,7 @@ def _train(cfg: RecipeConfig, *, instead: Path | None = None) -> Path:
     asked.model.bidirectional = cfg.model.bidirectional = source.made_bidirectional
     validate_layout(cfg, source.config)
     save_dir = Path(cfg.train.save_dir or "")
-    start = find_start(asked, save_dir, instead=instead)
+    start = find_start(asked, save_dir, instead=instead, recipes=recipes)
     if start is not None and (done := start.nothing_to_do(cfg.train.train_iters)):
         if parallel.rank() == 0:
             _LOG.info(done)

@@ -14,7 +14,8 @@ from support.tiny_models import save_model
 from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import parse_train_arguments, run_program
-from megatron_embed.recipes.config import RecipeConfig, load_run_config, save_run_config
+from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.run_config import load_run_config, save_run_config
 from megatron_embed.recipes.train import main
 
 TINY = "ministral3_tiny_embed_config"

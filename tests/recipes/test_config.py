@@ -10,16 +10,10 @@ import yaml
 
 from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes import RECIPES
-from megatron_embed.recipes.config import (
-    DataSource,
-    OptimizerSection,
-    RecipeConfig,
-    differences,
-    keys,
-    load_run_config,
-    save_run_config,
-)
-from megatron_embed.recipes.overrides import ALIASES, apply_overrides
+from megatron_embed.recipes.config import DataSource, OptimizerSection, RecipeConfig, keys
+from megatron_embed.recipes.config_errors import ALIASES
+from megatron_embed.recipes.overrides import apply_overrides
+from megatron_embed.recipes.run_config import differences, load_run_config, save_run_config
 
 # What users rely on: adding a key is a feature, renaming one or changing a default is a break.
 DEFAULTS = {
@@ -283,7 +277,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 def test_partial_yaml_is_laid_over_the_recipe_that_it_names(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("recipe: ministral3_8b_embed_config\noptimizer:\n  lr: 1e-5\n")
-    cfg = load_run_config(path)
+    cfg = load_run_config(path, recipes=RECIPES)
     assert cfg.model.tensor_model_parallel_size == 2
     assert cfg.optimizer.lr == 1e-5
     assert load_run_config(path, base=RecipeConfig()).model.tensor_model_parallel_size == 1

@@ -13,8 +13,8 @@ from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.conversion import checkpoint_folder, model_state
 from megatron_embed.recipes import checkpointing
-from megatron_embed.recipes.config import save_run_config
 from megatron_embed.recipes.metrics import Reporter
+from megatron_embed.recipes.run_config import save_run_config
 from megatron_embed.recipes.run_folder import RunFolder
 from megatron_embed.recipes.training import Run, train
 

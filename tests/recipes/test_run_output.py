@@ -17,11 +17,11 @@ from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.conversion import checkpoint_folder, convert_checkpoints
 from megatron_embed.recipes.cli import run_program
-from megatron_embed.recipes.config import save_run_config
 from megatron_embed.recipes.metrics import Reporter
 from megatron_embed.recipes.progress import progress
 from megatron_embed.recipes.report import read_run, write_report
 from megatron_embed.recipes.resume import Start, checkpoints_folder
+from megatron_embed.recipes.run_config import save_run_config
 from megatron_embed.recipes.run_folder import RunFolder
 from megatron_embed.recipes.train import main
 
@@ -161,7 +161,7 @@ def test_a_run_from_its_first_line_to_the_export(folder: Path, capsys: pytest.Ca
 
 LIBRARY = """
 from megatron_embed.recipes import Encoder, RecipeConfig, train
-from megatron_embed.recipes.config import load_run_config
+from megatron_embed.recipes.run_config import load_run_config
 
 if __name__ == "__main__":
     cfg = load_run_config("silent.yaml")
