@@ -1,10 +1,11 @@
-"""What is said where a disk does not take what is written."""
+"""A folder that cannot be written to, and a disk that does not take what is written: what is said."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,23 @@ def writing_to(folder: Path) -> Iterator[None]:
         if error.errno not in _NO_SPACE:
             raise
         raise UserError(f"{folder}: {explain_unwritten(error, folder)}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that could not be made or written to; nothing is left there.
+
+    Raises:
+        UserError: saying of which folder the system said what.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; wanted a folder, which is made if it is not there")
+    above = folder
+    try:
+        above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({above}: {error.strerror}); give another folder") from None
 
 
 def system_error(error: BaseException) -> OSError | None:

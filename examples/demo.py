@@ -180,7 +180,7 @@ def report(
 ) -> None:
     """The HTML page: scores, similarities before and after, the training curves."""
     from megatron_embed.recipes import Encoder
-    from megatron_embed.recipes.report import heat_map, read_run, table, write_report
+    from megatron_embed.recipes.run_report import heat_map, read_run, table, write_report
 
     shown = 10
     queries, passages = pairs["queries"][:shown], pairs["passages"][:shown]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from megatron_embed.recipes.config import RecipeConfig
-    from megatron_embed.recipes.encode import Encoder
+    from megatron_embed.recipes.encoder import Encoder
     from megatron_embed.recipes.llama import llama31_8b_embed_config, llama32_1b_embed_config
     from megatron_embed.recipes.ministral3 import (
         ministral3_3b_embed_config,
@@ -33,7 +33,7 @@ _RECIPE_MODULES = {
     "llama31_8b_embed_config": "llama",
 }
 #: other exported name → its module
-_MODULES = {"Encoder": "encode", "RecipeConfig": "config"}
+_MODULES = {"Encoder": "megatron_embed.recipes.encoder", "RecipeConfig": "megatron_embed.recipes.config"}
 
 __all__ = [
     "RECIPES",
@@ -54,7 +54,8 @@ def __getattr__(name: str) -> Any:
         return {recipe: __getattr__(recipe) for recipe in _RECIPE_MODULES}
     if name == "train":  # the module is callable: see train.py
         return importlib.import_module(f"{__name__}.train")
-    module = _RECIPE_MODULES.get(name) or _MODULES.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    if name in _RECIPE_MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_RECIPE_MODULES[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

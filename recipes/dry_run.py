@@ -9,8 +9,8 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError, named
 from megatron_embed.bridge.layout import pipeline_split
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.inputs import check_inputs, start_of
-from megatron_embed.recipes.layout import layout_of, validate, validate_layout
+from megatron_embed.recipes.inputs import check_inputs
+from megatron_embed.recipes.layout import layout_of, start_of, validate, validate_layout
 from megatron_embed.recipes.run_config import NO_RECIPES, Recipes, to_yaml
 
 

@@ -1,7 +1,5 @@
 """A corpus → a folder of vectors, over all data-parallel ranks, to be stopped at any moment and resumed.
 
-``torchrun … -m megatron_embed.recipes.encode --model M --input corpus.jsonl --output DIR``
-
 The rows are cut into shards, a few thousand each, in the order of the input; what a shard's vectors are depends on
 nothing outside it. In each round every model replica takes one shard, sorts it by length, packs it by
 token budget and writes it. A rank holds one shard's vectors, never the corpus'.
@@ -23,8 +21,7 @@ from megatron.core import parallel_state
 from megatron_embed.bridge import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.corpus import Corpus, Texts
-from megatron_embed.recipes.encode import Encoder, encode_here, encode_sequences
-from megatron_embed.recipes.encode_command import main
+from megatron_embed.recipes.encoder import Encoder, encode_here, encode_sequences
 from megatron_embed.recipes.fingerprints import fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
 from megatron_embed.recipes.odd_rows import report
@@ -45,8 +42,6 @@ from megatron_embed.recipes.vectors import (
     write_file,
 )
 from megatron_embed.recipes.writer_lock import LOCK, writing
-
-__all__ = ["check_corpus", "encode_texts", "main"]
 
 _CALIBRATION_ROWS = 1024
 
@@ -200,11 +195,10 @@ class _Job:
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def check_corpus(texts: Corpus, *, strict: bool = False) -> None:
+def report_oddities(texts: Corpus, *, strict: bool = False) -> None:
     """Rank 0 reads all of it once, and says what can be used and looks odd.
 
     Raises:
         UserError: on every rank, what is wrong with the corpus; with ``strict`` what looks odd, too.
     """
-
     on_first_rank(lambda: report([texts.check().odd], strict=strict))

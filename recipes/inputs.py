@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from pathlib import Path
 
 from megatron_embed.bridge.errors import UserError, named
-from megatron_embed.recipes.beir import check_folder, check_names, is_beir
+from megatron_embed.conversion.disk_errors import check_writable
+from megatron_embed.recipes.beir import check_folder, check_names
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.rows import check_file, hub_parts
+from megatron_embed.recipes.dataset import check_source
 
 
 def check_inputs(cfg: RecipeConfig) -> None:
@@ -38,46 +38,6 @@ def check_inputs(cfg: RecipeConfig) -> None:
             f"logger.wandb_project: found {cfg.logger.wandb_project!r}, but wandb is not installed; "
             f"pip install wandb, or leave the key out"
         )
-
-
-def start_of(cfg: RecipeConfig) -> tuple[str, str]:
-    """Where a run's first weights lie: the key that says so, and what it says; empty where no key does."""
-    if cfg.checkpoint.pretrained_checkpoint:
-        return "checkpoint.pretrained_checkpoint", cfg.checkpoint.pretrained_checkpoint
-    if cfg.checkpoint.load and not cfg.model.hf_model:
-        return "checkpoint.load", cfg.checkpoint.load
-    return "model.hf_model", cfg.model.hf_model or ""
-
-
-def check_source(path: str) -> None:
-    """Refuse a source of training pairs that is not there, or of a kind that is not read. Hub data is not looked up."""
-    if path.startswith("hf://"):
-        hub_parts(path)
-    elif Path(path).is_dir():
-        if not is_beir(path):
-            raise UserError(
-                f"{path}: a folder, but no BEIR folder; wanted corpus.jsonl, queries.jsonl, qrels/train.tsv"
-            )
-        check_folder(path, "train")
-    else:
-        check_file(path)
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that could not be made or written to; nothing is left there.
-
-    Raises:
-        UserError: saying of which folder the system said what.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; wanted a folder, which is made if it is not there")
-    above = folder
-    try:
-        above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=above):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({above}: {error.strerror}); give another folder") from None
 
 
 def _is_installed(package: str) -> bool:

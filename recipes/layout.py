@@ -19,6 +19,15 @@ def layout_of(cfg: RecipeConfig) -> Layout:
     )
 
 
+def start_of(cfg: RecipeConfig) -> tuple[str, str]:
+    """Where a run's first weights lie: the key that says so, and what it says; empty where no key does."""
+    if cfg.checkpoint.pretrained_checkpoint:
+        return "checkpoint.pretrained_checkpoint", cfg.checkpoint.pretrained_checkpoint
+    if cfg.checkpoint.load and not cfg.model.hf_model:
+        return "checkpoint.load", cfg.checkpoint.load
+    return "model.hf_model", cfg.model.hf_model or ""
+
+
 def validate(cfg: RecipeConfig, world_size: int, *, inputs: bool = True) -> None:
     """Refuse a recipe that cannot run on ``world_size`` ranks; ``inputs=False`` allows a model or data not yet named.
 

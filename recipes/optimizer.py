@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.recipes.config import OptimizerSection
-from megatron_embed.recipes.plan_state import bucket_size
+from megatron_embed.recipes.gradient_buckets import bucket_size
 
 
 class FusedAdamW(torch.optim.Optimizer):

@@ -16,6 +16,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.layout import Layout, pipeline_split
 from megatron_embed.bridge.mapping import weights
 from megatron_embed.bridge.transforms import padded_vocab_size
+from megatron_embed.recipes.gradient_buckets import bucket_size
 
 FP32 = 4
 #: bytes of a parameter or an activation
@@ -24,8 +25,6 @@ WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 ADAM_BYTES = 8
 #: where parameters begin and buffers end under the distributed optimizer, in values
 _PARAMETER_ALIGNMENT, _BUFFER_ALIGNMENT = 64, 128
-#: values of a gradient bucket: at least, and at least times the data-parallel ranks
-BUCKET = (40_000_000, 1_000_000)
 
 #: weights of a layer in the order in which the modules register them
 _LAYER_ORDER = (
@@ -114,11 +113,6 @@ def states(
 
 def _add(a: State, b: State) -> State:
     return State(a.parameters + b.parameters, a.gradients + b.gradients, a.optimizer + b.optimizer)
-
-
-def bucket_size(replicas: int) -> int:
-    """Values after which a bucket of gradients is closed: megatron-core's own rule, by data-parallel ranks."""
-    return max(BUCKET[0], BUCKET[1] * replicas)
 
 
 def _buffer(sizes: Sequence[int], width: int, distributed: bool, group: int, bucket: int | None) -> list[State]:

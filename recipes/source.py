@@ -19,7 +19,7 @@ from megatron_embed.conversion.sentence_files import SentenceSettings, read_sent
 from megatron_embed.conversion.tokenizer_files import has_tokenizer
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.first_rank import on_every_rank
-from megatron_embed.recipes.inputs import start_of
+from megatron_embed.recipes.layout import start_of
 
 if TYPE_CHECKING:
     from megatron_embed.bridge.encoder import Encoder

@@ -9,35 +9,20 @@ The loss depends on the parameters only through the embeddings, so ``∂L/∂θ 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_embed.bridge import host
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.recipes.batching import MicroBatch
 from megatron_embed.recipes.loss import ContrastiveLoss
+from megatron_embed.recipes.schedule import encode_micro_batches, run_schedule
 from megatron_embed.recipes.targets import Targets
-
-#: (output of the last stage, micro-batch) → what the schedule wants of a loss function
-LossFunction = Callable[..., Any]
-
-
-def encode_micro_batches(stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor] | None:
-    """Forward only, no graph: each micro-batch's ``[n, hidden]`` on the last stage; None on the others."""
-
-    def collect(micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> Tensor:
-        return micro_batch.rows(output.detach())
-
-    with torch.no_grad():  # the schedule itself does not forbid a graph
-        outputs = _run_schedule(stages, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
-    return outputs if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
 
 
 def contrastive_step(
@@ -82,7 +67,7 @@ def _direct(
         # DDP averages over data-parallel ranks what is to be summed. Cloned: the schedule divides in place.
         return value * loss.world, value.detach().clone()
 
-    losses = _run_schedule(stages, micro_batches, loss_function, forward_only=False)
+    losses = run_schedule(stages, micro_batches, loss_function, forward_only=False)
     return losses[0] if losses else None
 
 
@@ -114,35 +99,8 @@ def _cached(
             total = total + (log_temperature * temperature_gradient * once).sum()
         return total * factor, total.detach().clone()
 
-    _run_schedule(stages, micro_batches, surrogate, forward_only=False)
+    run_schedule(stages, micro_batches, surrogate, forward_only=False)
     return value
-
-
-def _run_schedule(
-    stages: Sequence[torch.nn.Module],
-    micro_batches: Sequence[MicroBatch],
-    loss_function: LossFunction,
-    *,
-    forward_only: bool,
-    collect_non_loss_data: bool = False,
-) -> list[Any]:
-    """megatron-core's schedule for the current layout; what the loss function reports, on the last stage."""
-
-    def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        micro_batch = next(iterator)
-        return model(micro_batch.tokens.to(host.device())), partial(loss_function, micro_batch)
-
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(micro_batches) for _ in stages],
-        model=list(stages),
-        num_microbatches=len(micro_batches),
-        # read from the tensors themselves (variable_seq_lengths); the schedules want some number
-        seq_length=1,
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=collect_non_loss_data,
-    )
 
 
 def _share_loss(loss: Tensor | None) -> float:

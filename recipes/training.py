@@ -25,8 +25,8 @@ from megatron_embed.conversion.disk_errors import writing_to
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
-from megatron_embed.recipes.encode import encode_sequences
+from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.encoder import encode_sequences
 from megatron_embed.recipes.inputs import check_inputs
 from megatron_embed.recipes.layout import check_candidates, layout_of, validate, validate_layout
 from megatron_embed.recipes.loss import ContrastiveLoss
@@ -337,7 +337,7 @@ class Run:
         }
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
-        from megatron_embed.recipes.evaluate import evaluate
+        from megatron_embed.recipes.evaluation import evaluate
 
         return evaluate(self._encode_texts(), self.collections, bm25=False)
 

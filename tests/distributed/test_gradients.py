@@ -106,7 +106,7 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
     from megatron.core import parallel_state
 
     from megatron_embed.bridge import linear
-    from megatron_embed.recipes import plan_state
+    from megatron_embed.recipes import gradient_buckets
     from megatron_embed.recipes.batching import BatchingPlan
     from megatron_embed.recipes.config import LossSection
     from megatron_embed.recipes.loss import ContrastiveLoss
@@ -126,7 +126,7 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
             recompute=case.recompute,
         )
         linear.onednn_takes = lambda x, weight: case.onednn
-        plan_state.BUCKET = (2000, 0)  # many buckets, reduced while backward goes on
+        gradient_buckets.BUCKET = (2000, 0)  # many buckets, reduced while backward goes on
         stages = wrap_ddp(encoders, overlap=case.packed)
         for stage in stages:
             stage.zero_grad_buffer()

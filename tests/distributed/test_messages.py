@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
-from megatron_embed.recipes import plan_state
+from megatron_embed.recipes import gradient_buckets
 
 LAYOUTS = [Layout(pp=2), Layout(pp=2, vpp=2), Layout(pp=4), Layout(pp=4, vpp=2), Layout(tp=2, pp=2), Layout(cp=2, pp=2)]
 QUERIES = 16
@@ -100,11 +100,12 @@ def three_steps(layout: Layout) -> Ledger:
     from megatron_embed.recipes.config import LossSection
     from megatron_embed.recipes.loss import ContrastiveLoss
     from megatron_embed.recipes.optimizer import wrap_ddp
-    from megatron_embed.recipes.step import contrastive_step, encode_micro_batches
+    from megatron_embed.recipes.schedule import encode_micro_batches
+    from megatron_embed.recipes.step import contrastive_step
     from megatron_embed.recipes.targets import Targets
 
     config = EncoderConfig.from_hf(tiny_config(num_hidden_layers=8), temperature=0.05)
-    plan_state.BUCKET = (2000, 0)  # many buckets
+    gradient_buckets.BUCKET = (2000, 0)  # many buckets
     ledger = Ledger()
     with parallel_world(layout), pytest.MonkeyPatch.context() as patch:
         watch(patch, ledger)

@@ -17,7 +17,7 @@ from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
-from megatron_embed.recipes import plan_state
+from megatron_embed.recipes import gradient_buckets
 from megatron_embed.recipes.config import OptimizerSection
 from megatron_embed.recipes.plan_activations import Activations, Shape, in_flight
 from megatron_embed.recipes.plan_state import State, chunks_of, states
@@ -113,7 +113,7 @@ def allocated(case: Case) -> tuple[int, int, State]:
     encoders = build_stages(config(), transformer, learn_temperature=case.learn_temperature)
     for parameter in (p for encoder in encoders for p in encoder.parameters()):
         torch.nn.init.normal_(parameter, std=0.02)
-    plan_state.BUCKET = SMALL_BUCKET
+    gradient_buckets.BUCKET = SMALL_BUCKET
     section = OptimizerSection(distributed=case.distributed, overlap_grad_reduce=case.overlap)
     state = set_up_training(encoders, section, train_iters=10)
     for stage in state.stages:
@@ -295,7 +295,7 @@ def test_the_plan_is_what_ranks_allocate(world: int, monkeypatch: pytest.MonkeyP
     steps = {1: [Layout()], 2: [Layout(pp=2), Layout(pp=2, vpp=2)], 4: [Layout(pp=4)]}[world]
     results = run_world(measure, world, cases, of_micro_batch, steps)
     failures = []
-    monkeypatch.setattr(plan_state, "BUCKET", SMALL_BUCKET)
+    monkeypatch.setattr(gradient_buckets, "BUCKET", SMALL_BUCKET)
     for number, case in enumerate(cases):
         for of_rank, _, _ in results:
             pp_rank, rank, found = of_rank[number]

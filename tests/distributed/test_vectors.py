@@ -34,7 +34,7 @@ def texts() -> list[list[int]]:
 
 def encode_all(layouts: list[Layout], state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     from megatron_embed.recipes.batching import BatchingPlan
-    from megatron_embed.recipes.encode import encode_sequences
+    from megatron_embed.recipes.encoder import encode_sequences
 
     found = {}
     for layout in layouts:

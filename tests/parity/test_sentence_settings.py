@@ -24,7 +24,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.sentence_files import read_sentence_settings
-from megatron_embed.recipes import Encoder, encode_corpus, mine, train
+from megatron_embed.recipes import Encoder, encode, mine, miner, train
 from megatron_embed.recipes import evaluate as evaluate_module
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.mining import MiningRules
@@ -226,7 +226,7 @@ def test_mining_in_python_wants_vectors_for_scores(tmp_path: Path) -> None:
         Encoder.from_pretrained(folder, device="cpu") as encoder,
         pytest.raises(UserError, match=r"its similarity is the cosine and its vectors are not normalised; wanted an"),
     ):
-        mine.mine(encoder, *inputs, rules=MiningRules(), cache=tmp_path / "cache")
+        miner.mine(encoder, *inputs, rules=MiningRules(), cache=tmp_path / "cache")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -247,7 +247,7 @@ def test_encode_takes_kinds_and_named_prompts(options: list[str], way: str, tmp_
     (tmp_path / "texts").write_text("\n".join(TEXTS))
     arguments = ["--model", str(folder), "--input", str(tmp_path / "texts"), "--output", str(tmp_path / "v")]
     with pytest.raises(SystemExit) as ended:
-        encode_corpus.main([*arguments, "--device", "cpu", *options])
+        encode.main([*arguments, "--device", "cpu", *options])
     assert not ended.value.code
     vectors = VectorFolder(tmp_path / "v")
     assert_equal({way: vectors.rows(0, 4)}, {way: theirs(folder)[way]})

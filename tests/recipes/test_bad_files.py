@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.tiny_models import save_model
 
-from megatron_embed.recipes import encode_corpus, evaluate, inspect_data, mine
+from megatron_embed.recipes import encode, evaluate, inspect_data, mine
 from megatron_embed.recipes.train import main as train_main
 
 PAIR = '{"query": "q", "positive": "p"}\n'
@@ -200,7 +200,7 @@ class Commands:
         return [mine.main, *self._model, "--data", self._pairs(), "--corpus", path, "--output", self.out]
 
     def encode(self, path: Path) -> list[Any]:
-        return [encode_corpus.main, *self._model, "--input", path, "--output", self.out]
+        return [encode.main, *self._model, "--input", path, "--output", self.out]
 
     def evaluate(self, path: Path) -> list[Any]:
         return [evaluate.main, *self._model, "--data", path, "--output", self.out]

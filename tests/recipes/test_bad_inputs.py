@@ -23,7 +23,7 @@ from support.tiny_models import save_model
 
 from megatron_embed.conversion import convert_checkpoints
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.recipes import encode_corpus, evaluate, inspect_data, mine, plan, report
+from megatron_embed.recipes import encode, evaluate, inspect_data, mine, plan, report
 from megatron_embed.recipes.train import main as train_main
 
 TINY = "ministral3_tiny_embed_config"
@@ -40,7 +40,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "train": train_main,
     "plan": plan.main,
     "evaluate": evaluate.main,
-    "encode": encode_corpus.main,
+    "encode": encode.main,
     "mine": mine.main,
     "data": inspect_data.main,
     "report": report.main,

@@ -12,11 +12,11 @@ import pytest
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import Encoder, encode_corpus, mine, odd_rows
+from megatron_embed.recipes import Encoder, encode, encode_corpus, miner, odd_rows
 from megatron_embed.recipes.beir import load_beir, read_texts
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.corpus import Corpus
-from megatron_embed.recipes.data import PairDataset
+from megatron_embed.recipes.dataset import PairDataset
 from megatron_embed.recipes.inspect_data import look_through
 from megatron_embed.recipes.mining import MiningRules
 from megatron_embed.recipes.vectors import VectorFolder
@@ -69,7 +69,7 @@ def test_odd_texts_are_kept_counted_and_refused_only_by_strict(
     path = write(tmp_path / "c.jsonl", documents([*ODD, " ", ""]))
     arguments = ["--model", str(model), "--input", str(path), "--output", str(tmp_path / "out"), "--device", "cpu"]
     with pytest.raises(SystemExit) as ended:
-        encode_corpus.main([*arguments, *(["--strict"] if strict else [])])
+        encode.main([*arguments, *(["--strict"] if strict else [])])
     err = capsys.readouterr().err
     assert int(ended.value.code or 0) == status, err
     assert f"{path}: 2 rows have no text; their vectors are the prompt's, first line 6" in err
@@ -179,7 +179,7 @@ def test_a_corpus_without_text_is_named_and_what_is_wanted_there(kind: str, enco
     with pytest.raises(UserError, match=message):
         Corpus(path).check()
     with pytest.raises(UserError, match=message):
-        mine.mine(encoder, str(pairs), Corpus(path), tmp_path / "out", rules=MiningRules(), cache=tmp_path / "cache")
+        miner.mine(encoder, str(pairs), Corpus(path), tmp_path / "out", rules=MiningRules(), cache=tmp_path / "cache")
     assert not (tmp_path / "out").exists()
     if kind not in ("array", "parquet"):  # BEIR folders know JSON lines only
         write(tmp_path / "queries.jsonl", [{"_id": "q", "text": "q"}])

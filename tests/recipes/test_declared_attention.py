@@ -25,7 +25,7 @@ from megatron_embed.conversion import convert_checkpoints
 from megatron_embed.conversion.declared_attention import declares_causal
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.recipes import Encoder, encode_corpus, evaluate, inspect_data, mine, train
+from megatron_embed.recipes import Encoder, encode, evaluate, inspect_data, mine, train
 
 TEXTS = ["how do plants eat?", "one two three " * 20]
 CAUSAL = {
@@ -95,7 +95,7 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple[Callable[[list[str]], Any], lis
         ["import", "--hf-model", str(folder / "causal"), "--megatron-path", str(out)],
     ),
     "encode": lambda folder, out: (
-        encode_corpus.main,
+        encode.main,
         ["--model", str(folder / "causal"), "--input", str(folder / "words"), "--output", str(out), "--device", "cpu"],
     ),
     "evaluate": lambda folder, out: (

@@ -15,7 +15,7 @@ from support.full_disk import files_of_at_most
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import Encoder, encode_corpus, vectors
+from megatron_embed.recipes import Encoder, encode, encode_corpus, vectors
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.odd_rows import NO_TEXT
@@ -282,11 +282,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     model, path = save_model(tmp_path / "model"), write_corpus(tmp_path / "corpus.jsonl")
     arguments = ["--model", str(model), "--input", str(path), "--device", "cpu"]
     with pytest.raises(SystemExit) as ended:
-        encode_corpus.main([*arguments, "--output", str(tmp_path / "out"), "--dim", "8", "--precision", "float16"])
+        encode.main([*arguments, "--output", str(tmp_path / "out"), "--dim", "8", "--precision", "float16"])
     assert not ended.value.code
     assert "out: 60 vectors of 8 × float16 in 8 shards" in capsys.readouterr().out
     assert read_all(VectorFolder(tmp_path / "out"))[1].shape == (60, 8)
     with pytest.raises(SystemExit) as ended:
-        encode_corpus.main([*arguments, "--output", str(tmp_path / "out"), "--dim", "9", "--precision", "float16"])
+        encode.main([*arguments, "--output", str(tmp_path / "out"), "--dim", "9", "--precision", "float16"])
     assert ended.value.code == 1
     assert "dim 8, now 9" in capsys.readouterr().err

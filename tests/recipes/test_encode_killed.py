@@ -13,6 +13,7 @@ from support.killing import call_in_fresh_process, run_killed
 from support.tiny_models import save_model
 from test_encode_corpus import ROWS, files_of, write_corpus
 
+from megatron_embed.recipes import encode as command
 from megatron_embed.recipes import encode_corpus, writer_lock
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.tokenization import TextTokenizer
@@ -39,7 +40,7 @@ def encode(folder: Path, output: Path) -> None:
     """The program itself, with small shards; ends the process."""
     encode_corpus.plan_shards = lambda rows, _: SHARDS
     arguments = ["--model", str(folder / "model"), "--input", str(folder / "corpus.jsonl"), "--output", str(output)]
-    encode_corpus.main([*arguments, "--precision", "int8", "--device", "cpu"])
+    command.main([*arguments, "--precision", "int8", "--device", "cpu"])
 
 
 def complete_shards(output: Path, whole: dict[str, bytes]) -> int:

@@ -17,7 +17,8 @@ from support.tiny_models import save_model
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import ABSENT, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
-from megatron_embed.recipes.evaluate import evaluate, main, markdown_table, metrics, rank, score
+from megatron_embed.recipes.evaluate import main
+from megatron_embed.recipes.evaluation import evaluate, markdown_table, metrics, rank, score
 from megatron_embed.recipes.vectors import write_file
 
 WORDS = ["apple", "river", "stone", "cloud", "engine", "violin", "harbor", "lantern", "meadow", "copper"]

@@ -19,7 +19,7 @@ from megatron_embed.conversion.sentence_files import SentenceSettings, write_sen
 from megatron_embed.recipes import Encoder
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
-from megatron_embed.recipes.mine import key
+from megatron_embed.recipes.miner import key
 from megatron_embed.recipes.source import ModelSource
 from megatron_embed.recipes.vectors import DTYPES
 

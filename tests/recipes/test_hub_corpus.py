@@ -71,7 +71,7 @@ def test_encode_takes_the_hub_and_resumes(
     def encode(source: str, output: str) -> int:
         arguments = ["--model", str(folder / "model"), "--device", "cpu", "--input", source]
         with pytest.raises(SystemExit) as ended:
-            encode_corpus.main([*arguments, "--output", str(tmp_path / output)])
+            encode.main([*arguments, "--output", str(tmp_path / output)])
         return int(ended.value.code or 0)
 
     rows = read(folder / "corpus.jsonl")

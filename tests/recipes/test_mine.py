@@ -20,9 +20,9 @@ from support.worlds import run_world
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.recipes import Encoder, encode_corpus, mine, train
+from megatron_embed.recipes import Encoder, encode_corpus, mine, miner, train
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.data import PairDataset
+from megatron_embed.recipes.dataset import PairDataset
 from megatron_embed.recipes.mining import REASONS, MiningRules
 from megatron_embed.recipes.writer_lock import LOCK, writing
 
@@ -319,7 +319,7 @@ def test_positives_that_are_documents_are_not_encoded_again(
 ) -> None:
     """The output is, to the byte, that of encoding all positives; scores are, but for the rounding of a sum."""
     with monkeypatch.context() as patch:
-        patch.setattr(mine, "find_documents", lambda source, corpus, ids: np.full(len(source), -1))
+        patch.setattr(miner, "find_documents", lambda source, corpus, ids: np.full(len(source), -1))
         run(encoder, folder, tmp_path / "all.jsonl", cache=tmp_path / "all")
         run(encoder, folder, tmp_path / "all-scores.jsonl", with_scores=True, cache=tmp_path / "all")
     counts = texts_encoded(monkeypatch)

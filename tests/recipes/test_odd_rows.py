@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.runs import recipe, write_pairs
 from support.tiny_models import save_model, save_vlm
 
-from megatron_embed.recipes import encode_corpus, evaluate, inspect_data, mine, train
+from megatron_embed.recipes import encode, evaluate, inspect_data, mine, train
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.inspect_data import _percentiles, _repeats
 from megatron_embed.recipes.mining_input import check_corpus
@@ -97,7 +97,7 @@ def without_bars(err: str) -> str:
 @pytest.mark.parametrize("strict", [False, True])
 def test_encode(strict: bool, model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", model, "--input", folder, "--output", tmp_path / "out", "--device", "cpu"]
-    assert status_of(encode_corpus.main, *arguments, *["--strict"] * strict) == strict
+    assert status_of(encode.main, *arguments, *["--strict"] * strict) == strict
     assert_told(without_bars(capsys.readouterr().err), remarks(folder / "corpus.jsonl", ODD_CORPUS), strict=strict)
     assert (tmp_path / "out").exists() != strict
 
@@ -163,7 +163,7 @@ def test_train(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 def test_nothing_odd_says_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lines(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "one"}, {"_id": "b", "text": "two"}])
     arguments = ["--model", model, "--input", path, "--output", tmp_path / "out", "--device", "cpu", "--strict"]
-    assert status_of(encode_corpus.main, *arguments) == 0
+    assert status_of(encode.main, *arguments) == 0
     assert not without_bars(capsys.readouterr().err)
 
 

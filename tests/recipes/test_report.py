@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.report import heat_map, main, read_run, table, write_report
+from megatron_embed.recipes.report import main
+from megatron_embed.recipes.run_report import heat_map, read_run, table, write_report
 
 
 @pytest.fixture

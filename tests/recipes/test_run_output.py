@@ -19,10 +19,10 @@ from megatron_embed.conversion import checkpoint_folder, convert_checkpoints
 from megatron_embed.recipes.cli import run_program
 from megatron_embed.recipes.metrics import Reporter
 from megatron_embed.recipes.progress import progress
-from megatron_embed.recipes.report import read_run, write_report
 from megatron_embed.recipes.resume import Start, checkpoints_folder
 from megatron_embed.recipes.run_config import save_run_config
 from megatron_embed.recipes.run_folder import RunFolder
+from megatron_embed.recipes.run_report import read_run, write_report
 from megatron_embed.recipes.train import main
 
 

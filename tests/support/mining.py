@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from megatron_embed.recipes import Encoder, cross_encoder, encode_corpus, mine
+from megatron_embed.recipes import Encoder, cross_encoder, encode_corpus, mine, miner
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.mining import Audit, MiningRules
 from megatron_embed.recipes.vectors import plan_shards
@@ -42,7 +42,7 @@ def run(encoder: Encoder, folder: Path, output: Path, rules: MiningRules | None 
     """Mine ``train.jsonl`` of the folder with its ``corpus.jsonl``, or with ``corpus``."""
     options = {"cache": folder / "vectors", **options}
     corpus = Corpus(options.pop("corpus", folder / "corpus.jsonl"))
-    return mine.mine(encoder, str(folder / "train.jsonl"), corpus, output, rules=rules or MiningRules(), **options)
+    return miner.mine(encoder, str(folder / "train.jsonl"), corpus, output, rules=rules or MiningRules(), **options)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
