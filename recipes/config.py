@@ -96,6 +96,15 @@ class ModelSection(Section):
     """Activations computed again in the backward pass instead of kept."""
 
 
+#: the keys that say how a model is laid out over the ranks
+LAYOUT_KEYS = (
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+)
+
+
 class LossSection(Section):
     """The contrastive objective."""
 

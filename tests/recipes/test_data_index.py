@@ -353,7 +353,7 @@ def test_rows_opened_before_a_change_are_not_kept_as_the_changed_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = DataSource(path=str(json_lines(tmp_path)))
-    reader = data.PairReader
+    reader = dataset.PairReader
 
     def meanwhile(rows: Any) -> Any:
         with open(source.path, "a") as file:
