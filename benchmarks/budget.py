@@ -77,7 +77,7 @@ def train_ours(cfg: RecipeConfig, meter: Meter, *, keep: bool) -> None:
         keep: write a checkpoint where the meter ends the run; the last step's is written anyway.
     """
 
-    class Metered(training.Run):
+    class Metered(training.TrainingRun):
         def loop(self, start: int) -> None:
             meter.start()
             super().loop(start)
@@ -90,7 +90,7 @@ def train_ours(cfg: RecipeConfig, meter: Meter, *, keep: bool) -> None:
                 raise _EnoughError
             return found
 
-    with mock.patch.object(training, "Run", Metered), suppress(_EnoughError):
+    with mock.patch.object(training, "TrainingRun", Metered), suppress(_EnoughError):
         train(cfg)
 
 

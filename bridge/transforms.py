@@ -7,8 +7,6 @@ evenly and packing the slices gives exactly Megatron's slice of the packed weigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -59,16 +57,6 @@ def even_range(size: int, *, rank: int, world: int) -> slice:
     return slice(rank * step, (rank + 1) * step)
 
 
-def split_tp(full: Tensor, *, dim: int | None, world: int) -> list[Tensor]:
-    """The slices of all tensor-parallel ranks; ``dim=None`` means replicated."""
-    return [full] * world if dim is None else list(full.chunk(world, dim=dim))
-
-
-def merge_tp(slices: Sequence[Tensor], *, dim: int | None) -> Tensor:
-    """Inverse of :func:`split_tp`."""
-    return slices[0] if dim is None else torch.cat(list(slices), dim=dim)
-
-
 def padded_vocab_size(vocab_size: int, *, world: int) -> int:
     """The smallest multiple of the tensor-parallel size that holds the vocabulary (997 at TP 2 → 998)."""
     return -(-vocab_size // world) * world
@@ -78,11 +66,6 @@ def pad_vocab(embedding: Tensor, *, rows: int) -> Tensor:
     """Append zero rows to ``[vocab, hidden]`` until there are ``rows``; no token id reaches them."""
     missing = rows - embedding.shape[0]
     return embedding if missing == 0 else torch.nn.functional.pad(embedding, (0, 0, 0, missing))
-
-
-def unpad_vocab(embedding: Tensor, *, vocab_size: int) -> Tensor:
-    """Inverse of :func:`pad_vocab`."""
-    return embedding[:vocab_size]
 
 
 def dequantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:

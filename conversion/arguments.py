@@ -1,10 +1,12 @@
-"""Command lines: a parser whose messages are one line, and types of arguments."""
+"""Command lines: a parser whose messages are one line, types of arguments, and how a command ends."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import sys
+import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -38,3 +40,37 @@ def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"found {text!r}; wanted a whole number from 0 up")
     return int(text)
+
+
+def run_command(
+    body: Callable[[], object],
+    *,
+    debug: bool,
+    interrupted: tuple[int, str],
+    unexpected: Callable[[BaseException], str],
+) -> tuple[int, str]:
+    """Run a command and say how it ended.
+
+    Args:
+        body: returns its exit status, or something else for 0.
+        debug: show the traceback of a user's error in place of its message.
+        interrupted: status and message after Ctrl-C.
+        unexpected: makes the message about an error that is no user's; called while it is handled.
+
+    Returns:
+        the exit status, and what is to be said on stderr: nothing where the body came to its end.
+    """
+    from megatron_embed.bridge.errors import UserError, explain  # after what begins before slow imports
+
+    try:
+        status = body()
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        return interrupted
+    except (UserError, OSError) as error:
+        failed, message = explain(error)
+        return failed, traceback.format_exc() if debug else message
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        return 1, unexpected(error)
+    return (status if isinstance(status, int) else 0), ""

@@ -1,4 +1,4 @@
-"""An output folder that is there whole, or not at all."""
+"""An output, a folder or a file, that is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, BinaryIO
 
 from megatron_embed.bridge.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _LOCK = ".writing"
 
@@ -62,6 +67,35 @@ def atomic_output(
         raise
     finally:
         os.close(lock)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file ``NAME.partial`` beside ``path`` and rename it at the end, when all of it is on the disk.
+
+    Whatever ends the block early, ``path`` is as before. One process at a time may write a path.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def save_array(file: BinaryIO, values: np.ndarray) -> None:
+    """Write an array into an open ``.npy`` file; whatever fails raises.
+
+    Numpy writes by itself into what it knows to be a file, and on a full disk says neither which error it met nor, of
+    the last 4 KiB, that it met one.
+    """
+    import numpy as np
+
+    np.save(SimpleNamespace(write=file.write), values, allow_pickle=False)
 
 
 def refuse_sources(path: str | os.PathLike[str], sources: Iterable[Path]) -> None:

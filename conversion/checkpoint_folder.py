@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import declared_attention
+from megatron_embed.conversion.atomic import atomic_file
 from megatron_embed.conversion.checksums import CHECKSUMS, Checksums, DamagedCheckpoint
 from megatron_embed.conversion.hf_folder import read_json
 from megatron_embed.conversion.sentence_files import (
@@ -47,9 +48,8 @@ def iteration_folder(root: Path, iteration: int) -> Path:
 
 def write_tracker(root: Path, iteration: int) -> None:
     """Make ``iteration`` the one that ``root`` stands for. Replaced in one step."""
-    partial = root / f"{TRACKER}.partial"
-    partial.write_text(f"{iteration}\n", encoding="utf-8")
-    partial.replace(root / TRACKER)
+    with atomic_file(root / TRACKER) as file:
+        file.write(f"{iteration}\n".encode())
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -285,7 +285,7 @@ def sentence_settings(iter_dir: Path, config: EncoderConfig) -> SentenceSettings
     return replace(default_settings(config), **{**stated, **lengths})
 
 
-def made_bidirectional(iter_dir: Path, *, bidirectional: bool, consent: str = declared_attention.CONSENT) -> bool:
+def was_made_bidirectional(iter_dir: Path, *, bidirectional: bool, consent: str = declared_attention.CONSENT) -> bool:
     """Whether a checkpoint was made, as its ``run_config.yaml`` or the user says, of an embedder of causal attention.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_embed.bridge.config import EncoderConfig, stock_text_config
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import BIDIRECTIONAL, VLMS, is_vlm
-from megatron_embed.conversion.comparison import NOT_STATED, Difference, Section, compare_values, flatten
+from megatron_embed.conversion.comparison import NOT_STATED, ComparedSection, Difference, compare_values, flatten
 from megatron_embed.conversion.hf_folder import read_json
 from megatron_embed.conversion.sidecars import without_local_paths
 
@@ -50,7 +50,7 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # ---- configs
 
 
-def compare_configs(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> Section:
+def compare_configs(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> ComparedSection:
     """Compare the contents of two ``config.json``: the language towers, and where both are VLMs all the rest.
 
     Raises:
@@ -65,12 +65,14 @@ def compare_configs(found: Mapping[str, Any], wanted: Mapping[str, Any], *, wher
     if is_vlm(found) and is_vlm(wanted):
         more, different = _compare_shared(_vlm_values(found), _vlm_values(wanted), where=where)
         count, differences = count + more, differences + different
-    return Section("config", count, differences)
+    return ComparedSection("config", count, differences)
 
 
-def compare_encoders(found: EncoderConfig, wanted: Mapping[str, Any], *, where: str) -> Section:
+def compare_encoders(found: EncoderConfig, wanted: Mapping[str, Any], *, where: str) -> ComparedSection:
     """Compare a checkpoint's encoder with the contents of the source's ``config.json``."""
-    return Section("config", *_compare_shared(_kept(found.to_hf().to_dict()), _text_values(wanted), where=where))
+    return ComparedSection(
+        "config", *_compare_shared(_kept(found.to_hf().to_dict()), _text_values(wanted), where=where)
+    )
 
 
 def _compare_shared(found: dict[str, Any], wanted: dict[str, Any], *, where: str) -> tuple[int, list[Difference]]:
@@ -150,7 +152,7 @@ def stated_causality(raw: Mapping[str, Any]) -> bool | None:
     return None if value is None else bool(value)
 
 
-def compare_attention(found: bool | None, *, causal: bool, where: str) -> Section:
+def compare_attention(found: bool | None, *, causal: bool, where: str) -> ComparedSection:
     """Compare ``is_causal`` of what was made of a source.
 
     Args:
@@ -160,16 +162,16 @@ def compare_attention(found: bool | None, *, causal: bool, where: str) -> Sectio
         where: the file and key that would state it.
     """
     if (found is not False) == causal:
-        return Section("attention", 1)
+        return ComparedSection("attention", 1)
     own = "True, as the source embeds (--bidirectional if it was taken as a base model)"
     wanted = own if causal else "False"
-    return Section("attention", 1, [Difference(where, NOT_STATED if found is None else str(found), wanted)])
+    return ComparedSection("attention", 1, [Difference(where, NOT_STATED if found is None else str(found), wanted)])
 
 
 # ---- processor
 
 
-def compare_processors(found: Path, wanted: Path) -> list[Section]:
+def compare_processors(found: Path, wanted: Path) -> list[ComparedSection]:
     """Compare how two VLMs' folders say that images are prepared, key by key; empty where neither says anything."""
     count, differences = 0, []
     for name in PROCESSOR_FILES:
@@ -183,4 +185,4 @@ def compare_processors(found: Path, wanted: Path) -> list[Section]:
             )
             more, different = compare_values(left, right, where=name)
             count, differences = count + more, differences + different
-    return [Section("processor", count, differences)] if count else []
+    return [ComparedSection("processor", count, differences)] if count else []

@@ -6,12 +6,12 @@ from dataclasses import asdict
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.comparison import Difference, Section, compare_values, flatten
+from megatron_embed.conversion.comparison import ComparedSection, Difference, compare_values, flatten
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.sentence_files import SentenceSettings, default_settings, read_sentence_settings
 
 
-def compare_folder_settings(found: HFFolder, source: HFFolder, config: EncoderConfig) -> Section:
+def compare_folder_settings(found: HFFolder, source: HFFolder, config: EncoderConfig) -> ComparedSection:
     """Compare an exported embedder's sentence-transformers files with those of its source.
 
     Args:
@@ -20,19 +20,21 @@ def compare_folder_settings(found: HFFolder, source: HFFolder, config: EncoderCo
     try:
         settings = read_sentence_settings(found.path)
     except UserError as error:
-        return Section("sentence settings", 1, [Difference("modules.json", str(error), "modules of an export")])
+        return ComparedSection("sentence settings", 1, [Difference("modules.json", str(error), "modules of an export")])
     if settings is None:
         missing = Difference("modules.json", "no such file", "an embedder's sentence-transformers files")
-        return Section("sentence settings", 1, [missing])
+        return ComparedSection("sentence settings", 1, [missing])
     section = compare_settings(settings, source, config, where="sentence-transformers files")
     # the config states them too, for those who load the bare model
     stated = {name: found.config[name] for name in ("pooling", "normalize") if found.config.get(name) is not None}
     same = {name: getattr(settings, name) for name in stated}
     count, differences = compare_values(stated, same, where="config.json")
-    return Section(section.name, section.compared + count, section.differences + differences)
+    return ComparedSection(section.name, section.compared + count, section.differences + differences)
 
 
-def compare_settings(found: SentenceSettings, source: HFFolder, config: EncoderConfig, *, where: str) -> Section:
+def compare_settings(
+    found: SentenceSettings, source: HFFolder, config: EncoderConfig, *, where: str
+) -> ComparedSection:
     """Compare settings with the source's own, or with those that an import gives to a source that states none.
 
     Args:
@@ -45,7 +47,7 @@ def compare_settings(found: SentenceSettings, source: HFFolder, config: EncoderC
         for name in _OF_A_BASE_MODEL:  # states none of these: what is made of it may take any
             left.pop(name, None)
             right.pop(name, None)
-    return Section("sentence settings", *compare_values(left, right, where=where))
+    return ComparedSection("sentence settings", *compare_values(left, right, where=where))
 
 
 #: how vectors are made and compared, on which a base model says nothing

@@ -12,7 +12,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion.checkpoint_weights import KEPT, CheckpointWeights
-from megatron_embed.conversion.comparison import Difference, Section
+from megatron_embed.conversion.comparison import ComparedSection, Difference
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.progress import byte_bar
 
@@ -25,7 +25,7 @@ _BLOCK = 1 << 22
 
 def compare_tensors(
     pairs: Iterator[Pair], source: HFFolder, missing: list[Difference], *, progress: bool
-) -> tuple[Section, list[str]]:
+) -> tuple[ComparedSection, list[str]]:
     """Compare all pairs; the source's tensor is rounded to the other's dtype first.
 
     Returns:
@@ -47,7 +47,7 @@ def compare_tensors(
     notes = [
         f"{number} tensor(s) compared as {_name(b)}: the source's are {_name(a)}" for (a, b), number in rounded.items()
     ]
-    return Section("tensors", count + len(missing), [*differences, *missing], largest), notes
+    return ComparedSection("tensors", count + len(missing), [*differences, *missing], largest), notes
 
 
 def _difference(name: str, wanted: Tensor, found: Tensor) -> Difference | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.comparison import Difference, Section, compare_values, flatten
+from megatron_embed.conversion.comparison import ComparedSection, Difference, compare_values, flatten
 from megatron_embed.conversion.hf_folder import read_json
 from megatron_embed.conversion.tokenizer_files import write_tokenizer
 
@@ -34,7 +34,7 @@ _CUT = 9
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "padding_side", "truncation_side")
 
 
-def compare_tokenizers(found: Path, wanted: Path) -> Section:
+def compare_tokenizers(found: Path, wanted: Path) -> ComparedSection:
     """Compare the tokenizer of what was made with that of its source.
 
     An embedder's folder must hold what :func:`write_tokenizer` makes of the source's tokenizer: BOS and EOS around
@@ -44,7 +44,7 @@ def compare_tokenizers(found: Path, wanted: Path) -> Section:
         UserError: a tokenizer cannot be read.
     """
     if not (found / "tokenizer.json").is_file():
-        return Section("tokenizer", 1, [Difference("tokenizer.json", "no such file", "the source's")])
+        return ComparedSection("tokenizer", 1, [Difference("tokenizer.json", "no such file", "the source's")])
     as_made = {path: (path / "modules.json").is_file() for path in (found, wanted)}
     edited = as_made[found] or as_made[wanted]
     left, right = load(found, edited=edited and not as_made[found]), load(wanted, edited=edited)
@@ -61,7 +61,7 @@ def compare_tokenizers(found: Path, wanted: Path) -> Section:
     more, special = compare_values(*values, where="tokenizer_config.json")
     differences += special
     unequal = len(differences) + max(len(changed) - 1, 0)  # the ids of all texts are one difference
-    return Section("tokenizer", count + len(probes) + more, differences, unequal=unequal)
+    return ComparedSection("tokenizer", count + len(probes) + more, differences, unequal=unequal)
 
 
 def reads_control_tokens(folder: Path) -> bool:

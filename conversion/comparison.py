@@ -28,7 +28,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Section:
+class ComparedSection:
     """All that was compared of one kind.
 
     Attributes:

@@ -7,12 +7,13 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from megatron_embed.conversion.arguments import Parser, positive
+from megatron_embed.conversion.arguments import Parser, positive, run_command
 from megatron_embed.conversion.page_cache import begin_reading
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -31,21 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_embed.bridge.errors import UserError, explain
+    def unexpected(error: BaseException) -> str:
+        return traceback.format_exc() if args.debug else f"{type(error).__name__}: {error} (--debug shows where)"
 
-    try:
-        return int(COMMANDS[args.command](args))
-    except KeyboardInterrupt:
-        status, message = 1, "interrupted; nothing was written"
-    except (UserError, OSError) as error:
-        if args.debug:
-            raise
-        status, message = explain(error)
-    except Exception as error:
-        if args.debug:
-            raise
-        status, message = 1, f"{type(error).__name__}: {error} (--debug shows where)"
-    print(f"error: {message}", file=sys.stderr)
+    status, message = run_command(
+        lambda: COMMANDS[args.command](args),
+        debug=args.debug,
+        interrupted=(1, "interrupted; nothing was written"),
+        unexpected=unexpected,
+    )
+    if message:
+        print(f"error: {message.strip()}", file=sys.stderr)
     return status
 
 
@@ -55,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     common = Parser(add_help=False)
     common.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
-    common.add_argument("--trust-remote-code", action="store_true", help="let a hub model's own code run")
+    common.add_argument(
+        "--trust-remote-code", action="store_true", help="refused for a model with code of its own: none is ever run"
+    )
     common.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
     common.add_argument("--debug", action="store_true", help="show tracebacks and library messages")
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|verify")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +11,29 @@ import torch
 from megatron_embed.bridge import mapping, transforms
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.mapping import Weight
 from megatron_embed.conversion.casts import Casts
 from megatron_embed.conversion.checkpoint_weights import CheckpointWeights, is_ignored, pack, read_cast, read_slices
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.tensor_stream import CheckpointReader
+
+
+def parameters_with_weights(
+    module: torch.nn.Module, config: EncoderConfig, *, layer_offset: int
+) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
+    """Yield each parameter of a stage by name with its row of the table, but for those that start from the recipe.
+
+    Raises:
+        UserError: a parameter has no row.
+    """
+    table = {weight.megatron: weight for weight in mapping.weights(config)}
+    for name, parameter in module.named_parameters():
+        if name in mapping.OWN_PARAMETERS:
+            continue
+        weight = table.get(mapping.checkpoint_name(name, layer_offset=layer_offset))
+        if weight is None:
+            raise UserError(f"parameter {name}: no weight of the source belongs to it")
+        yield name, parameter, weight
 
 
 def load_hf_weights(
@@ -43,16 +62,10 @@ def load_hf_weights(
     """
     folder.check(config)
     casts = casts or Casts(folder.path, rounding=True)
-    table = {weight.megatron: weight for weight in mapping.weights(config)}
     stages = [(encoder, layer_offset)] if isinstance(encoder, torch.nn.Module) else list(encoder)
     with torch.no_grad():
         for module, offset in stages:
-            for name, parameter in module.named_parameters():
-                if name in mapping.OWN_PARAMETERS:
-                    continue  # starts from the recipe
-                weight = table.get(mapping.checkpoint_name(name, layer_offset=offset))
-                if weight is None:
-                    raise UserError(f"parameter {name}: no weight of the source belongs to it")
+            for name, parameter, weight in parameters_with_weights(module, config, layer_offset=offset):
                 counted = weight.tp_dim is not None or tp_rank == 0
                 read = partial(read_cast, folder, casts, parameter.dtype, count=counted)
                 slices = read_slices(folder, weight, config, tp_rank=tp_rank, tp_size=tp_size, read=read)
@@ -84,12 +97,10 @@ def refuse_overflow(
     """
     reader = CheckpointReader(iter_dir)
     stored = {reader.dtype(name) for name in reader.names() if not is_ignored(name)}
-    table = {weight.megatron: weight for weight in mapping.weights(config)}
     for module, offset in stages:
-        for name, parameter in module.named_parameters():
-            weight = table.get(mapping.checkpoint_name(name, layer_offset=offset))
+        for _, parameter, weight in parameters_with_weights(module, config, layer_offset=offset):
             exact = all(torch.promote_types(dtype, parameter.dtype) == parameter.dtype for dtype in stored)
-            if weight is None or exact or not parameter.isinf().any():
+            if exact or not parameter.isinf().any():
                 continue
             for part, tensor in zip(weight.hf, CheckpointWeights(reader, config).hf_parts(weight), strict=True):
                 casts(part, tensor, parameter.dtype, count=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_embed.bridge.errors import UserError
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain_unwritten(error: BaseException, folder: Path, needed: int | None = None) -> str | None:
@@ -25,7 +25,7 @@ def explain_unwritten(error: BaseException, folder: Path, needed: int | None = N
     if cause is None or cause.errno is None:
         return None
     reason = os.strerror(cause.errno).lower()
-    if cause.errno not in _NO_SPACE:
+    if cause.errno not in NO_SPACE:
         return f"cannot be written ({reason})"
     while not folder.exists():
         folder = folder.parent
@@ -39,7 +39,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise
         raise UserError(f"{folder}: {explain_unwritten(error, folder)}") from error
 

@@ -23,6 +23,7 @@ from megatron_embed.bridge.mapping import Weight
 from megatron_embed.bridge.parallel import parallel_world, select_device
 from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
 from megatron_embed.conversion.compare_tokenizers import load
+from megatron_embed.conversion.direct import parameters_with_weights
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.tokenizer_files import has_tokenizer
 
@@ -129,15 +130,13 @@ def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]
     config = weights.config
     single = config.replace(num_hidden_layers=1, vocab_size=len(used))
     batch = TokenBatch.pad([[rows[token] for token in ids] for ids in texts], pad_id=0).to(host.device())
-    table = {weight.megatron: weight for weight in mapping.weights(config)}
     with parallel_world(Layout()):
         transformer = transformer_config(single, Layout(), dtype=torch.float32)
         states: Tensor | None = None
         for layer in range(config.num_hidden_layers):
             last = layer == config.num_hidden_layers - 1
             stage = Encoder(single, transformer, pre_process=not layer, post_process=last, use_te=False).eval()
-            for name, parameter in stage.named_parameters():
-                weight = table[mapping.checkpoint_name(name, layer_offset=layer)]
+            for _, parameter, weight in parameters_with_weights(stage, config, layer_offset=layer):
                 if weight.kind == "vocab":
                     parameter.zero_()[: len(used)] = weights.read_rows(weight, used)
                 else:

@@ -73,7 +73,7 @@ def export_hf(
     parse_size(max_shard_size)
     iter_dir = checkpoint_folder.resolve(megatron_path)
     source = HFFolder(hf_model, revision=revision, trust_remote_code=trust_remote_code) if hf_model else None
-    made = checkpoint_folder.made_bidirectional(iter_dir, bidirectional=bidirectional)
+    made = checkpoint_folder.was_made_bidirectional(iter_dir, bidirectional=bidirectional)
     if source is not None:
         made |= made_bidirectional(source.path, source.config, bidirectional=bidirectional or made)
     config = _config(iter_dir, source)

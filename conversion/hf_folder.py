@@ -54,7 +54,8 @@ class HFFolder:
     Args:
         path_or_id: a local folder, or a hub id (fetched with ``huggingface_hub``; a local folder never touches it).
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: kept for those who build models from the folder; nothing here runs the folder's code.
+        trust_remote_code: the user lets the model's own code run. Nothing here runs any, so a model that has some is
+            refused.
 
     Attributes:
         path: the local folder.
@@ -73,9 +74,13 @@ class HFFolder:
     ) -> None:
         self.source = str(path_or_id)
         self.revision = revision
-        self.trust_remote_code = trust_remote_code
         self.path = _locate(self.source, revision)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
+        if trust_remote_code and "auto_map" in self.config:
+            raise UserError(
+                f"{self.path / 'config.json'}: --trust-remote-code asks for the model's own code (auto_map), which is "
+                f"never run here: models of a known family need none; leave --trust-remote-code out"
+            )
         self.notes: list[str] = []
         self.bytes_requested = 0
         self._open_files: dict[str, Any] = {}

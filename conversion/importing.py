@@ -82,7 +82,7 @@ def import_hf(
         checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, made, tp=tp, pp=pp))
         write_checksums(iter_dir, sums)
         checkpoint_folder.write_tracker(out, 0)
-    left_out = summarize({name: reason for name, reason in ignored.items() if name not in kept})
+    left_out = counted_by_reason({name: reason for name, reason in ignored.items() if name not in kept})
     notes = [*folder.notes, *left_out, *_files_left(folder.path), *_dequantized(folder), *casts.notes()]
     if not has_tokenizer(folder.path):
         notes.append(
@@ -104,7 +104,7 @@ def torch_dtype_of(name: str) -> torch.dtype:
     return known[name]
 
 
-def summarize(ignored: dict[str, str]) -> list[str]:
+def counted_by_reason(ignored: dict[str, str]) -> list[str]:
     """One line for each reason, with the number of tensors: such as ``11 tensor(s) left out: the …``."""
     counts: dict[str, int] = {}
     for reason in ignored.values():

@@ -69,17 +69,6 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
         (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
-def ensure_bos_eos(tokenizer: Any) -> bool:
-    """Make a loaded ``PreTrainedTokenizerFast`` give the ids that an exported one gives; see :func:`add_bos_eos`."""
-    from tokenizers import Tokenizer
-
-    contents = json.loads(tokenizer.backend_tokenizer.to_str())
-    changed = add_bos_eos(contents, {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token})
-    if changed:
-        tokenizer.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(contents)).post_processor
-    return changed
-
-
 def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Make the contents of a ``tokenizer.json`` put BOS before and EOS behind every text.
 

@@ -33,7 +33,7 @@ from megatron_embed.conversion.compare_tensors import (
     with_folder,
 )
 from megatron_embed.conversion.compare_tokenizers import compare_tokenizers, reads_control_tokens
-from megatron_embed.conversion.comparison import Difference, Section
+from megatron_embed.conversion.comparison import ComparedSection, Difference
 from megatron_embed.conversion.declared_attention import declares_causal
 from megatron_embed.conversion.embedding import SENTENCES, checkpoint_layers, compare_layers, hf_layers, token_ids
 from megatron_embed.conversion.hf_folder import HFFolder, read_json
@@ -51,7 +51,7 @@ EMBEDDING_TOLERANCE = 1e-4
 class Verification:
     """The outcome of a comparison; it is true where nothing differs."""
 
-    sections: list[Section]
+    sections: list[ComparedSection]
     #: what was not compared, or compared otherwise than one might think
     notes: list[str] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class Verification:
         """All differences, in the order of the sections."""
         return [difference for section in self.sections for difference in section.differences]
 
-    def section(self, name: str) -> Section | None:
+    def section(self, name: str) -> ComparedSection | None:
         """The section of this name; None: not compared."""
         return next((section for section in self.sections if section.name == name), None)
 
@@ -155,7 +155,7 @@ def verify(
 
 def _folder_files(
     source: HFFolder, other: HFFolder, config: EncoderConfig, notes: list[str], *, causal: bool
-) -> list[Section]:
+) -> list[ComparedSection]:
     """An export's files against its source's."""
     vlm = is_vlm(other.config)
     key = "config.json: text_config.is_causal" if vlm else "config.json: is_causal"
@@ -173,7 +173,7 @@ def _folder_files(
 
 def _checkpoint_files(
     source: HFFolder, iter_dir: Path, config: EncoderConfig, notes: list[str], *, causal: bool
-) -> list[Section]:
+) -> list[ComparedSection]:
     """A checkpoint's own config and settings, and the files that it keeps for its exports, against its source's."""
     sidecars = iter_dir / checkpoint_folder.SIDECARS
     sections = []
@@ -184,8 +184,10 @@ def _checkpoint_files(
     kept = read_json(sidecars / "config.json") if (sidecars / "config.json").is_file() else None
     if kept is not None:
         files = compare_configs(kept, source.config, where=f"{checkpoint_folder.SIDECARS}/config.json")
-        before = sections.pop() if sections else Section("config", 0)
-        sections.append(Section("config", before.compared + files.compared, before.differences + files.differences))
+        before = sections.pop() if sections else ComparedSection("config", 0)
+        sections.append(
+            ComparedSection("config", before.compared + files.compared, before.differences + files.differences)
+        )
     # the encoder of a checkpoint is bidirectional, whatever was imported
     sections.append(compare_attention(False, causal=causal, where="the encoder's attention, is_causal"))
     settings = checkpoint_folder.sentence_settings(iter_dir, stated or config)
@@ -196,7 +198,7 @@ def _checkpoint_files(
     return sections
 
 
-def _tokenizer(source: HFFolder, other: Path, notes: list[str]) -> list[Section]:
+def _tokenizer(source: HFFolder, other: Path, notes: list[str]) -> list[ComparedSection]:
     if not has_tokenizer(source.path):
         notes.append(f"tokenizer not compared: {source.path} has no tokenizer.json")
         return []
@@ -230,7 +232,7 @@ def _of_checkpoint(stated: EncoderConfig | None, source: EncoderConfig) -> Encod
 
 def _embeddings(
     source: HFFolder, other: HFFolder | CheckpointWeights, config: EncoderConfig, *, causal: bool, progress: bool
-) -> Section:
+) -> ComparedSection:
     """The same token ids through both; a source that is no embedder yet is pooled as the other side says."""
     theirs = other.encoder_config() if isinstance(other, HFFolder) else other.config
     if source.config.get("pooling") is None and read_sentence_settings(source.path) is None:
@@ -250,8 +252,8 @@ def _embeddings(
         apart = compare_layers(found, wanted, tolerance=EMBEDDING_TOLERANCE, on_layer=lambda: advance(1))
     limit, largest = EMBEDDING_TOLERANCE * apart.scale, max(apart.texts)
     if largest <= limit:
-        return Section("embeddings", len(ids), largest=largest)
+        return ComparedSection("embeddings", len(ids), largest=largest)
     text = f"up to {largest:g} apart; the two sides part at layer {apart.layer} of {layers}"
     difference = Difference("embeddings", text, f"at most {limit:.1g} apart", largest)
     unequal = sum(not distance <= limit for distance in apart.texts)
-    return Section("embeddings", len(ids), [difference], largest, unequal)
+    return ComparedSection("embeddings", len(ids), [difference], largest, unequal)

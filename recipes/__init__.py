@@ -33,7 +33,10 @@ _RECIPE_MODULES = {
     "llama31_8b_embed_config": "llama",
 }
 #: other exported name → its module
-_MODULES = {"Encoder": "megatron_embed.recipes.encoder", "RecipeConfig": "megatron_embed.recipes.config"}
+_MODULES = {
+    "Encoder": "megatron_embed.recipes.encoder",
+    "RecipeConfig": "megatron_embed.recipes.config",
+}
 
 __all__ = [
     "RECIPES",

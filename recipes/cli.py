@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_embed.bridge import liveness
 from megatron_embed.bridge.errors import UsageError, UserError, explain
-from megatron_embed.conversion.arguments import Parser, positive
+from megatron_embed.conversion.arguments import Parser, positive, run_command
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.config_errors import nearest
@@ -138,20 +138,16 @@ def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
         warnings.filterwarnings("ignore")  # other packages' advice to their developers
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         liveness.watch(_exit_with)
+
+    def unexpected(error: BaseException) -> str:
+        if liveness.is_broken_connection(error):
+            return liveness.explain(error) + (f"\n{traceback.format_exc()}" if debug else "")
+        return f"this should not happen, please report it\n{traceback.format_exc()}"
+
     with shown_log():
-        try:
-            main()
-        except KeyboardInterrupt:
-            _exit_with(130, "interrupted")
-        except SystemExit:
-            raise
-        except (UserError, OSError) as error:
-            status, message = explain(error)
-            _exit_with(status, traceback.format_exc() if debug else message)
-        except BaseException as error:  # torch's CheckpointException is no Exception
-            if liveness.is_broken_connection(error):
-                _exit_with(1, liveness.explain(error) + (f"\n{traceback.format_exc()}" if debug else ""))
-            _exit_with(1, f"this should not happen, please report it\n{traceback.format_exc()}")
+        status, message = run_command(main, debug=debug, interrupted=(130, "interrupted"), unexpected=unexpected)
+        if message:
+            _exit_with(status, message)
     sys.exit(0)
 
 

@@ -66,7 +66,7 @@ class Section(BaseModel):
     def _refused(cls, error: ValidationError) -> UsageError:
         sections = {field.annotation: name for name, field in RecipeConfig.model_fields.items()}
         sections[DataSource] = "data.train"
-        return UsageError(explain(error, prefix=sections.get(cls, "")))
+        return UsageError(explain_refusal(error, prefix=sections.get(cls, "")))
 
 
 class ModelSection(Section):
@@ -316,7 +316,7 @@ class RecipeConfig(Section):
         return cfg
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values by section; :func:`megatron_embed.recipes.run_config.config_from_dict` is the inverse."""
+        """Return plain values by section; ``run_config.config_from_dict`` is the inverse."""
         return self.model_dump(mode="json")
 
 
@@ -329,7 +329,7 @@ def keys(model: type[Section] = RecipeConfig, prefix: str = "") -> Iterator[tupl
             yield f"{prefix}{name}", field
 
 
-def explain(error: ValidationError, *, prefix: str = "", found: Any = None) -> str:
+def explain_refusal(error: ValidationError, *, prefix: str = "", found: Any = None) -> str:
     """Describe a pydantic error about a recipe in one line; see :func:`explain_validation_error`."""
     known = [key for key, _ in keys()]
     return explain_validation_error(error, known, DataSource.model_fields, prefix=prefix, found=found)

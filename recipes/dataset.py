@@ -72,7 +72,7 @@ class PairSource:
         self.passage_prompts: list[str] = found.facts["passage_prompts"]
         #: rows that can be used and look odd
         self.odd = OddRows.again(self.rows.path, found.facts["odd"])
-        #: examples that share a text, see :meth:`megatron_embed.recipes.duplicates.TextIds.groups`
+        #: examples that share a text, see ``duplicates.TextIds.groups``
         self.groups = found.arrays.get("groups")
         # Only where some row has several positives does an example need more than its row's number.
         self._ends = found.arrays.get("ends")
@@ -173,13 +173,13 @@ class GlobalBatchSampler:
 
     Every batch comes from one source. Within a source the examples are shuffled anew each epoch, and the tail that
     does not fill a batch is dropped (other examples in each epoch). Examples with the same query or the same positive
-    come into different batches (:func:`megatron_embed.recipes.duplicates.spread`). Without weights an epoch takes
+    come into different batches (:func:`spread`). Without weights an epoch takes
     every source through once; with weights each step draws its source by weight.
 
     Args:
         dataset: a :class:`PairDataset`, or the sizes of its sources.
         weights: one a source; default: the dataset's.
-        groups: one a source; default: the dataset's. See :meth:`megatron_embed.recipes.duplicates.TextIds.groups`.
+        groups: one a source; default: the dataset's. See :meth:`TextIds.groups`.
 
     Raises:
         UserError: a source with fewer examples than a batch.

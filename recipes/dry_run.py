@@ -7,14 +7,14 @@ from pathlib import Path
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError, named
-from megatron_embed.bridge.layout import pipeline_split
+from megatron_embed.bridge.layout import Layout, pipeline_split
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.inputs import check_inputs
 from megatron_embed.recipes.layout import layout_of, start_of, validate, validate_layout
 from megatron_embed.recipes.run_config import NO_RECIPES, Recipes, to_yaml
 
 
-def describe(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RECIPES) -> str:
+def describe_run(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RECIPES) -> str:
     """The resolved config as YAML and, as comments, the layout; nothing is built and no weight is read.
 
     A model or data that no key names may still be missing.
@@ -34,7 +34,8 @@ def describe(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RECIPE
         validate_layout(cfg, encoder)
     _check_resume(asked, Path(cfg.train.save_dir or ""), recipes)
     model, train = cfg.model, cfg.train
-    replicas = layout_of(cfg).data_parallel_size(world_size)
+    parallel = layout_of(cfg)
+    replicas = parallel.data_parallel_size(world_size)
     micro = f"{train.micro_batch_size} texts" if train.micro_batch_size else f"{train.micro_batch_tokens} tokens"
     layout = (
         f"tensor parallel {model.tensor_model_parallel_size} × pipeline parallel {model.pipeline_model_parallel_size}"
@@ -42,18 +43,17 @@ def describe(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RECIPE
     )
     lines = [
         f"# layout of {world_size} rank{'s' if world_size > 1 else ''}: {layout}",
-        f"# layers per stage: {_stages(cfg, encoder)}",
+        f"# layers per stage: {_stages(cfg, parallel, encoder)}",
         f"# queries per step: {train.global_batch_size}, {train.global_batch_size // replicas} a replica",
         f"# micro-batch: {micro}",
     ]
     return to_yaml(cfg) + "\n".join(lines)
 
 
-def _stages(cfg: RecipeConfig, encoder: EncoderConfig | None) -> str:
+def _stages(cfg: RecipeConfig, layout: Layout, encoder: EncoderConfig | None) -> str:
     """Layers of each stage."""
     if encoder is None:
         return f"known once model.hf_model is a folder (found {cfg.model.hf_model or 'none'})"
-    layout = layout_of(cfg)
     split = pipeline_split(encoder.num_hidden_layers, layout.pp * (layout.vpp or 1))
     return f"{', '.join(map(str, split))} of {encoder.num_hidden_layers}"
 
@@ -71,9 +71,9 @@ def _encoder(cfg: RecipeConfig) -> EncoderConfig | None:
             return encoder_of(cfg)
         if _may_be_fetched(path):
             return None
-    from megatron_embed.recipes.source import open_source
+    from megatron_embed.recipes.source import open_model
 
-    source = open_source(cfg)
+    source = open_model(cfg)
     with named(key):
         source.check()
     return source.config

@@ -34,7 +34,7 @@ from megatron_embed.recipes.vectors import (
     Manifest,
     Shard,
     VectorFolder,
-    differences,
+    fingerprint_differences,
     is_whole,
     plan_shards,
     quantize,
@@ -117,7 +117,7 @@ def _found(output: Path, wanted: Manifest) -> Manifest | None:
     if found.fingerprint != wanted.fingerprint:
         raise UserError(
             f"{output / MANIFEST}: vectors of another model, input or setting: "
-            f"{'; '.join(differences(found.fingerprint, wanted.fingerprint))}; give another folder"
+            f"{'; '.join(fingerprint_differences(found.fingerprint, wanted.fingerprint))}; give another folder"
         )
     shards = [replace(shard, complete=shard.complete and is_whole(output, found, shard)) for shard in found.shards]
     return replace(found, shards=shards)

@@ -12,14 +12,14 @@ from megatron_embed.recipes.bm25 import bm25_run
 
 METRICS = ("ndcg@10", "recall@100", "mrr@10")
 Metrics = dict[str, float]
-Run = Mapping[str, Mapping[str, float]]
+Rankings = Mapping[str, Mapping[str, float]]
 #: texts, "query" or "passage" → [n, d]
 Encode = Callable[[Sequence[str], Any], np.ndarray]
 
 _DEPTH = 100  # the deepest metric
 
 
-def rank(
+def rank_passages(
     queries: np.ndarray, passages: np.ndarray, k: int, *, chunk: int = 65536, query_chunk: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact top ``k`` by dot product (the cosine of normalised vectors), in fp32, chunk by chunk.
@@ -29,28 +29,27 @@ def rank(
         passages: ``[n, d]``.
 
     Returns:
-        scores and passage indices, both ``[q, min(k, n)]``, best first.
+        scores and passage indices, both ``[q, min(k, n)]``, best first, equal scores by passage.
     """
     import torch
 
+    from megatron_embed.recipes.top_k import top_k
+
     k = min(k, len(passages))
     scores = np.empty((len(queries), k), dtype=np.float32)
-    indices = np.empty((len(queries), k), dtype=np.int64)
+    rows = np.empty((len(queries), k), dtype=np.int64)
     for first in range(0, len(queries), query_chunk):
-        rows = slice(first, min(first + query_chunk, len(queries)))
-        block = torch.as_tensor(queries[rows], dtype=torch.float32)
-        best, where = torch.empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.long)
-        for start in range(0, len(passages), chunk):
-            part = torch.as_tensor(passages[start : start + chunk], dtype=torch.float32)
-            new, position = (block @ part.T).topk(min(k, len(part)), dim=1)
-            best, where = torch.cat([best, new], dim=1), torch.cat([where, position + start], dim=1)
-            best, order = best.topk(min(k, best.shape[1]), dim=1)
-            where = where.gather(1, order)
-        scores[rows], indices[rows] = best.numpy(), where.numpy()
-    return scores, indices
+        block = slice(first, min(first + query_chunk, len(queries)))
+        parts = (
+            (start, torch.as_tensor(passages[start : start + chunk], dtype=torch.float32))
+            for start in range(0, len(passages), chunk)
+        )
+        best, where = top_k(torch.as_tensor(queries[block], dtype=torch.float32), parts, k)
+        scores[block], rows[block] = best.numpy(), where.numpy()
+    return scores, rows
 
 
-def metrics(qrels: Mapping[str, Mapping[str, int]], run: Run) -> Metrics:
+def metrics(qrels: Mapping[str, Mapping[str, int]], run: Rankings) -> Metrics:
     """nDCG@10, Recall@100 and MRR@10 by pytrec_eval, the mean over the queries of ``qrels``.
 
     A query without any ranked document counts 0.
@@ -80,7 +79,7 @@ def metrics(qrels: Mapping[str, Mapping[str, int]], run: Run) -> Metrics:
 def score(collection: Collection, queries: np.ndarray, passages: np.ndarray) -> Metrics:
     """Metrics of the vectors of a collection's queries ``[q, d]`` and documents ``[n, d]``, in its order."""
     documents = list(collection.corpus)
-    scores, indices = rank(queries, passages, _DEPTH)
+    scores, indices = rank_passages(queries, passages, _DEPTH)
     run = {
         query: {documents[i]: float(value) for i, value in zip(row, values, strict=True)}
         for query, row, values in zip(collection.queries, indices, scores, strict=True)

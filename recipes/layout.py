@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.bridge.layout import Layout, check_layout
@@ -26,6 +28,19 @@ def start_of(cfg: RecipeConfig) -> tuple[str, str]:
     if cfg.checkpoint.load and not cfg.model.hf_model:
         return "checkpoint.load", cfg.checkpoint.load
     return "model.hf_model", cfg.model.hf_model or ""
+
+
+def loss_mode(wanted: str, pp: int, fits: Callable[[], bool]) -> str:
+    """Say how a step's gradient is computed: ``direct`` or ``cached``.
+
+    Args:
+        wanted: ``loss.mode``.
+        pp: pipeline stages; of several, one micro-batch would leave all but one idle.
+        fits: whether every rank's part of the batch is one micro-batch; asked only where it matters.
+    """
+    if wanted != "auto":
+        return wanted
+    return "direct" if pp == 1 and fits() else "cached"
 
 
 def validate(cfg: RecipeConfig, world_size: int, *, inputs: bool = True) -> None:

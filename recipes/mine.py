@@ -20,7 +20,7 @@ from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.dataset import check_source
 from megatron_embed.recipes.mining import MiningRules
-from megatron_embed.recipes.mining_report import beside, describe, write_audit
+from megatron_embed.recipes.mining_report import audit_as_text, beside, write_audit
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
 
 
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         )
         if os.environ.get("RANK", "0") == "0":
             write_audit(audit, rules, args.output)
-            print(describe(audit, rules))
+            print(audit_as_text(audit, rules))
             print(f"written to {args.output}; scores in {beside(args.output, '.scores.png')}")
 
 

@@ -27,7 +27,7 @@ from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.encoder import Encoder
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank
-from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose, still_said
+from megatron_embed.recipes.mining import Audit, KnownPositives, MiningRules, choose_negatives, still_said
 from megatron_embed.recipes.mining_input import check_corpus, check_prompts, checked_before
 from megatron_embed.recipes.odd_rows import OddRows, report
 from megatron_embed.recipes.positives import PositiveVectors, find_documents
@@ -178,7 +178,7 @@ class _Miner:
         pair = self.source.pair(row)
         examples = self.source.examples(row)
         positives = self.positives.rows(examples.start, examples.stop) @ query
-        chosen = choose(
+        chosen = choose_negatives(
             self.rules,
             scores,
             rows,

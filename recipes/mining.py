@@ -123,7 +123,7 @@ class Audit:
         self.histograms[group] += np.histogram(np.clip(scores, -self.bound, self.bound), edges)[0]
 
 
-def choose(
+def choose_negatives(
     rules: MiningRules,
     scores: np.ndarray,
     rows: np.ndarray,

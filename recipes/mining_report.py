@@ -13,7 +13,7 @@ from megatron_embed.recipes.mining import BINS, REASONS, Audit, MiningRules
 from megatron_embed.recipes.vectors import write_file
 
 
-def describe(audit: Audit, rules: MiningRules) -> str:
+def audit_as_text(audit: Audit, rules: MiningRules) -> str:
     """The audit as text."""
     share = max(audit.candidates, 1)
     lines = [

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_embed.bridge.errors import UsageError
-from megatron_embed.recipes.config import RecipeConfig, explain, keys
+from megatron_embed.recipes.config import RecipeConfig, explain_refusal, keys
 from megatron_embed.recipes.config_errors import suggest
 
 # Keys that hold one path or several: a bare value is one path, verbatim; [..] and {..} are YAML.
@@ -38,7 +38,7 @@ def apply_overrides(cfg: RecipeConfig, overrides: Iterable[str]) -> RecipeConfig
             holder, value = getattr(cfg, section) if section else cfg, _parse(key, fields[key].annotation, text)
             BaseModel.__setattr__(holder, name, value)  # not the section's own: the message shows what was typed
         except ValidationError as error:
-            raise UsageError(explain(error, prefix=section, found=text)) from None
+            raise UsageError(explain_refusal(error, prefix=section, found=text)) from None
     return cfg
 
 

@@ -93,14 +93,14 @@ def _report(args: PlanArguments) -> None:
     from rich.console import Console
 
     from megatron_embed.recipes import plan_tables
-    from megatron_embed.recipes.planning import choose, plan_layout, plan_world
+    from megatron_embed.recipes.planning import choose_recompute, plan_layout, plan_world
     from megatron_embed.recipes.sizes import encoder_of
 
     config = encoder_of(args.cfg)
     own: Plan | None = None
     if args.given:
         of_layout = plan_layout(args.cfg, config, args.world_size, gpus_per_node=args.gpus_per_node)
-        own = choose(of_layout, args.gpu_memory, args.recompute)
+        own = choose_recompute(of_layout, args.gpu_memory, args.recompute)
     plans = plan_world(
         args.cfg,
         config,

@@ -21,7 +21,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.sequences import TokenBatch
-from megatron_embed.recipes.plan_state import FP32, WIDTHS, Chunk
+from megatron_embed.recipes.plan_state import FP32, WIDTHS, ModelChunk
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Activations:
         """Tokens outside the matrices, which sequence parallelism divides."""
         return shape.tokens // self.layout.cp // (self.layout.tp if self.sequence_parallel else 1)
 
-    def chunk(self, chunk: Chunk, shape: Shape, recompute: str) -> int:
+    def chunk(self, chunk: ModelChunk, shape: Shape, recompute: str) -> int:
         """Bytes that a (virtual) stage keeps of a micro-batch."""
         config, local = self.config, shape.tokens // self.layout.cp
         total = chunk.layers * self.layer(shape, recompute)

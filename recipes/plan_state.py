@@ -38,7 +38,7 @@ _LAYER_ORDER = (
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ModelChunk:
     """One (virtual) pipeline stage: how many layers, and whether it holds the embedding or the final norm."""
 
     layers: int
@@ -55,15 +55,15 @@ class State:
     optimizer: int
 
 
-def chunks_of(config: EncoderConfig, layout: Layout, pp_rank: int) -> list[Chunk]:
+def chunks_of(config: EncoderConfig, layout: Layout, pp_rank: int) -> list[ModelChunk]:
     """The stages of a pipeline rank: one, or one in every round of interleaved stages."""
     stages = layout.pp * (layout.vpp or 1)
     split = pipeline_split(config.num_hidden_layers, stages)
     indices = range(pp_rank, stages, layout.pp)
-    return [Chunk(split[i], first=i == 0, last=i == stages - 1) for i in indices]
+    return [ModelChunk(split[i], first=i == 0, last=i == stages - 1) for i in indices]
 
 
-def chunk_parameters(config: EncoderConfig, layout: Layout, chunk: Chunk) -> list[int]:
+def chunk_parameters(config: EncoderConfig, layout: Layout, chunk: ModelChunk) -> list[int]:
     """Values of each parameter on a tensor-parallel rank, in the order of registration."""
     numel = {}
     for weight in weights(config.replace(num_hidden_layers=1)):

@@ -16,9 +16,10 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.layout import loss_mode
 from megatron_embed.recipes.loss import CHUNK_BYTES
 from megatron_embed.recipes.plan_activations import Shape
-from megatron_embed.recipes.plan_state import FP32, WIDTHS, Chunk
+from megatron_embed.recipes.plan_state import FP32, WIDTHS, ModelChunk
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, pp: i
             f"loss.mode: direct needs a rank's whole batch in one micro-batch, but {len(texts)} texts of up to "
             f"{max(lengths)} tokens are more than {limit} holds; use loss.mode=cached, or raise the limit"
         )
-    direct = wanted == "direct" or (wanted == "auto" and pp == 1 and fits)
-    shapes: list[Shape] = (plan.join if direct else plan.split)(texts)  # type: ignore[assignment]
-    return Step("direct" if direct else "cached", tuple(shapes), queries, slots)
+    mode = loss_mode(wanted, pp, lambda: fits)
+    shapes: list[Shape] = (plan.join if mode == "direct" else plan.split)(texts)  # type: ignore[assignment]
+    return Step(mode, tuple(shapes), queries, slots)
 
 
 def loss_bytes(cfg: RecipeConfig, config: EncoderConfig, step: Step, replicas: int) -> int:
@@ -156,7 +157,7 @@ def traffic(
     config: EncoderConfig,
     layout: Layout,
     step: Step,
-    chunks: Sequence[Chunk],
+    chunks: Sequence[ModelChunk],
     *,
     replicas: int,
     sequence_parallel: bool,

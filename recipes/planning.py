@@ -159,7 +159,7 @@ def plan_world(
 ) -> list[Plan]:
     """Every layout that the world and the model allow, those that fit first, the quickest of them first.
 
-    Layouts that training would refuse are left out; see :func:`choose` for ``recompute``.
+    Layouts that training would refuse are left out; see :func:`choose_recompute` for ``recompute``.
 
     Raises:
         UserError: no layout is left; why the first was refused.
@@ -177,7 +177,7 @@ def plan_world(
         except UserError as error:
             refusals.append(error)
             continue
-        plans.append(choose(by_recompute, gpu_memory, recompute))
+        plans.append(choose_recompute(by_recompute, gpu_memory, recompute))
     if not plans:
         first = refusals[0]
         raise type(first)(f"no layout of {world_size} ranks can run this recipe; {first}")
@@ -194,7 +194,7 @@ def recommend(plans: list[Plan], gpu_memory: float) -> Plan | None:
     return min(quick, key=lambda plan: (plan.dimensions, plan.busiest.total, plan.seconds))
 
 
-def choose(by_recompute: dict[str, Plan], gpu_memory: float, wanted: str | None = None) -> Plan:
+def choose_recompute(by_recompute: dict[str, Plan], gpu_memory: float, wanted: str | None = None) -> Plan:
     """The plan with the least recomputation that fits (with most, where none does), or with the one ``wanted``."""
     if wanted is not None:
         return by_recompute[wanted]

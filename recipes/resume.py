@@ -10,7 +10,7 @@ from typing import Any
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.run_config import NO_RECIPES, Recipes, config_from_dict, differences, recipe_named
+from megatron_embed.recipes.run_config import NO_RECIPES, Recipes, changed_keys, config_from_dict, recipe_named
 
 #: what a run that goes on must not have changed
 RESUME_KEYS = (
@@ -201,8 +201,8 @@ def _refuse_changes(before: RecipeConfig, directory: Path, asked: RecipeConfig, 
 
     So a derived value, given by neither, may follow from other keys, and a file may be named in another way.
     """
-    given = {key for key, _, _ in differences(before, asked, RESUME_KEYS)}
-    meant = differences(_meaning(before, directory), _meaning(asked, Path.cwd()), RESUME_KEYS)
+    given = {key for key, _, _ in changed_keys(before, asked, RESUME_KEYS)}
+    meant = changed_keys(_meaning(before, directory), _meaning(asked, Path.cwd()), RESUME_KEYS)
     changed = [each for each in meant if each[0] in given and not each[0].startswith(_HARMLESS)]
     if changed:
         listed = "; ".join(f"{key}: {was!r} before, {now!r} now" for key, was, now in changed)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_embed.bridge.errors import UsageError
-from megatron_embed.recipes.config import RecipeConfig, explain, keys
+from megatron_embed.conversion.atomic import atomic_file
+from megatron_embed.recipes.config import RecipeConfig, explain_refusal, keys
 from megatron_embed.recipes.config_errors import refuse_unknown_keys
 
 #: recipe functions by their names: commands hand in :data:`megatron_embed.recipes.RECIPES`
@@ -36,7 +35,7 @@ def config_from_dict(
     try:
         return RecipeConfig.model_validate(merged)
     except ValidationError as error:
-        raise UsageError(f"{where}: {explain(error)}") from None
+        raise UsageError(f"{where}: {explain_refusal(error)}") from None
 
 
 def recipe_named(values: Mapping[str, Any], recipes: Recipes) -> RecipeConfig | None:
@@ -73,17 +72,8 @@ def save_run_config(cfg: RecipeConfig, path: str | Path) -> None:
     """Write ``cfg`` as YAML, atomically: a reader sees the old file or the new one, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(to_yaml(cfg))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)  # mkstemp's 0600 would hide the run from colleagues
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as file:
+        file.write(to_yaml(cfg).encode())
 
 
 def to_yaml(cfg: RecipeConfig) -> str:
@@ -91,7 +81,7 @@ def to_yaml(cfg: RecipeConfig) -> str:
     return yaml.safe_dump(cfg.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def differences(a: RecipeConfig, b: RecipeConfig, prefixes: Iterable[str]) -> list[tuple[str, Any, Any]]:
+def changed_keys(a: RecipeConfig, b: RecipeConfig, prefixes: Iterable[str]) -> list[tuple[str, Any, Any]]:
     """(key, value in a, value in b) for every key that starts with one of ``prefixes`` and differs."""
     flat_a, flat_b, wanted = dict(_flat(a)), dict(_flat(b)), tuple(prefixes)
     return [(key, flat_a[key], flat_b[key]) for key in flat_a if key.startswith(wanted) and flat_a[key] != flat_b[key]]

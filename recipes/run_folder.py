@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.atomic import atomic_file
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.resume import Start, checkpoints_folder
 from megatron_embed.recipes.run_config import save_run_config
@@ -89,6 +90,5 @@ class RunFolder:
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")
-        partial = path.with_name(f".{METRICS}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        with atomic_file(path) as file:
+            file.write("".join(kept).encode())

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_embed.bridge import host
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.top_k import nothing_found, top_k
 from megatron_embed.recipes.vectors import VectorFolder
 
 
@@ -56,20 +57,15 @@ class Searcher:
 
     def _exact(self, queries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         block = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(host.device())
-        best, where = _nothing(len(block), self.k)
-        for number in self._own:
-            part = torch.from_numpy(np.array(self.corpus.shard(number))).to(host.device())
-            new, position = (block @ part.T).topk(min(self.k, len(part)), dim=1)
-            position, order = position.sort(dim=1)
-            # what was found before stands first, and what is new by row: a stable sort leaves ties in this order
-            best = torch.cat([best, new.gather(1, order)], dim=1)
-            where = torch.cat([where, position + self.corpus.manifest.shards[number].first], dim=1)
-            best, order = best.sort(dim=1, descending=True, stable=True)
-            best, where = best[:, : self.k], where.gather(1, order)[:, : self.k]
-        return best, where
+        shards = self.corpus.manifest.shards
+        parts = (
+            (shards[number].first, torch.from_numpy(np.array(self.corpus.shard(number))).to(host.device()))
+            for number in self._own
+        )
+        return top_k(block, parts, self.k)
 
     def _approximate(self, queries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        best, where = _nothing(len(queries), self.k)
+        best, where = nothing_found(len(queries), self.k, host.device())
         if not len(self._index_rows):
             return best, where
         _, found = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), self.k)
@@ -104,11 +100,6 @@ class Searcher:
         for number in self._own:
             index.add(np.array(self.corpus.shard(number)))
         self._index, self._index_rows = index, np.concatenate([self._index_rows, *rows])
-
-
-def _nothing(queries: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = torch.full((queries, k), -torch.inf, device=host.device())
-    return scores, torch.full((queries, k), -1, dtype=torch.long, device=host.device())
 
 
 def _gather(x: torch.Tensor, world: int) -> list[torch.Tensor]:

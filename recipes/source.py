@@ -72,7 +72,7 @@ class ModelSource:
                     f"{iter_dir}: says nothing of its model (no run_config.yaml with 'encoder:', no hf/config.json); "
                     f"wanted a checkpoint written by `convert_checkpoints.py import` or by training"
                 )
-            made = checkpoint_folder.made_bidirectional(iter_dir, bidirectional=bidirectional, consent=consent)
+            made = checkpoint_folder.was_made_bidirectional(iter_dir, bidirectional=bidirectional, consent=consent)
             settings = checkpoint_folder.sentence_settings(iter_dir, config)
             files = iter_dir / checkpoint_folder.SIDECARS
             return cls(str(path), config, files, settings, iter_dir=iter_dir, made_bidirectional=made)
@@ -149,7 +149,7 @@ class ModelSource:
         reader.check_files()
 
 
-def open_source(cfg: RecipeConfig) -> ModelSource:
+def open_model(cfg: RecipeConfig) -> ModelSource:
     """The model to start from, with the recipe's pooling, normalisation and temperature.
 
     Raises:

@@ -1,6 +1,6 @@
 """Fine-tune an embedding model: ``torchrun --nproc-per-node N -m megatron_embed.recipes.train RECIPE …``.
 
-The work is in :mod:`megatron_embed.recipes.training`. The module itself is callable: the import system binds the name
+The work is in :mod:`megatron_embed.recipes.training`. The module itself is callable: imports bind the name
 ``train`` of the package to this module, and ``from megatron_embed.recipes import train; train(cfg)`` must work
 whatever was imported before.
 """
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             return
         assert args.cfg is not None
         if args.dry_run:
-            from megatron_embed.recipes.dry_run import describe
+            from megatron_embed.recipes.dry_run import describe_run
 
-            print(describe(args.cfg, args.world_size, recipes=RECIPES))
+            print(describe_run(args.cfg, args.world_size, recipes=RECIPES))
             return
         validate(args.cfg, args.world_size)  # both before the imports that take seconds
         check_inputs(args.cfg)

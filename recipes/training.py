@@ -20,6 +20,7 @@ from megatron_embed.bridge import host, liveness, parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.layout import Layout
 from megatron_embed.conversion.checksums import DamagedCheckpoint
 from megatron_embed.conversion.disk_errors import writing_to
 from megatron_embed.recipes import checkpointing
@@ -28,7 +29,7 @@ from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.encoder import encode_sequences
 from megatron_embed.recipes.inputs import check_inputs
-from megatron_embed.recipes.layout import check_candidates, layout_of, validate, validate_layout
+from megatron_embed.recipes.layout import check_candidates, layout_of, loss_mode, validate, validate_layout
 from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
 from megatron_embed.recipes.odd_rows import report
@@ -37,7 +38,7 @@ from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, check_tea
 from megatron_embed.recipes.resume import Start, find_start, may_fall_back
 from megatron_embed.recipes.run_config import NO_RECIPES, Recipes
 from megatron_embed.recipes.run_folder import RunFolder
-from megatron_embed.recipes.source import ModelSource, open_source
+from megatron_embed.recipes.source import ModelSource, open_model
 from megatron_embed.recipes.step import contrastive_step, learned_temperature
 from megatron_embed.recipes.tokenization import TextTokenizer
 
@@ -83,7 +84,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     check_inputs(cfg)
     parallel.select_device(cfg.device)
     # Everything that can be refused is looked at before any weight is read.
-    source = open_source(cfg)
+    source = open_model(cfg)
     # a checkpoint that it starts from may say so
     asked.model.bidirectional = cfg.model.bidirectional = source.made_bidirectional
     validate_layout(cfg, source.config)
@@ -97,18 +98,19 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     if start is not None:
         start.check_data(dataset.state())
     check_teachers(dataset, cfg.loss, source.config.hidden_size)
-    replicas = layout_of(cfg).data_parallel_size(world)
+    layout = layout_of(cfg)
+    replicas = layout.data_parallel_size(world)
     for each in dataset.sources:  # every batch is of one source
         negatives = min(each.max_negatives, cfg.data.negatives_per_query)
         check_candidates(cfg, replicas, negatives, f"{each.rows.path}, which has no hard negatives,")
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
     collections = _open_collections(cfg)
-    with parallel.parallel_world(layout_of(cfg), timeout_minutes=cfg.train.timeout_minutes):
+    with parallel.parallel_world(layout, timeout_minutes=cfg.train.timeout_minutes):
         liveness.keep_stacks_in(save_dir / "stacks")
         if dist.get_rank() == 0:
             report([each.odd for each in dataset.sources] + [odd for each in collections for odd in each.odd])
         liveness.stand_at("loading the model")
-        run = _set_up(cfg, source, dataset, sampler, RunFolder(asked, save_dir, start), collections)
+        run = _set_up(cfg, layout, source, dataset, sampler, RunFolder(asked, save_dir, start), collections)
         if start is not None:
             checkpointing.restore(cfg, run.state, start)
         with writing_to(save_dir):
@@ -137,13 +139,14 @@ def _open_collections(cfg: RecipeConfig) -> list[Any]:
 
 def _set_up(
     cfg: RecipeConfig,
+    layout: Layout,
     source: ModelSource,
     dataset: PairDataset,
     sampler: GlobalBatchSampler,
     folder: RunFolder,
     collections: list[Any],
-) -> Run:
-    layout, data = layout_of(cfg), cfg.data
+) -> TrainingRun:
+    data = cfg.data
     tokenizer = TextTokenizer.from_folder(
         source.files,
         query_prompt=data.query_prompt,
@@ -185,7 +188,7 @@ def _set_up(
     )
     group = parallel_state.get_data_parallel_group()
     loss = ContrastiveLoss(cfg.loss, normalize=source.config.normalize, group=group)
-    return Run(cfg, source, state, builder, plan, loss, folder, collections)
+    return TrainingRun(cfg, layout, source, state, builder, plan, loss, folder, collections)
 
 
 def _ask_for(dtype: torch.dtype) -> str:
@@ -194,10 +197,11 @@ def _ask_for(dtype: torch.dtype) -> str:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A training run, everything built."""
 
     cfg: RecipeConfig
+    layout: Layout
     source: ModelSource
     state: TrainState
     builder: BatchBuilder
@@ -257,7 +261,7 @@ class Run:
     def _what(self, done: int) -> str:
         """What begins, in one line."""
         cfg, sampler, world = self.cfg, self.builder.sampler, dist.get_world_size()
-        layout = f"{layout_of(cfg)} × DP {layout_of(cfg).data_parallel_size(world)}"
+        layout = f"{self.layout} × DP {self.layout.data_parallel_size(world)}"
         return (
             f"{cfg.recipe} on {world} rank{'s' if world > 1 else ''} ({layout}), steps {done + 1:,} to "
             f"{cfg.train.train_iters:,} of {cfg.train.global_batch_size:,} queries, into {self.folder.path}; "
@@ -266,21 +270,20 @@ class Run:
 
     def _mode(self, batch: RankBatch) -> str:
         """How this step's gradient is computed, the same on every rank."""
-        wanted = self.cfg.loss.mode
-        if wanted != "auto":
-            return wanted
-        if self.cfg.model.pipeline_model_parallel_size > 1:
-            return "cached"  # one micro-batch would leave all stages but one idle
+        return loss_mode(self.cfg.loss.mode, self.layout.pp, lambda: self._fits(batch))
+
+    def _fits(self, batch: RankBatch) -> bool:
+        """Whether every rank's part of the batch is one micro-batch."""
         fits = torch.tensor(int(self.plan.holds(batch.sequences)), device=host.device())
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
-        return "direct" if fits.item() else "cached"
+        return bool(fits.item())
 
     def _why(self, mode: str) -> str:
         if self.cfg.loss.mode != "auto":
             return ""
         if mode == "direct":
             return " (each rank's batch fits into one micro-batch: 3 instead of 4 forward costs)"
-        if self.cfg.model.pipeline_model_parallel_size > 1:
+        if self.layout.pp > 1:
             return " (pipeline stages need several micro-batches)"
         return " (a rank's batch is more than one micro-batch)"
 

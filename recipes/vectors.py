@@ -6,18 +6,17 @@ a shard counts once the manifest says so.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.atomic import atomic_file, save_array
+from megatron_embed.conversion.disk_errors import NO_SPACE
 
 FORMAT, MANIFEST, CALIBRATION = "megatron-embed vectors 1", "manifest.json", "calibration.npy"
 
@@ -41,7 +40,7 @@ class Manifest:
     """What a folder holds.
 
     Attributes:
-        fingerprint: everything the vectors depend on; see :func:`megatron_embed.recipes.fingerprints.fingerprint`.
+        fingerprint: everything the vectors depend on; see ``fingerprints.fingerprint``.
         dim: numbers of a vector, before binary ones are packed.
     """
 
@@ -109,30 +108,16 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         UserError: no room on the disk, or what ``write`` raises; then nothing is left behind.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with atomic_file(path) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except OSError as error:
+        if error.errno not in NO_SPACE:
             raise
         raise UserError(
             f"{path}: cannot be written ({error.strerror}). What was complete is kept: "
             f"make room and run the same command again"
         ) from None
-
-
-def save_array(file: BinaryIO, values: np.ndarray) -> None:
-    """Write an array into an open ``.npy`` file; whatever fails raises.
-
-    Numpy writes by itself into what it knows to be a file, and on a full disk says neither which error it met nor, of
-    the last 4 KiB, that it met one.
-    """
-    np.save(SimpleNamespace(write=file.write), values, allow_pickle=False)
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
@@ -199,7 +184,7 @@ def is_whole(folder: Path, manifest: Manifest, shard: Shard) -> bool:
     return (found.shape, found.dtype) == wanted and len(ids) == shard.rows
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def fingerprint_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, long values shortened."""
 
     def short(value: Any) -> str:

@@ -103,6 +103,15 @@ def test_the_classes_load_it_bidirectional(kind: str, source: Source, tmp_path: 
     assert torch.equal(found, wanted)
 
 
+def test_trusting_code_that_is_never_run_is_refused(source: Source, tmp_path: Path) -> None:
+    folder = consolidated(source("model"), tmp_path / "consolidated")
+    with pytest.raises(UserError, match=r"config.json: --trust-remote-code asks for the model's own code \(auto_map\)"):
+        import_hf(folder, tmp_path / "m", trust_remote_code=True, progress=False)
+    assert not (tmp_path / "m").exists()
+    edit_json(folder / "config.json", lambda raw: raw.pop("auto_map"))
+    import_hf(folder, tmp_path / "m", trust_remote_code=True, progress=False)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_the_classes_save_is_a_source(kind: str, source: Source, tmp_path: Path) -> None:
     family = {"model": "Ministral3", "llama_model": "Llama"}[kind]

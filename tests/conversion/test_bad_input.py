@@ -342,8 +342,6 @@ def test_as_a_script_it_is_quiet(source: Source, tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["is_causal"] is False
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    from megatron_embed.bridge.errors import UserError
-
-    with pytest.raises(UserError):
-        run("verify", "--hf-model", tmp_path / "nowhere", "--hf-path", tmp_path, "--debug")
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: Capture) -> None:
+    assert run("verify", "--hf-model", tmp_path / "nowhere", "--hf-path", tmp_path, "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err

@@ -12,7 +12,6 @@ import torch
 import yaml
 from sentence_transformers import SentenceTransformer
 from support.hf_files import Source, edit_json, without_checksums
-from support.tiny_models import make_tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, Mistral3ForConditionalGeneration
 
@@ -115,21 +114,6 @@ def test_a_tokenizer_without_eos_gets_it(source: Source, tmp_path: Path) -> None
     assert tokenizer("hello")["input_ids"] == AutoTokenizer.from_pretrained(source("model"))("hello")["input_ids"]
     truncated = tokenizer(LONG, truncation=True, max_length=9)["input_ids"]
     assert (truncated[0], truncated[-1], len(truncated)) == (1, 2, 9)
-
-
-def test_ensure_bos_eos_on_a_loaded_tokenizer(tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    from megatron_embed.conversion.tokenizer_files import ensure_bos_eos
-
-    folder = make_tiny_tokenizer(tmp_path)
-    wanted = PreTrainedTokenizerFast.from_pretrained(folder)("hello")["input_ids"]
-    assert not ensure_bos_eos(PreTrainedTokenizerFast.from_pretrained(folder))
-    edit_json(folder / "tokenizer.json", lambda t: t.update(post_processor=None))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    assert tokenizer("hello")["input_ids"] == wanted[1:-1]
-    assert ensure_bos_eos(tokenizer)
-    assert tokenizer("hello")["input_ids"] == wanted
 
 
 def test_a_chat_template_does_not_come_along(source: Source, tmp_path: Path) -> None:

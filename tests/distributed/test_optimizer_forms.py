@@ -47,7 +47,7 @@ def save_and_save_again(folder: str, pairs: list[tuple[str, str]]) -> None:
     short = ["train.train_iters=2", "optimizer.warmup_iters=0"]
     for source, learned in dict.fromkeys((pair[0], temperature(pair)) for pair in pairs):
         train(recipe(root, f"{source}-{learned}", *short, learned, *FORMS[source][0]))
-    with mock.patch.object(training.Run, "loop", lambda run, start: run._save(start.step)):
+    with mock.patch.object(training.TrainingRun, "loop", lambda run, start: run._save(start.step)):
         for source, name in pairs:
             learned = temperature((source, name))
             load = [f"checkpoint.load={root / f'{source}-{learned}'}", "train.train_iters=3", learned]

@@ -13,7 +13,7 @@ from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.config import DataSource, OptimizerSection, RecipeConfig, keys
 from megatron_embed.recipes.config_errors import ALIASES
 from megatron_embed.recipes.overrides import apply_overrides
-from megatron_embed.recipes.run_config import differences, load_run_config, save_run_config
+from megatron_embed.recipes.run_config import changed_keys, load_run_config, save_run_config
 
 # What users rely on: adding a key is a feature, renaming one or changing a default is a break.
 DEFAULTS = {
@@ -311,7 +311,7 @@ def test_absent_yaml(tmp_path: Path) -> None:
 def test_differences_name_keys_and_both_values() -> None:
     a = override("optimizer.lr=1e-5", "train.seed=1", "train.train_iters=5")
     b = override("train.train_iters=9", "data.query_prompt=x", "train.seed=1")
-    assert differences(a, b, ("model.hf_model", "data.", "optimizer.", "train.seed")) == [
+    assert changed_keys(a, b, ("model.hf_model", "data.", "optimizer.", "train.seed")) == [
         ("data.query_prompt", "query: ", "x"),
         ("optimizer.lr", 1e-5, 5e-6),
     ]

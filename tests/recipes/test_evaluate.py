@@ -18,7 +18,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import ABSENT, load_beir, load_collections
 from megatron_embed.recipes.bm25 import bm25_run
 from megatron_embed.recipes.evaluate import main
-from megatron_embed.recipes.evaluation import evaluate, markdown_table, metrics, rank, score
+from megatron_embed.recipes.evaluation import evaluate, markdown_table, metrics, rank_passages, score
 from megatron_embed.recipes.vectors import write_file
 
 WORDS = ["apple", "river", "stone", "cloud", "engine", "violin", "harbor", "lantern", "meadow", "copper"]
@@ -63,7 +63,7 @@ def embed(texts: Any, kind: Any = "query") -> np.ndarray:
 def test_rank_is_exact_whatever_the_chunks(n: int, k: int, chunk: int, query_chunk: int) -> None:
     rng = np.random.default_rng(0)
     queries, passages = rng.normal(size=(11, 16)).astype(np.float32), rng.normal(size=(n, 16)).astype(np.float32)
-    scores, indices = rank(queries, passages, k, chunk=chunk, query_chunk=query_chunk)
+    scores, indices = rank_passages(queries, passages, k, chunk=chunk, query_chunk=query_chunk)
     exact = queries.astype(np.float64) @ passages.T.astype(np.float64)
     np.testing.assert_array_equal(indices, np.argsort(-exact, axis=1)[:, :k])
     np.testing.assert_allclose(scores, np.sort(exact, axis=1)[:, ::-1][:, :k], atol=1e-5)
@@ -96,7 +96,7 @@ def test_scores_equal_sentence_transformers(folder: Path) -> None:
         collection.queries, collection.corpus, relevant, mrr_at_k=[10], ndcg_at_k=[10], precision_recall_at_k=[100]
     )
     vectors = [embed(texts.values()) for texts in (collection.queries, collection.corpus)]
-    scores, indices = rank(*vectors, 45)
+    scores, indices = rank_passages(*vectors, 45)
     hits = [
         [{"corpus_id": f"d{i}", "score": s} for i, s in zip(row, values, strict=True)]
         for row, values in zip(indices.tolist(), scores.tolist(), strict=True)

@@ -24,7 +24,7 @@ from megatron_embed.recipes import Encoder, mine
 from megatron_embed.recipes.config import DataSource, LossSection
 from megatron_embed.recipes.dataset import PairDataset
 from megatron_embed.recipes.mining import Audit, MiningRules, still_said
-from megatron_embed.recipes.mining_report import describe, write_audit
+from megatron_embed.recipes.mining_report import audit_as_text, write_audit
 from megatron_embed.recipes.pairs import Pair, Teacher, parse_pair
 from megatron_embed.recipes.rank_batch import check_teachers
 
@@ -174,7 +174,7 @@ def test_teachers_answers_in_the_data_stay_while_they_hold(encoder: Encoder, fol
     assert teachers[1] == Teacher(None, [9.0, 9.0], [[answer, 1.0] for answer in wanted[1]])
     assert teachers[2:] == [Teacher()] * 2
     assert (audit.scores_dropped, audit.vectors_dropped) == (1, 1)
-    assert "scores of 1 rows, vectors of 1" in describe(audit, MiningRules())
+    assert "scores of 1 rows, vectors of 1" in audit_as_text(audit, MiningRules())
     write_audit(audit, MiningRules(), tmp_path / "out.jsonl")
     told = json.loads((tmp_path / "out.audit.json").read_text())
     assert told["rows_without_their_teachers_scores"] == told["rows_without_their_teachers_vectors"] == 1

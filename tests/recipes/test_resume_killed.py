@@ -16,14 +16,14 @@ from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.metrics import Reporter
 from megatron_embed.recipes.run_config import save_run_config
 from megatron_embed.recipes.run_folder import RunFolder
-from megatron_embed.recipes.training import Run, train
+from megatron_embed.recipes.training import TrainingRun, train
 
 OLD, NEW = ["loss.temperature=0.02", "train.train_iters=2"], ["loss.temperature=0.5", "train.train_iters=3"]
 AFRESH = "checkpoint.resume=false"
 #: where a run changes its folder, and the loop between
 WATCHED = (
-    Run.loop,
-    Run._save,
+    TrainingRun.loop,
+    TrainingRun._save,
     Reporter._write,
     Reporter._open,
     RunFolder.claim,

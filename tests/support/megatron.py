@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,18 +14,30 @@ from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_con
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import OWN_PARAMETERS, Weight, checkpoint_name, weights
 from megatron_embed.bridge.transforms import (
-    merge_tp,
     pack_gate_up,
     pack_qkv,
     pad_vocab,
     padded_vocab_size,
-    split_tp,
     unpack_gate_up,
     unpack_qkv,
-    unpad_vocab,
 )
 
 State = dict[str, Tensor]
+
+
+def split_tp(full: Tensor, *, dim: int | None, world: int) -> list[Tensor]:
+    """The slices of all tensor-parallel ranks; ``dim=None`` means replicated."""
+    return [full] * world if dim is None else list(full.chunk(world, dim=dim))
+
+
+def merge_tp(slices: Sequence[Tensor], *, dim: int | None) -> Tensor:
+    """Inverse of :func:`split_tp`."""
+    return slices[0] if dim is None else torch.cat(list(slices), dim=dim)
+
+
+def unpad_vocab(embedding: Tensor, *, vocab_size: int) -> Tensor:
+    """Inverse of :func:`megatron_embed.bridge.transforms.pad_vocab`."""
+    return embedding[:vocab_size]
 
 
 def filled_stages(

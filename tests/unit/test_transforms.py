@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.megatron import merge_tp, split_tp, unpad_vocab
 from torch import Tensor
 
 from megatron_embed.bridge import transforms as tf
@@ -46,9 +47,9 @@ def test_packing_slices_gives_the_slice_of_the_packed(tp: int, groups_each: int,
     groups = tp * groups_each
     parts = qkv(groups, queries, head_dim, 3)
     whole = tf.pack_qkv(*parts, groups=groups, head_dim=head_dim)
-    slices = zip(*(tf.split_tp(part, dim=0, world=tp) for part in parts), strict=True)
+    slices = zip(*(split_tp(part, dim=0, world=tp) for part in parts), strict=True)
     packed = [tf.pack_qkv(*rank, groups=groups_each, head_dim=head_dim) for rank in slices]
-    assert torch.equal(tf.merge_tp(packed, dim=0), whole)
+    assert torch.equal(merge_tp(packed, dim=0), whole)
 
 
 @given(ffn=sizes, hidden=sizes)
@@ -62,9 +63,9 @@ def test_gate_up_there_and_back(ffn: int, hidden: int) -> None:
 @given(tp=sizes, rows=sizes, columns=sizes, dim=st.sampled_from([0, 1, None]))
 def test_split_and_merge(tp: int, rows: int, columns: int, dim: int | None) -> None:
     full = numbered(rows * tp, columns * tp)
-    slices = tf.split_tp(full, dim=dim, world=tp)
+    slices = split_tp(full, dim=dim, world=tp)
     assert len(slices) == tp
-    assert torch.equal(tf.merge_tp(slices, dim=dim), full)
+    assert torch.equal(merge_tp(slices, dim=dim), full)
     if dim is not None:
         ranges = [tf.even_range(full.shape[dim], rank=rank, world=tp) for rank in range(tp)]
         assert all(torch.equal(full[r] if dim == 0 else full[:, r], s) for r, s in zip(ranges, slices, strict=True))
@@ -84,7 +85,7 @@ def test_vocabulary_padding(vocab: int, tp: int) -> None:
     padded = tf.pad_vocab(table, rows=rows)
     assert padded.shape == (rows, 3)
     assert not padded[vocab:].any()
-    assert torch.equal(tf.unpad_vocab(padded, vocab_size=vocab), table)
+    assert torch.equal(unpad_vocab(padded, vocab_size=vocab), table)
 
 
 @given(scale=st.floats(2**-14, 8.0, width=32))

@@ -1,0 +1,36 @@
+"""The exact best scalar products of queries with vectors that come in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def top_k(queries: Tensor, parts: Iterable[tuple[int, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """Return each query's ``k`` highest scores and the rows that have them, best first, equal scores by row.
+
+    Args:
+        queries: ``[q, d]`` fp32.
+        parts: (number of the first row, ``[n, d]`` fp32 on the queries' device), by rising rows; one is held at a time.
+
+    Returns:
+        ``[q, k]`` fp32 and int64; where there are fewer rows −inf and −1.
+    """
+    best, where = nothing_found(len(queries), k, queries.device)
+    for first, part in parts:
+        new, position = (queries @ part.T).topk(min(k, len(part)), dim=1)
+        position, order = position.sort(dim=1)
+        # what was found before stands first, and what is new by row: a stable sort leaves ties in this order
+        best = torch.cat([best, new.gather(1, order)], dim=1)
+        where = torch.cat([where, position + first], dim=1)
+        best, order = best.sort(dim=1, descending=True, stable=True)
+        best, where = best[:, :k], where.gather(1, order)[:, :k]
+    return best, where
+
+
+def nothing_found(queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the answer of :func:`top_k` among no rows."""
+    scores = torch.full((queries, k), -torch.inf, device=device)
+    return scores, torch.full((queries, k), -1, dtype=torch.long, device=device)
