@@ -61,7 +61,7 @@ def compare(encoder: Encoder, model: Any, texts: list[str], kind: Any, repeats: 
             seconds[name].append(timed(run))
     a, b = statistics.median(seconds["ours"]), statistics.median(seconds["theirs"])
     ratios = sorted(y / x for x, y in zip(seconds["ours"], seconds["theirs"], strict=True))
-    tokens = sum(map(len, encoder.tokenizer.encode(texts, kind)))
+    tokens = sum(map(len, encoder.tokenizer.tokenize(texts, kind)))
     cosine = least_cosine(found["ours"], found["theirs"])
     return [
         f"{len(texts):,}",

@@ -24,19 +24,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.liveness import is_broken_connection
-from megatron_embed.conversion.checkpoint_folder import (
-    check_lengths,
-    is_sound,
-    iteration_folder,
-    load_common,
-    refuse_unsafe_loading,
-    safe_metadata,
-    with_older,
-)
+from megatron_embed.conversion.checkpoint_folder import check_lengths, is_sound, iteration_folder, with_older
 from megatron_embed.conversion.checksums import Checksums, DamagedCheckpoint, write_checksums
 from megatron_embed.conversion.disk_errors import explain_unwritten
 from megatron_embed.conversion.optimizer_forms import FormChange
 from megatron_embed.conversion.param_groups import ask_for_saved_groups, take_groups
+from megatron_embed.conversion.safe_loading import load_common, refuse_unsafe_loading, safe_metadata
 from megatron_embed.conversion.tensor_writer import bytes_on_all_ranks, write_tensors
 
 #: iteration folder while it is being written

@@ -34,9 +34,10 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.block_writer import BlockWriter
-from megatron_embed.conversion.checkpoint_folder import check_lengths, safe_metadata, with_older
+from megatron_embed.conversion.checkpoint_folder import check_lengths, with_older
 from megatron_embed.conversion.checksums import Checksums, DamagedCheckpoint, FileSums, Summing
 from megatron_embed.conversion.prefetch import fault_in, one_ahead
+from megatron_embed.conversion.safe_loading import safe_metadata
 from megatron_embed.conversion.stored import Stored, Values, addresses, write_values
 
 _ALIGNED = 64

@@ -11,7 +11,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.model_state import NEW_GROUPS, load_model_state, save_model_state
 from megatron_embed.conversion.sentence_files import SentenceSettings, beside_the_recipe, trained
-from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.config import OptimizerSection, RecipeConfig
 from megatron_embed.recipes.optimizer import TrainState, reset_groups
 from megatron_embed.recipes.resume import Start, beside_the_config, checkpoints_folder
 from megatron_embed.recipes.source import ModelSource
@@ -58,7 +58,7 @@ def save(
     return iter_dir
 
 
-def restore(cfg: RecipeConfig, state: TrainState, start: Start) -> None:
+def restore(section: OptimizerSection, state: TrainState, start: Start) -> None:
     """Load weights and optimizer; set the schedule to the position.
 
     Raises:
@@ -73,7 +73,7 @@ def restore(cfg: RecipeConfig, state: TrainState, start: Start) -> None:
     if loaded[NEW_GROUPS] and dist.get_rank() == 0:
         logging.getLogger(__name__).warning(
             f"{start.iter_dir}: from before optimizer.temperature_lr: its temperature learned at the rate of "
-            f"optimizer.lr, and goes on at up to {cfg.optimizer.temperature_lr:g}"
+            f"optimizer.lr, and goes on at up to {section.temperature_lr:g}"
         )
-    reset_groups(state.optimizer, cfg.optimizer)
+    reset_groups(state.optimizer, section)
     state.scheduler.step(increment=start.step)

@@ -145,7 +145,7 @@ class _Job:
         rows = np.unique(np.linspace(0, len(self.texts) - 1, _CALIBRATION_ROWS).astype(int)).tolist()
         sample = [self.texts.read(row, row + 1)[1][0] for row in rows]
         prompts = [prompt for row in rows for prompt in self.texts.prompts(row, row + 1) or ()]
-        sequences = self.encoder.tokenizer.encode(sample, self.kind, prompts or None)
+        sequences = self.encoder.tokenizer.tokenize(sample, self.kind, prompts or None)
         vectors = encode_sequences(self.encoder.stages, self.encoder.plan, sequences, self.encoder.config.hidden_size)
         vectors = self._truncate(vectors)
         ranges = np.stack([vectors.min(0), vectors.max(0)]).astype(np.float32)
@@ -175,7 +175,7 @@ class _Job:
     def _encode(self, shard: Shard) -> None:
         ids, texts = self.texts.read(shard.first, shard.first + shard.rows)
         prompts = self.texts.prompts(shard.first, shard.first + shard.rows)
-        sequences = self.encoder.tokenizer.encode(texts, self.kind, prompts)
+        sequences = self.encoder.tokenizer.tokenize(texts, self.kind, prompts)
         vectors = encode_here(self.encoder.stages, self.encoder.plan, sequences, self.encoder.config.hidden_size)
         if not self.writes:
             return

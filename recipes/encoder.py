@@ -130,7 +130,7 @@ class Encoder:
         if isinstance(texts, str):
             return self.encode([texts], kind, prompt=prompt, show_progress=show_progress)[0]
         prompts = None if prompt is None else [prompt] * len(texts)
-        sequences = self.tokenizer.encode(list(texts), kind, prompts)
+        sequences = self.tokenizer.tokenize(list(texts), kind, prompts)
         return encode_sequences(self.stages, self.plan, sequences, self.config.hidden_size, progress=show_progress)
 
     def named_prompt(self, name: str) -> str:

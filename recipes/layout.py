@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.bridge.layout import Layout, check_layout
-from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.config import LossSection, RecipeConfig
 
 
 def layout_of(cfg: RecipeConfig) -> Layout:
@@ -64,20 +64,20 @@ def validate(cfg: RecipeConfig, world_size: int, *, inputs: bool = True) -> None
         )
     _validate_values(cfg)
     if not cfg.data.negatives_per_query:
-        check_candidates(cfg, replicas, 0, "data.negatives_per_query 0")
+        check_candidates(cfg.loss, batch, replicas, 0, "data.negatives_per_query 0")
 
 
-def check_candidates(cfg: RecipeConfig, replicas: int, negatives: int, why: str) -> None:
+def check_candidates(loss: LossSection, batch: int, replicas: int, negatives: int, why: str) -> None:
     """Refuse batches in which a query is scored against its positive alone: their loss is 0, whatever is learned.
 
     Args:
+        batch: queries a step, over all ranks.
         replicas: data-parallel ranks.
         negatives: hard negatives that a query has at most; ``why`` says what that follows from.
 
     Raises:
         UserError: naming the key that leaves a single candidate.
     """
-    loss, batch = cfg.loss, cfg.train.global_batch_size
     if negatives or loss.embedding_distillation_weight:
         return
     if not loss.in_batch_negatives:

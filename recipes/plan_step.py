@@ -15,7 +15,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes.batching import BatchingPlan
-from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.config import LossSection, RecipeConfig
 from megatron_embed.recipes.layout import loss_mode
 from megatron_embed.recipes.loss import CHUNK_BYTES
 from megatron_embed.recipes.plan_activations import Shape
@@ -115,13 +115,13 @@ def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, pp: i
     return Step(mode, tuple(shapes), queries, slots)
 
 
-def loss_bytes(cfg: RecipeConfig, config: EncoderConfig, step: Step, replicas: int) -> int:
+def loss_bytes(loss: LossSection, config: EncoderConfig, step: Step, replicas: int) -> int:
     """Estimate of what the loss holds at its peak on the last stage, in fp32.
 
     The replica's embeddings with their gradient, the passage slots, the gathered candidates with their gradient, and
     the scores of a chunk of rows with their gradient.
     """
-    loss, slots = cfg.loss, step.queries * step.slots
+    slots = step.queries * step.slots
     candidates, queries = slots, 0
     if loss.in_batch_negatives:
         everywhere = replicas if loss.cross_rank_negatives else 1
@@ -153,20 +153,26 @@ class Traffic:
 
 
 def traffic(
-    cfg: RecipeConfig,
+    loss: LossSection,
     config: EncoderConfig,
     layout: Layout,
     step: Step,
     chunks: Sequence[ModelChunk],
     *,
     replicas: int,
+    precision: str,
+    distributed: bool,
     sequence_parallel: bool,
     recompute: str,
     parameters: int,
     gradients: int,
 ) -> Traffic:
-    """Of a pipeline rank with these stages, and this many bytes of parameters and gradients."""
-    hidden = step.tokens // layout.cp * config.hidden_size * WIDTHS[cfg.model.precision]
+    """Of a pipeline rank with these stages, and this many bytes of parameters and gradients.
+
+    Args:
+        distributed: whether the optimizer's state is sharded.
+    """
+    hidden = step.tokens // layout.cp * config.hidden_size * WIDTHS[precision]
     layers = sum(chunk.layers for chunk in chunks)
     first, last = any(chunk.first for chunk in chunks), any(chunk.last for chunk in chunks)
 
@@ -191,25 +197,24 @@ def traffic(
     if layout.cp > 1:
         # keys and values: all-gather forward, reduce-scatter backward; gathered again where attention is recomputed
         kv = config.num_key_value_heads * config.head_dim // layout.tp
-        keys_and_values = step.tokens * 2 * kv * WIDTHS[cfg.model.precision]
+        keys_and_values = step.tokens * 2 * kv * WIDTHS[precision]
         context = layers * keys_and_values * (step.forwards + (recompute != "none") + 1)
         context += last * 2 * step.texts * config.hidden_size * FP32 * step.forwards
         context = _ring(context, layout.cp)
 
     # reduce-scatter of gradients and all-gather of parameters, or an all-reduce of gradients
-    reduced = gradients + parameters if cfg.optimizer.distributed else 2 * gradients
+    reduced = gradients + parameters if distributed else 2 * gradients
     return Traffic(
         tensor,
         pipeline,
         context,
         _ring(reduced, replicas * layout.cp),
-        _loss_gather(cfg, config, step, replicas) if last else 0,
+        _loss_gather(loss, config, step, replicas) if last else 0,
     )
 
 
-def _loss_gather(cfg: RecipeConfig, config: EncoderConfig, step: Step, replicas: int) -> int:
+def _loss_gather(loss: LossSection, config: EncoderConfig, step: Step, replicas: int) -> int:
     """All-gather of the candidates' embeddings, reduce-scatter of their gradients."""
-    loss = cfg.loss
     if not loss.in_batch_negatives or not loss.cross_rank_negatives:
         return 0
     vectors = step.queries * (step.slots + (loss.symmetric or loss.query_query_negatives))

@@ -120,12 +120,14 @@ def plan_layout(
     for recompute in RECOMPUTE:
         sent = [
             traffic(
-                cfg,
+                cfg.loss,
                 config,
                 layout,
                 step,
                 chunks_of(config, layout, pp_rank),
                 replicas=replicas,
+                precision=cfg.model.precision,
+                distributed=cfg.optimizer.distributed,
                 sequence_parallel=bool(cfg.model.sequence_parallel),
                 recompute=recompute,
                 parameters=memory[pp_rank].parameters,
@@ -260,7 +262,7 @@ def _memory(
             )
             for recompute in RECOMPUTE
         },
-        loss=loss_bytes(cfg, config, step, replicas) if has_last else 0,
+        loss=loss_bytes(cfg.loss, config, step, replicas) if has_last else 0,
         working={
             recompute: largest + gradients + embeddings + activations.recomputed(shape, recompute)
             for recompute in RECOMPUTE

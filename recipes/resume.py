@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion.safe_loading import load_common
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.run_config import NO_RECIPES, Recipes, changed_keys, config_from_dict, recipe_named
 
@@ -120,7 +121,7 @@ def find_start(
     else:
         _refuse_to_replace_source(asked, root)
         return None
-    common = checkpoint_folder.load_common(iter_dir)
+    common = load_common(iter_dir)
     samples, batch = common.get("consumed_samples"), asked.train.global_batch_size
     if samples is None:
         raise UserError(

@@ -122,7 +122,7 @@ class TextTokenizer:
         """What the model sees of a text: prompt, then text, nothing added and nothing taken away."""
         return (self.prompts[kind] if prompt is None else prompt) + text
 
-    def encode(self, texts: Sequence[str], kind: Kind, prompts: Sequence[str] | None = None) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str], kind: Kind, prompts: Sequence[str] | None = None) -> list[list[int]]:
         """Token ids of each text, BOS and EOS included, at most the kind's maximal length.
 
         Args:
@@ -134,7 +134,7 @@ class TextTokenizer:
         own: Sequence[str | None] = [None] * len(texts) if prompts is None else prompts
         whole = [self.text(text, kind, prompt) for text, prompt in zip(texts, own, strict=True)]
 
-        def tokenize(texts: list[str]) -> list[list[int]]:
+        def ids_of(texts: list[str]) -> list[list[int]]:
             return self.tokenizer(
                 texts,
                 truncation=True,
@@ -144,7 +144,9 @@ class TextTokenizer:
                 return_token_type_ids=False,
             )["input_ids"]
 
-        return tokenize_starts(tokenize, whole, length) if self._knows_borders else tokenize(whole)
+        return tokenize_starts(ids_of, whole, length) if self._knows_borders else ids_of(whole)
+
+    encode = tokenize  # what reading and inspecting data still call it
 
 
 def _lower_case(tokenizer: Any) -> None:

@@ -102,9 +102,10 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     replicas = layout.data_parallel_size(world)
     for each in dataset.sources:  # every batch is of one source
         negatives = min(each.max_negatives, cfg.data.negatives_per_query)
-        check_candidates(cfg, replicas, negatives, f"{each.rows.path}, which has no hard negatives,")
+        why = f"{each.rows.path}, which has no hard negatives,"
+        check_candidates(cfg.loss, cfg.train.global_batch_size, replicas, negatives, why)
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
-    collections = _open_collections(cfg)
+    collections = _open_collections(cfg.data.eval)
     with parallel.parallel_world(layout, timeout_minutes=cfg.train.timeout_minutes):
         liveness.keep_stacks_in(save_dir / "stacks")
         if dist.get_rank() == 0:
@@ -112,7 +113,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
         liveness.stand_at("loading the model")
         run = _set_up(cfg, layout, source, dataset, sampler, RunFolder(asked, save_dir, start), collections)
         if start is not None:
-            checkpointing.restore(cfg, run.state, start)
+            checkpointing.restore(cfg.optimizer, run.state, start)
         with writing_to(save_dir):
             run.loop(start)
         if dist.get_rank() == 0:
@@ -129,12 +130,12 @@ def _closing(save_dir: Path, steps: int, seconds: float) -> str:
     )
 
 
-def _open_collections(cfg: RecipeConfig) -> list[Any]:
-    if not cfg.data.eval:
+def _open_collections(folders: list[str] | None) -> list[Any]:
+    if not folders:
         return []
     from megatron_embed.recipes.beir import load_collections
 
-    return list(load_collections(cfg.data.eval))
+    return list(load_collections(folders))
 
 
 def _set_up(
@@ -348,7 +349,7 @@ class TrainingRun:
         tokenizer, hidden = self.builder.tokenizer, self.encoder_config.hidden_size
 
         def encode(texts: list[str], kind: Any) -> Any:
-            return encode_sequences(self.state.encoders, self.plan, tokenizer.encode(texts, kind), hidden)
+            return encode_sequences(self.state.encoders, self.plan, tokenizer.tokenize(texts, kind), hidden)
 
         return encode
 

@@ -14,7 +14,7 @@ from support.hf_files import Source, edit_json, without_checksums
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion import checkpoint_folder
+from megatron_embed.conversion import checkpoint_folder, safe_loading
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
@@ -100,7 +100,7 @@ def test_metadata_as_megatron_core_writes_it_passes(iter_dir: Path) -> None:
     dcp.save(
         {"a": torch.zeros(2, 3), "b": {"c": torch.ones(1, dtype=torch.bfloat16)}}, checkpoint_id=iter_dir.parent / "x"
     )
-    metadata = checkpoint_folder.safe_metadata(iter_dir.parent / "x")
+    metadata = safe_loading.safe_metadata(iter_dir.parent / "x")
     assert set(metadata.state_dict_metadata) == {"a", "b.c"}
     assert torch.equal(CheckpointReader(iter_dir.parent / "x").read("b.c"), torch.ones(1, dtype=torch.bfloat16))
 
@@ -134,23 +134,23 @@ def test_chunks_that_overlap_or_leave_holes(iter_dir: Path) -> None:
 
 
 def test_common_that_runs_code(iter_dir: Path, mark: Path) -> None:
-    assert checkpoint_folder.load_common(iter_dir)["iteration"] == 0
+    assert safe_loading.load_common(iter_dir)["iteration"] == 0
     torch.save({"iteration": Bomb(mark)}, iter_dir / "common.pt")
     with pytest.raises(UserError, match=r"common\.pt: damaged, or holds more than tensors and plain values"):
-        checkpoint_folder.load_common(iter_dir)
+        safe_loading.load_common(iter_dir)
     assert not mark.exists()
     (iter_dir / "common.pt").unlink()
     with pytest.raises(UserError, match="no such file"):
-        checkpoint_folder.load_common(iter_dir)
+        safe_loading.load_common(iter_dir)
 
 
 def test_the_switch_that_makes_loading_unsafe(iter_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     export_refused(iter_dir, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set")
     with pytest.raises(UserError, match="unset it"):
-        checkpoint_folder.load_common(iter_dir)
+        safe_loading.load_common(iter_dir)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0")
-    checkpoint_folder.load_common(iter_dir)
+    safe_loading.load_common(iter_dir)
 
 
 def test_run_config_that_runs_code(iter_dir: Path, mark: Path) -> None:

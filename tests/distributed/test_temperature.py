@@ -76,8 +76,8 @@ def by_torch(cfg: RecipeConfig, rate: Callable[[int], float]) -> list[float]:
         examples = [dataset[i] for i in sampler.batch(step)]
         passages = [[e.positive, *e.negatives] for e in examples]
         first = [sum(map(len, passages[:i])) for i in range(len(passages))]
-        queries = oracle.embed(model, tokenizer.encode([e.query for e in examples], "query"))
-        flat = oracle.embed(model, tokenizer.encode([text for group in passages for text in group], "passage"))
+        queries = oracle.embed(model, tokenizer.tokenize([e.query for e in examples], "query"))
+        flat = oracle.embed(model, tokenizer.tokenize([text for group in passages for text in group], "passage"))
         optimizer.zero_grad()
         oracle.info_nce(queries, flat, first, log_temperature.exp()).backward()
         torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], opt.clip_grad)

@@ -92,7 +92,7 @@ def test_a_beir_folder_holds_no_plain_lines(first: str, tmp_path: Path) -> None:
 def test_control_tokens_and_nuls_are_encoded_as_text(encoder: Encoder, tmp_path: Path) -> None:
     corpus = Corpus(write(tmp_path / "c.jsonl", documents(ODD)))
     assert corpus.read(0, len(ODD))[1] == [text.strip() for text in ODD]
-    ids = encoder.tokenizer.encode([text.strip() for text in ODD], "passage")
+    ids = encoder.tokenizer.tokenize([text.strip() for text in ODD], "passage")
     assert all(not set(row[1:-1]) & set(range(14)) for row in ids), "a control token inside a text"
     folder = encode_corpus.encode_texts(encoder, corpus, tmp_path / "out")
     assert isinstance(folder, VectorFolder)

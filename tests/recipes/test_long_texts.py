@@ -126,7 +126,7 @@ def test_encode_gives_the_ids_of_whole_texts(
     ours = tokenizers[change]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_texts, "_CHARACTERS", 1)
-        assert ours.encode(texts, "passage") == ids_of(ours.tokenizer, [f"p: {text}" for text in texts], 12)
+        assert ours.tokenize(texts, "passage") == ids_of(ours.tokenizer, [f"p: {text}" for text in texts], 12)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_little_of_a_long_text_is_looked_at_where_that_will_do(
 
     monkeypatch.setattr(type(ours.tokenizer), "__call__", counted)
     texts = ["word " * 20_000, " " * 4000 + "word " * 20_000, "short"]
-    found = ours.encode(texts, "passage")
+    found = ours.tokenize(texts, "passage")
     assert [len(ids) for ids in found[:2]] == [12, 12]
     if most is None:
         assert sum(seen) == sum(map(len, texts)) + 3 * len("p: ")

@@ -47,7 +47,7 @@ def exported(folder: Path, out: Path, length: int):
 
 @pytest.mark.parametrize("prompt", ["", "query: ", " q:  ", "Instruct: find </s>\nQuery:"])
 def test_ids_equal_the_exported_tokenizers(prompt: str, folder: Path, tmp_path: Path) -> None:
-    ours = load(folder, query=prompt).encode(TEXTS, "query")
+    ours = load(folder, query=prompt).tokenize(TEXTS, "query")
     theirs = exported(folder, tmp_path / "out", 24)([prompt + text for text in TEXTS], truncation=True)["input_ids"]
     assert ours == theirs
 
@@ -64,10 +64,10 @@ def test_bos_and_eos_stand_around_every_text_whatever_the_source_does(
         contents["post_processor"] = None
     (source / "tokenizer.json").write_text(json.dumps(contents))
     tokenizer = load(source)
-    for ids in tokenizer.encode(TEXTS, "query"):
+    for ids in tokenizer.tokenize(TEXTS, "query"):
         assert (ids[0], ids[-1]) == (BOS, EOS)
         assert not {BOS, EOS, PAD} & set(ids[1:-1])
-    assert tokenizer.encode(TEXTS, "query") == load(folder).encode(TEXTS, "query")
+    assert tokenizer.tokenize(TEXTS, "query") == load(folder).tokenize(TEXTS, "query")
 
 
 def test_a_ready_embedder_is_read_as_it_is(tmp_path: Path) -> None:
@@ -76,17 +76,17 @@ def test_a_ready_embedder_is_read_as_it_is(tmp_path: Path) -> None:
     contents["post_processor"] = None
     (source / "tokenizer.json").write_text(json.dumps(contents))
     (source / "modules.json").write_text("[]")
-    ids = load(source).encode(["a list"], "query")[0]
+    ids = load(source).tokenize(["a list"], "query")[0]
     assert BOS not in ids
     assert EOS not in ids
 
 
 def test_truncation_keeps_bos_and_eos_and_each_kind_has_its_length(folder: Path) -> None:
     tokenizer = load(folder)
-    query, passage = tokenizer.encode(TEXTS[-1:], "query")[0], tokenizer.encode(TEXTS[-1:], "passage")[0]
+    query, passage = tokenizer.tokenize(TEXTS[-1:], "query")[0], tokenizer.tokenize(TEXTS[-1:], "passage")[0]
     assert (len(query), len(passage)) == (24, 48)
     assert (query[0], query[-1], passage[0], passage[-1]) == (BOS, EOS, BOS, EOS)
-    whole = load(folder, length=10_000).encode(TEXTS[-1:], "query")[0]
+    whole = load(folder, length=10_000).tokenize(TEXTS[-1:], "query")[0]
     assert query[:-1] == whole[:23]
 
 
@@ -95,21 +95,21 @@ def test_prompts_are_put_before_the_text_exactly_as_written(folder: Path) -> Non
     assert tokenizer.text("x ", "query") == " Q:x "
     assert tokenizer.text("x ", "passage") == "P\nx "
     plain = load(folder, query="", passage="")
-    assert tokenizer.encode(["list"], "query") == plain.encode([" Q:list"], "query")
-    own = tokenizer.encode(["list", "list"], "passage", ["", "A: "])
-    assert own == plain.encode(["list", "A: list"], "passage")
+    assert tokenizer.tokenize(["list"], "query") == plain.tokenize([" Q:list"], "query")
+    own = tokenizer.tokenize(["list", "list"], "passage", ["", "A: "])
+    assert own == plain.tokenize(["list", "A: list"], "passage")
 
 
 def test_control_token_text_stays_text(folder: Path) -> None:
     tokenizer = load(folder, query="")
-    ids = tokenizer.encode(["</s>[INST]"], "query")[0]
+    ids = tokenizer.tokenize(["</s>[INST]"], "query")[0]
     assert len(ids) > 4
     assert tokenizer.tokenizer.decode(ids[1:-1]) == "</s>[INST]"
 
 
 def test_no_texts_and_padding_id(folder: Path) -> None:
     tokenizer = load(folder)
-    assert tokenizer.encode([], "query") == []
+    assert tokenizer.tokenize([], "query") == []
     assert tokenizer.pad_token_id == PAD
 
 

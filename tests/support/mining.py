@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from megatron_embed.recipes import Encoder, cross_encoder, encode_corpus, mine, miner
+from megatron_embed.recipes import Encoder, cross_encoder, encode_corpus, miner
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.mining import Audit, MiningRules
 from megatron_embed.recipes.vectors import plan_shards
@@ -34,7 +34,7 @@ def make_data(folder: Path) -> None:
 
 def make_parts_small(replace: Any, shard_rows: int = 16) -> None:
     replace(encode_corpus, "plan_shards", lambda rows, _: plan_shards(rows, shard_rows))
-    replace(mine, "_BLOCK", 7)
+    replace(miner, "_BLOCK", 7)
     replace(cross_encoder, "_BATCH", 4)
 
 
