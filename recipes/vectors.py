@@ -212,16 +212,3 @@ def quantize(vectors: np.ndarray, precision: str, ranges: np.ndarray | None = No
     if precision == "ubinary":
         return np.packbits(vectors > 0, axis=-1)
     return vectors.astype(DTYPES[precision])
-
-
-def dequantize(stored: np.ndarray, precision: str, dim: int, ranges: np.ndarray | None = None) -> np.ndarray:
-    """What :func:`quantize` kept, as fp32: the middle of an int8 step, ±1 for a bit."""
-    if precision == "int8":
-        assert ranges is not None
-        steps = (ranges[1] - ranges[0]) / 255
-        return (ranges[0] + (stored.astype(np.float32) + 128.5) * steps).astype(np.float32)
-    if precision.endswith("binary"):
-        packed = stored if precision == "ubinary" else (stored.astype(np.int16) + 128).astype(np.uint8)
-        bits = np.unpackbits(packed, axis=-1, count=dim)
-        return bits.astype(np.float32) * 2 - 1
-    return stored.astype(np.float32)

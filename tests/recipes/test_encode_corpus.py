@@ -19,7 +19,7 @@ from megatron_embed.recipes import Encoder, encode, encode_corpus, vectors
 from megatron_embed.recipes.corpus import Corpus
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.odd_rows import NO_TEXT
-from megatron_embed.recipes.vectors import MANIFEST, Manifest, VectorFolder, dequantize, plan_shards, quantize
+from megatron_embed.recipes.vectors import MANIFEST, Manifest, VectorFolder, plan_shards, quantize
 
 ROWS = [
     {
@@ -150,6 +150,19 @@ def test_dim_truncates_and_normalises_anew(encoder: Encoder, corpus: Corpus, tmp
     for dim in (0, 49):
         with pytest.raises(UserError, match=rf"dim: found {dim}; wanted 1 to the model's hidden_size 48"):
             encode_texts(encoder, corpus, tmp_path / "none", dim=dim)
+
+
+def dequantize(stored: np.ndarray, precision: str, dim: int, ranges: np.ndarray | None = None) -> np.ndarray:
+    """What :func:`quantize` kept, as fp32: the middle of an int8 step, ±1 for a bit."""
+    if precision == "int8":
+        assert ranges is not None
+        steps = (ranges[1] - ranges[0]) / 255
+        return (ranges[0] + (stored.astype(np.float32) + 128.5) * steps).astype(np.float32)
+    if precision.endswith("binary"):
+        packed = stored if precision == "ubinary" else (stored.astype(np.int16) + 128).astype(np.uint8)
+        bits = np.unpackbits(packed, axis=-1, count=dim)
+        return bits.astype(np.float32) * 2 - 1
+    return stored.astype(np.float32)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary", "ubinary"])
