@@ -88,7 +88,7 @@ def test_stopped_anywhere_and_resumed_equals_undisturbed(
             raise KeyboardInterrupt
         fsync(file)
 
-    monkeypatch.setattr(vectors.os, "fsync", dying)  # what would be left to do after the moment never comes
+    monkeypatch.setattr(os, "fsync", dying)  # what would be left to do after the moment never comes
     with pytest.raises(KeyboardInterrupt):
         encode_texts(encoder, corpus, tmp_path / "out", precision="int8")
     encode_texts(encoder, corpus, tmp_path / "out", precision="int8")
