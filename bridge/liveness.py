@@ -126,7 +126,7 @@ def is_broken_connection(error: BaseException) -> bool:
     )
 
 
-def explain(error: BaseException) -> str:
+def explain_broken_connection(error: BaseException) -> str:
     """One message for a broken connection: which rank is gone or does not answer, and where it stood.
 
     Waits at most :data:`PATIENCE` seconds for the notes of ranks that have not noticed yet.
@@ -182,7 +182,7 @@ def begin_end() -> None:
 
 
 def end_lost() -> None:
-    """End the processes on this host that :func:`explain` found not to answer: a stopped one heeds no other signal."""
+    """End the processes on this host that were found not to answer: a stopped one heeds no other signal."""
     for process in _world.lost if _world is not None else []:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -227,7 +227,7 @@ def _watch(signals: int, end: Callable[[int, str], Any]) -> None:
             say_end(_TERMINATED)
             os._exit(128 + signal.SIGTERM)
         if not ready and _seconds_left() == 0:
-            end(1, explain(TimeoutError("a collective timed out")))
+            end(1, explain_broken_connection(TimeoutError("a collective timed out")))
 
 
 def _seconds_left() -> float | None:

@@ -47,7 +47,7 @@ def compare_tokenizers(found: Path, wanted: Path) -> ComparedSection:
         return ComparedSection("tokenizer", 1, [Difference("tokenizer.json", "no such file", "the source's")])
     as_made = {path: (path / "modules.json").is_file() for path in (found, wanted)}
     edited = as_made[found] or as_made[wanted]
-    left, right = load(found, edited=edited and not as_made[found]), load(wanted, edited=edited)
+    left, right = load_tokenizer(found, edited=edited and not as_made[found]), load_tokenizer(wanted, edited=edited)
     count, differences = _vocabularies(found, wanted)
     probes = [(text, cut) for cut in (None, _CUT) for text in PROBES]
     ids = [(_ids(left, *probe), _ids(right, *probe)) for probe in probes]
@@ -71,7 +71,7 @@ def reads_control_tokens(folder: Path) -> bool:
     return (folder / "modules.json").is_file() and stated is not True
 
 
-def load(folder: Path, *, edited: bool) -> Any:
+def load_tokenizer(folder: Path, *, edited: bool) -> Any:
     """A folder's fast tokenizer, as it is or with the edits that conversion makes for an embedder.
 
     Raises:

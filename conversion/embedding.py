@@ -22,7 +22,7 @@ from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import Weight
 from megatron_embed.bridge.parallel import parallel_world, select_device
 from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
-from megatron_embed.conversion.compare_tokenizers import load
+from megatron_embed.conversion.compare_tokenizers import load_tokenizer
 from megatron_embed.conversion.direct import parameters_with_weights
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.tokenizer_files import has_tokenizer
@@ -164,7 +164,7 @@ def token_ids(folder: Path, texts: Sequence[str], config: EncoderConfig) -> list
     """
     if not has_tokenizer(folder):
         return [[(7 + 31 * row + 11 * n * n) % config.vocab_size for n in range(12 + row)] for row in range(len(texts))]
-    tokenizer = load(folder, edited=True)
+    tokenizer = load_tokenizer(folder, edited=True)
     found: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
     if (highest := max(max(ids) for ids in found)) >= config.vocab_size:
         raise UserError(

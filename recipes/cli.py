@@ -141,7 +141,7 @@ def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
 
     def unexpected(error: BaseException) -> str:
         if liveness.is_broken_connection(error):
-            return liveness.explain(error) + (f"\n{traceback.format_exc()}" if debug else "")
+            return liveness.explain_broken_connection(error) + (f"\n{traceback.format_exc()}" if debug else "")
         return f"this should not happen, please report it\n{traceback.format_exc()}"
 
     with shown_log():

@@ -110,14 +110,14 @@ def tell(note: liveness.Note, **changes: str) -> None:
 
 def test_a_rank_on_another_host_is_found_by_its_silence(world: dict[int, liveness.Note]) -> None:
     tell(world[1], met="Connection closed by peer")
-    message = liveness.explain(RuntimeError("gloo/transport: Timed out waiting 600000ms for recv"))
+    message = liveness.explain_broken_connection(RuntimeError("gloo/transport: Timed out waiting 600000ms for recv"))
     assert message.startswith("rank 0 waited for 10 minutes at step 0, but rank 2 (host2, process ")
     assert message.endswith("does not answer: it stood at step 2")
 
 
 def test_what_another_rank_ended_with_is_passed_on(world: dict[int, liveness.Note]) -> None:
     tell(world[2], end="train.jsonl, line 3: no 'query'")
-    message = liveness.explain(RuntimeError("gloo/transport: Connection closed by peer"))
+    message = liveness.explain_broken_connection(RuntimeError("gloo/transport: Connection closed by peer"))
     assert re.fullmatch(r"rank 2 \(host2, process \d+\) ended: train.jsonl, line 3: no 'query'", message)
 
 
