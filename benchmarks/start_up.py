@@ -64,7 +64,7 @@ def memory() -> dict[str, float]:
 def start(path: str, batch: int) -> None:
     """One start, in a process of its own: prints what it measured."""
     from megatron_embed.recipes.config import DataSource
-    from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset
+    from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 
     Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew
     imported, before = time.time(), memory()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron_embed.bridge.errors import UserError, named
 from megatron_embed.conversion.disk_errors import check_writable
-from megatron_embed.recipes.beir import check_folder, check_names
+from megatron_embed.recipes.beir import check_folder, check_names, is_beir
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.dataset import check_source
+from megatron_embed.recipes.rows import check_file, hub_parts
 
 
 def check_inputs(cfg: RecipeConfig) -> None:
@@ -38,6 +38,20 @@ def check_inputs(cfg: RecipeConfig) -> None:
             f"logger.wandb_project: found {cfg.logger.wandb_project!r}, but wandb is not installed; "
             f"pip install wandb, or leave the key out"
         )
+
+
+def check_source(path: str) -> None:
+    """Refuse a source of training pairs that is not there, or of a kind that is not read. Hub data is not looked up."""
+    if path.startswith("hf://"):
+        hub_parts(path)
+    elif Path(path).is_dir():
+        if not is_beir(path):
+            raise UserError(
+                f"{path}: a folder, but no BEIR folder; wanted corpus.jsonl, queries.jsonl, qrels/train.tsv"
+            )
+        check_folder(path, "train")
+    else:
+        check_file(path)
 
 
 def _is_installed(package: str) -> bool:

@@ -15,7 +15,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.config import DataSection, DataSource
-from megatron_embed.recipes.dataset import open_source
+from megatron_embed.recipes.data import open_source
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.formats import PairReader
 from megatron_embed.recipes.json_text import RowError

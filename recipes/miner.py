@@ -22,7 +22,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.corpus import Corpus, Texts
 from megatron_embed.recipes.cross_encoder import CrossScorer
-from megatron_embed.recipes.dataset import PairSource
+from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.encoder import Encoder
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint

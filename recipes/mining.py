@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_embed.bridge.errors import UsageError
-from megatron_embed.recipes.dataset import PairSource
+from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.pairs import Pair, Teacher
 from megatron_embed.recipes.text_ids import text_id

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.corpus import Corpus
-from megatron_embed.recipes.dataset import PairSource
+from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.text_ids import text_id

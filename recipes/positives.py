@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_embed.recipes.corpus import Corpus
-from megatron_embed.recipes.dataset import PairSource
+from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.text_ids import text_id
 from megatron_embed.recipes.vectors import VectorFolder
 

@@ -9,7 +9,7 @@ import torch
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
 from megatron_embed.recipes.config import LossSection
-from megatron_embed.recipes.dataset import Example, GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.data import Example, GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.rows import place
 from megatron_embed.recipes.targets import Targets, identify
 from megatron_embed.recipes.tokenization import TextTokenizer

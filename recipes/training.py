@@ -26,10 +26,10 @@ from megatron_embed.conversion.disk_errors import writing_to
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.encoder import encode_sequences
 from megatron_embed.recipes.inputs import check_inputs
-from megatron_embed.recipes.layout import check_candidates, layout_of, loss_mode, validate, validate_layout
+from megatron_embed.recipes.layout import check_candidates, layout_of, validate, validate_layout
 from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
 from megatron_embed.recipes.odd_rows import report
@@ -271,20 +271,21 @@ class TrainingRun:
 
     def _mode(self, batch: RankBatch) -> str:
         """How this step's gradient is computed, the same on every rank."""
-        return loss_mode(self.cfg.loss.mode, self.layout.pp, lambda: self._fits(batch))
-
-    def _fits(self, batch: RankBatch) -> bool:
-        """Whether every rank's part of the batch is one micro-batch."""
+        wanted = self.cfg.loss.mode
+        if wanted != "auto":
+            return wanted
+        if self.cfg.model.pipeline_model_parallel_size > 1:
+            return "cached"  # one micro-batch would leave all stages but one idle
         fits = torch.tensor(int(self.plan.holds(batch.sequences)), device=host.device())
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
-        return bool(fits.item())
+        return "direct" if fits.item() else "cached"
 
     def _why(self, mode: str) -> str:
         if self.cfg.loss.mode != "auto":
             return ""
         if mode == "direct":
             return " (each rank's batch fits into one micro-batch: 3 instead of 4 forward costs)"
-        if self.layout.pp > 1:
+        if self.cfg.model.pipeline_model_parallel_size > 1:
             return " (pipeline stages need several micro-batches)"
         return " (a rank's batch is more than one micro-batch)"
 

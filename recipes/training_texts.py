@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from megatron_embed.recipes.dataset import PairSource
+from megatron_embed.recipes.data import PairSource
 from megatron_embed.recipes.tokenization import Kind
 
 

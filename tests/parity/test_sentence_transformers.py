@@ -18,7 +18,7 @@ from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.recipes import Encoder, train
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 
 TEXTS = ["a short one", "", "with </s> and [INST] inside", "long " * 200, "schön – 深い"]
 

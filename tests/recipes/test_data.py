@@ -21,7 +21,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import beir_rows
 from megatron_embed.recipes.beir import load_beir, open_texts
 from megatron_embed.recipes.config import DataSection, DataSource
-from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.inspect_data import look_through
 
 ROWS: list[dict[str, Any]] = [
@@ -399,7 +399,7 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     code = (
         "import os, psutil\n"
         "from megatron_embed.recipes.config import DataSource\n"
-        "from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset\n"
+        "from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset\n"
         "before = psutil.Process().memory_info().rss\n"
         f"data = PairDataset([DataSource(path={str(path)!r})])\n"
         "batch = [data[i] for i in GlobalBatchSampler(data, 64, 0).batch(100)]\n"

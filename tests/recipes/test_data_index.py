@@ -17,10 +17,10 @@ import pytest
 from support.full_disk import files_of_at_most
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import beir_rows, corpus, data_index, dataset, formats, json_entries, rows
+from megatron_embed.recipes import beir_rows, corpus, data, data_index, formats, json_entries, rows
 from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset, PairSource
 from megatron_embed.recipes.data_index import Index, cache_folder, indexed
-from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset, PairSource
 
 
 @pytest.fixture(autouse=True)
@@ -353,16 +353,16 @@ def test_rows_opened_before_a_change_are_not_kept_as_the_changed_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = DataSource(path=str(json_lines(tmp_path)))
-    reader = dataset.PairReader
+    reader = data.PairReader
 
     def meanwhile(rows: Any) -> Any:
         with open(source.path, "a") as file:
             file.write("not JSON\n")
         return reader(rows)
 
-    monkeypatch.setattr(dataset, "PairReader", meanwhile)
+    monkeypatch.setattr(data, "PairReader", meanwhile)
     with pytest.raises(UserError, match="was written to while it was read; start again when it is whole"):
         PairSource(source)
-    monkeypatch.setattr(dataset, "PairReader", reader)
+    monkeypatch.setattr(data, "PairReader", reader)
     with pytest.raises(UserError, match="line 31: not JSON"):
         PairSource(source)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.duplicates import REACH, TextIds, repeated_pairs, spread
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import Ministral3Model
 
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.dataset import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from support import oracle
 
 
