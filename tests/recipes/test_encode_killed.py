@@ -13,6 +13,7 @@ from support.killing import call_in_fresh_process, run_killed
 from support.tiny_models import save_model
 from test_encode_corpus import ROWS, files_of, write_corpus
 
+from megatron_embed.conversion.atomic import atomic_file
 from megatron_embed.recipes import encode as command
 from megatron_embed.recipes import encode_corpus, writer_lock
 from megatron_embed.recipes.encode_corpus import encode_texts
@@ -33,6 +34,7 @@ WATCHED = (
     Manifest.write,
     write_array,
     write_file,
+    atomic_file.__wrapped__,  # type: ignore[attr-defined]
 )
 
 

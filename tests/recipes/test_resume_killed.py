@@ -12,6 +12,7 @@ from support.killing import Outcome, call_in_fresh_process, run_killed
 from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.conversion import checkpoint_folder, model_state
+from megatron_embed.conversion.atomic import atomic_file
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.metrics import Reporter
 from megatron_embed.recipes.run_config import save_run_config
@@ -30,6 +31,7 @@ WATCHED = (
     RunFolder._put_aside,
     RunFolder._cut_metrics,
     save_run_config,
+    atomic_file.__wrapped__,  # type: ignore[attr-defined]
     checkpointing.save,
     model_state.save_model_state,
     checkpoint_folder.write_tracker,
