@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.bridge.layout import Layout, check_layout
@@ -30,17 +28,12 @@ def start_of(cfg: RecipeConfig) -> tuple[str, str]:
     return "model.hf_model", cfg.model.hf_model or ""
 
 
-def loss_mode(wanted: str, pp: int, fits: Callable[[], bool]) -> str:
-    """Say how a step's gradient is computed: ``direct`` or ``cached``.
+def loss_mode(wanted: str, pp: int) -> str:
+    """Return what ``loss.mode`` asks for: ``direct``, ``cached``, or ``auto``, which is direct where a batch fits.
 
-    Args:
-        wanted: ``loss.mode``.
-        pp: pipeline stages; of several, one micro-batch would leave all but one idle.
-        fits: whether every rank's part of the batch is one micro-batch; asked only where it matters.
+    ``auto`` is ``cached`` on several pipeline stages: one micro-batch would leave all but one idle.
     """
-    if wanted != "auto":
-        return wanted
-    return "direct" if pp == 1 and fits() else "cached"
+    return "cached" if wanted == "auto" and pp > 1 else wanted
 
 
 def validate(cfg: RecipeConfig, world_size: int, *, inputs: bool = True) -> None:

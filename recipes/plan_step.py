@@ -110,7 +110,9 @@ def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, pp: i
             f"loss.mode: direct needs a rank's whole batch in one micro-batch, but {len(texts)} texts of up to "
             f"{max(lengths)} tokens are more than {limit} holds; use loss.mode=cached, or raise the limit"
         )
-    mode = loss_mode(wanted, pp, lambda: fits)
+    mode = loss_mode(wanted, pp)
+    if mode == "auto":
+        mode = "direct" if fits else "cached"
     shapes: list[Shape] = (plan.join if mode == "direct" else plan.split)(texts)  # type: ignore[assignment]
     return Step(mode, tuple(shapes), queries, slots)
 

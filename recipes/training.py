@@ -29,7 +29,7 @@ from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
 from megatron_embed.recipes.encoder import encode_sequences
 from megatron_embed.recipes.inputs import check_inputs
-from megatron_embed.recipes.layout import check_candidates, layout_of, validate, validate_layout
+from megatron_embed.recipes.layout import check_candidates, layout_of, loss_mode, validate, validate_layout
 from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
 from megatron_embed.recipes.odd_rows import report
@@ -271,11 +271,9 @@ class TrainingRun:
 
     def _mode(self, batch: RankBatch) -> str:
         """How this step's gradient is computed, the same on every rank."""
-        wanted = self.cfg.loss.mode
-        if wanted != "auto":
-            return wanted
-        if self.cfg.model.pipeline_model_parallel_size > 1:
-            return "cached"  # one micro-batch would leave all stages but one idle
+        mode = loss_mode(self.cfg.loss.mode, self.layout.pp)
+        if mode != "auto":
+            return mode
         fits = torch.tensor(int(self.plan.holds(batch.sequences)), device=host.device())
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
         return "direct" if fits.item() else "cached"
