@@ -18,7 +18,7 @@ from megatron_embed.recipes import encode as command
 from megatron_embed.recipes import encode_corpus, writer_lock
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.tokenization import TextTokenizer
-from megatron_embed.recipes.vectors import Manifest, VectorFolder, plan_shards, write_array, write_file
+from megatron_embed.recipes.vectors import Manifest, VectorFolder, plan_shards
 
 SHARDS = plan_shards(len(ROWS), 4)
 
@@ -32,8 +32,6 @@ WATCHED = (
     encode_corpus._Job.run,
     encode_corpus._Job._encode,
     Manifest.write,
-    write_array,
-    write_file,
     atomic_file.__wrapped__,  # type: ignore[attr-defined]
 )
 
