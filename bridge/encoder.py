@@ -19,7 +19,8 @@ from megatron_embed.bridge import host
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.embedding import TokenEmbedding
-from megatron_embed.bridge.layer_spec import block_spec
+from megatron_embed.bridge.layer_spec import block_spec, choose_layers
+from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout, check_layout, pipeline_split
 from megatron_embed.bridge.mapping import OWN_PARAMETERS, checkpoint_name, weights
 from megatron_embed.bridge.pooling import pool
@@ -87,9 +88,9 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         # On CPUs these would be compiled by inductor, which wants a compiler; there the spec's SwiGLU is taken.
-        bias_activation_fusion=torch.cuda.is_available(),
-        use_te_activation_func=not torch.cuda.is_available(),
-        bias_dropout_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=not host.cuda_is_hidden(),
+        use_te_activation_func=host.cuda_is_hidden(),
+        bias_dropout_fusion=not host.cuda_is_hidden(),
         persist_layer_norm=False,
         # Micro-batches differ in length, so stages exchange shapes; megatron-core ties this to an MoE setting.
         variable_seq_lengths=layout.pp > 1,
@@ -116,7 +117,7 @@ class Encoder(MegatronModule):
         transformer: from :func:`transformer_config`.
         pre_process, post_process: whether this stage holds the embedding, or the final norm and the pooling.
         vp_stage: which of the interleaved stages this is.
-        use_te: see :func:`megatron_embed.bridge.layer_spec.block_spec`.
+        layers: what it is built of; None: see :func:`megatron_embed.bridge.layer_spec.choose_layers`.
         learn_temperature: the last stage also holds ``log_temperature [1]``, which starts at the config's.
     """
 
@@ -128,7 +129,7 @@ class Encoder(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        use_te: bool | None = None,
+        layers: LayerKind | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(config=transformer)
@@ -137,11 +138,12 @@ class Encoder(MegatronModule):
         # what megatron-core's schedules and gradient finalisation read
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
+        classes = choose_layers(layers)
         if pre_process:
-            self.embedding = TokenEmbedding(transformer, config.vocab_size)
+            self.embedding = TokenEmbedding(transformer, config.vocab_size, classes.table)
         self.decoder = TransformerBlock(
             config=transformer,
-            spec=block_spec(get_num_layers_to_build(transformer, vp_stage), use_te=use_te),
+            spec=block_spec(get_num_layers_to_build(transformer, vp_stage), classes),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -194,7 +196,7 @@ def build_stages(
     config: EncoderConfig,
     transformer: TransformerConfig,
     *,
-    use_te: bool | None = None,
+    layers: LayerKind | None = None,
     learn_temperature: bool = False,
 ) -> list[Encoder]:
     """This rank's pipeline stages (one, unless they are interleaved), parameters allocated but not filled."""
@@ -209,7 +211,7 @@ def build_stages(
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vpp is None, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vpp is None, vp_stage=vp_stage),
                 vp_stage=vp_stage,
-                use_te=use_te,
+                layers=layers,
                 learn_temperature=learn_temperature,
             )
         )

@@ -36,9 +36,9 @@ def onednn_is_faster() -> bool:
 
 
 def onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of these two goes to oneDNN: fp32 on a CPU, and large enough."""
-    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return on_cpu and x.numel() * weight.shape[0] >= _LARGE and onednn_is_faster()
+    """Return whether the product of these two goes to oneDNN: fp32, and large enough."""
+    wide = x.dtype == weight.dtype == torch.float32
+    return wide and x.numel() * weight.shape[0] >= _LARGE and onednn_is_faster()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

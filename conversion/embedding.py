@@ -121,6 +121,7 @@ def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]
     Each layer is a pipeline stage of its own, built when its turn comes.
     """
     from megatron_embed.bridge.encoder import Encoder, transformer_config
+    from megatron_embed.bridge.layer_spec import local_layers
     from megatron_embed.bridge.sequences import TokenBatch
 
     select_device()
@@ -135,7 +136,7 @@ def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]
         states: Tensor | None = None
         for layer in range(config.num_hidden_layers):
             last = layer == config.num_hidden_layers - 1
-            stage = Encoder(single, transformer, pre_process=not layer, post_process=last, use_te=False).eval()
+            stage = Encoder(single, transformer, pre_process=not layer, post_process=last, layers=local_layers()).eval()
             for name, parameter in stage.named_parameters():
                 weight = table[mapping.checkpoint_name(name, layer_offset=layer)]
                 if weight.kind == "vocab":

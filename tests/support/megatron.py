@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
+from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import OWN_PARAMETERS, Weight, checkpoint_name, weights
 from megatron_embed.bridge.transforms import (
@@ -34,11 +35,12 @@ def filled_stages(
     dtype: torch.dtype = torch.float32,
     *,
     learn_temperature: bool = False,
+    layers: LayerKind | None = None,
     **options: Any,
 ) -> list[Encoder]:
     """This rank's stages with the weights of an HF ``Ministral3Model``'s state dict."""
     transformer = transformer_config(config, layout, dtype=dtype, **options)
-    encoders = build_stages(config, transformer, learn_temperature=learn_temperature)
+    encoders = build_stages(config, transformer, layers=layers, learn_temperature=learn_temperature)
     table = {weight.megatron: weight for weight in weights(config)}
     rank, world = parallel_state.get_tensor_model_parallel_rank(), layout.tp
     with torch.no_grad():

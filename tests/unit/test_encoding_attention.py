@@ -101,4 +101,3 @@ def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert products_are_faster(query.bfloat16(), [Run(1, 4097, 4097)]) == faster
         assert not products_are_faster(query.half(), long)
         assert not products_are_faster(query.double(), long)
-        assert not products_are_faster(query.to("meta"), long)

@@ -98,7 +98,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Any:
     StandInAttention.seen.clear()
     config = EncoderConfig.from_hf(tiny_config())
     with parallel_world(Layout()):
-        yield Encoder(config, transformer_config(config, Layout(), dtype=torch.float32), use_te=True)
+        yield Encoder(config, transformer_config(config, Layout(), dtype=torch.float32), layers="transformer_engine")
 
 
 def test_every_parameter_has_its_row_and_shape(encoder: Encoder) -> None:

@@ -1,0 +1,47 @@
+"""The layers of CUDA without Transformer Engine, computed on a CPU: Hugging Face's vectors and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import oracle
+from support.megatron import collect, filled_stages, merge_world
+from support.tiny_models import tiny_config
+
+from megatron_embed.bridge import EncoderConfig, host
+from megatron_embed.bridge.layer_spec import choose_layers
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.parallel import parallel_world
+from megatron_embed.bridge.sequences import TokenBatch
+
+TEXTS = [list(range(12, 12 + n)) for n in (70, 3, 9, 9, 31)]  # beyond 64 positions the Llama-4 scale acts
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_vectors_and_every_gradient_equal_hugging_face(kind: str, packed: bool) -> None:
+    host.run_on_cpu()
+    config = EncoderConfig.from_hf(tiny_config())
+    model = oracle.hf_model(tiny_config(), dtype=torch.float64)
+    weights = torch.randn(len(TEXTS), config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
+    with parallel_world(Layout()):
+        (encoder,) = filled_stages(config, Layout(), model.state_dict(), torch.float64, layers=kind)  # type: ignore[arg-type]
+        assert {type(module) for module in encoder.modules()} >= {choose_layers(kind).attention}  # type: ignore[arg-type]
+        batch = TokenBatch.pack(TEXTS, pad_id=11) if packed else TokenBatch.pad(TEXTS, pad_id=11)
+        found = encoder(batch)
+        (found * weights).sum().backward()
+        gradients = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+        from megatron_embed.bridge.mapping import checkpoint_name
+
+        named = {checkpoint_name(name): gradient for name, gradient in gradients.items()}
+        merged = merge_world(config, [collect(named)])
+    wanted = oracle.embed(model, TEXTS)
+    (wanted * weights).sum().backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        assert oracle.relative_error(merged[name], parameter.grad) < 1e-10, name
+
+
+def test_a_process_without_cuda_builds_layers_of_the_cpu() -> None:
+    host.run_on_cpu()
+    assert choose_layers().kind == "cpu"
