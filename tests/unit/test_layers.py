@@ -11,6 +11,7 @@ from support.tiny_models import tiny_config
 from megatron_embed.bridge import EncoderConfig, host
 from megatron_embed.bridge.layer_spec import choose_layers
 from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.mapping import checkpoint_name
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
 
@@ -22,7 +23,7 @@ TEXTS = [list(range(12, 12 + n)) for n in (70, 3, 9, 9, 31)]  # beyond 64 positi
 def test_vectors_and_every_gradient_equal_hugging_face(kind: str, packed: bool) -> None:
     host.run_on_cpu()
     config = EncoderConfig.from_hf(tiny_config())
-    model = oracle.hf_model(tiny_config(), dtype=torch.float64)
+    model = oracle.hf_model(tiny_config(), dtype=torch.float64, exact_norms=True)
     weights = torch.randn(len(TEXTS), config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
     with parallel_world(Layout()):
         (encoder,) = filled_stages(config, Layout(), model.state_dict(), torch.float64, layers=kind)  # type: ignore[arg-type]
@@ -31,8 +32,6 @@ def test_vectors_and_every_gradient_equal_hugging_face(kind: str, packed: bool) 
         found = encoder(batch)
         (found * weights).sum().backward()
         gradients = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
-        from megatron_embed.bridge.mapping import checkpoint_name
-
         named = {checkpoint_name(name): gradient for name, gradient in gradients.items()}
         merged = merge_world(config, [collect(named)])
     wanted = oracle.embed(model, TEXTS)
