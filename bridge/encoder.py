@@ -19,6 +19,7 @@ from megatron_embed.bridge import host
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.embedding import TokenEmbedding
+from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.bridge.layer_spec import block_spec, choose_layers
 from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout, check_layout, pipeline_split
@@ -68,6 +69,8 @@ def transformer_config(
         kv_channels=config.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=config.rms_norm_eps,
+        # tells the reduction of gradients that tensor-parallel ranks each hold a part of these norms' gradient
+        qk_layernorm=FAMILIES[config.family].qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -143,7 +146,9 @@ class Encoder(MegatronModule):
             self.embedding = TokenEmbedding(transformer, config.vocab_size, classes.table)
         self.decoder = TransformerBlock(
             config=transformer,
-            spec=block_spec(get_num_layers_to_build(transformer, vp_stage), classes),
+            spec=block_spec(
+                get_num_layers_to_build(transformer, vp_stage), classes, qk_norm=FAMILIES[config.family].qk_norm
+            ),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

@@ -47,12 +47,13 @@ def local_layers() -> LayerKind:
     return "cpu" if host.cuda_is_hidden() else "cuda"
 
 
-def block_spec(num_layers: int, layers: Layers) -> TransformerBlockSubmodules:
+def block_spec(num_layers: int, layers: Layers, *, qk_norm: bool = False) -> TransformerBlockSubmodules:
     """Return the spec of a stage's transformer block.
 
     Args:
         num_layers: layers on this stage.
         layers: from :func:`choose_layers`.
+        qk_norm: whether each head of queries and keys passes a norm before rope.
     """
     norms: dict[str, Any] = {}
     if not layers.norm_in_column:
@@ -64,7 +65,11 @@ def block_spec(num_layers: int, layers: Layers) -> TransformerBlockSubmodules:
             "sharded_state_dict_keys_map": aliases,
         }
     attention = SelfAttentionSubmodules(
-        linear_qkv=layers.column, core_attention=layers.attention, linear_proj=layers.row
+        linear_qkv=layers.column,
+        core_attention=layers.attention,
+        linear_proj=layers.row,
+        q_layernorm=layers.norm if qk_norm else None,
+        k_layernorm=layers.norm if qk_norm else None,
     )
     mlp = MLPSubmodules(linear_fc1=layers.column, activation_func=layers.activation, linear_fc2=layers.row)
     layer = ModuleSpec(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ministral3_14b_embed_config,
         ministral3_tiny_embed_config,
     )
+    from megatron_embed.recipes.qwen3 import qwen3_0p6b_embed_config, qwen3_4b_embed_config, qwen3_8b_embed_config
     from megatron_embed.recipes.training import train
 
     RECIPES: dict[str, Callable[[], RecipeConfig]]
@@ -31,6 +32,9 @@ _RECIPE_MODULES = {
     "ministral3_tiny_embed_config": "ministral3",
     "llama32_1b_embed_config": "llama",
     "llama31_8b_embed_config": "llama",
+    "qwen3_0p6b_embed_config": "qwen3",
+    "qwen3_4b_embed_config": "qwen3",
+    "qwen3_8b_embed_config": "qwen3",
 }
 #: other exported name → its module
 _MODULES = {"Encoder": "encode", "RecipeConfig": "config"}
@@ -45,6 +49,9 @@ __all__ = [
     "ministral3_8b_embed_config",
     "ministral3_14b_embed_config",
     "ministral3_tiny_embed_config",
+    "qwen3_0p6b_embed_config",
+    "qwen3_4b_embed_config",
+    "qwen3_8b_embed_config",
     "train",
 ]
 

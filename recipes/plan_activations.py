@@ -106,7 +106,7 @@ class Activations:
         if recompute == "full":
             return hidden
         attention = self._core_attention_input(shape) if recompute == "selective" else self._attention(shape)
-        return 2 * self._norm(shape) + attention + self._mlp(shape)
+        return 2 * self._norm(shape) + self._qk_norm(shape) + attention + self._mlp(shape)
 
     def recomputed(self, shape: Shape, recompute: str) -> int:
         """Bytes that come back for a while in backward: those of the one layer that is computed again."""
@@ -117,6 +117,13 @@ class Activations:
     def _norm(self, shape: Shape) -> int:
         """Input and output (which the linear layer keeps), and a factor a token: ``T h 2w + 4 T``."""
         return self._outside(shape) * (self.config.hidden_size * 2 * self.width + FP32)
+
+    def _qk_norm(self, shape: Shape) -> int:
+        """Input of the norms of queries and keys, ``T w (q + kv)``, and a factor a head."""
+        if not FAMILIES[self.config.family].qk_norm:
+            return 0
+        heads = (self._q + self._kv) // self.config.head_dim
+        return shape.tokens // self.layout.cp * ((self._q + self._kv) * self.width + heads * FP32)
 
     def _mlp(self, shape: Shape) -> int:
         """``T f 3w``: gate, up and ``silu(gate) · up``."""

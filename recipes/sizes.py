@@ -32,6 +32,16 @@ _LLAMA: dict[str, Any] = {
     "max_position_embeddings": 131072,
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 8192},
 }
+_QWEN3: dict[str, Any] = {
+    "family": "qwen3",
+    "vocab_size": 151936,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
 
 
 def _sizes(common: dict[str, Any], layers: int, hidden: int, ffn: int, tied: bool, **own: Any) -> EncoderConfig:
@@ -62,6 +72,15 @@ SIZES: dict[str, EncoderConfig] = {
             "Llama-3.1-8B": _sizes(_LLAMA, 32, 4096, 14336, False, head_dim=128),
         }.items()
         for kind in ("", "-Instruct")
+    },
+    **{
+        f"Qwen/Qwen3-{size}{kind}": config
+        for size, config in {
+            "0.6B": _sizes(_QWEN3, 28, 1024, 3072, True, num_attention_heads=16),
+            "4B": _sizes(_QWEN3, 36, 2560, 9728, True),
+            "8B": _sizes(_QWEN3, 36, 4096, 12288, False),
+        }.items()
+        for kind in ("", "-Base")
     },
 }
 
