@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_embed.bridge import host
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.embedding import TokenEmbedding
 from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.bridge.layer_spec import block_spec, choose_layers
@@ -163,7 +163,7 @@ class Encoder(MegatronModule):
             self.log_temperature = torch.nn.Parameter(start)
         frequencies, self.rope_factor = inverse_frequencies(config)
         # not a buffer: checkpoints must not carry it, and it must stay fp32 whatever the model is cast to
-        self._frequencies = frequencies
+        self._frequencies = frequencies.to(host.device())
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the previous stage's output (megatron-core's schedules call this)."""
@@ -177,8 +177,7 @@ class Encoder(MegatronModule):
             On the last stage ``[n, hidden]``, one vector a sequence in fp32 or wider, of length 1 where the config
             says ``normalize``. On the others ``[s, b, hidden]`` (``s`` divided by TP under sequence parallelism).
         """
-        device, dtype = batch.input_ids.device, self.config.params_dtype
-        self._frequencies = self._frequencies.to(device)
+        dtype = self.config.params_dtype
         context = parallel_state.get_context_parallel_group()
         # this context-parallel rank's part of every row
         columns = even_range(batch.input_ids.shape[1], rank=context.rank(), world=context.size())

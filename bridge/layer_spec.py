@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_embed.bridge import host
 from megatron_embed.bridge.attention import CoreAttention, SequenceInfo
-from megatron_embed.bridge.cpu_layers import cpu_layers
+from megatron_embed.bridge.cpu import host
+from megatron_embed.bridge.cpu.layers import cpu_layers
 from megatron_embed.bridge.layers import LayerKind, Layers, SwiGLU, cuda_layers
 from megatron_embed.bridge.mapping import LOCAL_ALIASES
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_embed.bridge import host, mapping
+from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig, stock_text_config
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import Weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import megatron_embed.bridge  # noqa: F401  first: megatron-core's warnings are quieted before a module here imports it
+from megatron_embed.bridge.quiet import expected_warnings_ignored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,4 +64,5 @@ def __getattr__(name: str) -> Any:
     module = _RECIPE_MODULES.get(name) or _MODULES.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    with expected_warnings_ignored():  # megatron-core warns while it is imported
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.recipes.batching import MicroBatch
 from megatron_embed.recipes.loss import ContrastiveLoss

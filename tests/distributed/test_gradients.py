@@ -119,7 +119,7 @@ def run_cases(cases: list[Case], states: dict[Any, dict[str, torch.Tensor]]) -> 
 def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
     from megatron.core import parallel_state
 
-    from megatron_embed.bridge import linear
+    from megatron_embed.bridge.cpu import linear
     from megatron_embed.recipes import plan_state
     from megatron_embed.recipes.batching import BatchingPlan
     from megatron_embed.recipes.config import LossSection

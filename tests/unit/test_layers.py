@@ -8,7 +8,8 @@ from support import oracle
 from support.megatron import collect, filled_stages, merge_world
 from support.tiny_models import tiny_config
 
-from megatron_embed.bridge import EncoderConfig, host
+from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.layer_spec import choose_layers
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import checkpoint_name

@@ -14,7 +14,7 @@ changed = [name for name in ("THP_MEM_ALLOC_ENABLE", "ONEDNN_PRIMITIVE_CACHE_CAP
 import torch
 assert not changed, changed
 assert "lambda" not in repr(torch.cuda.is_available), "CUDA was hidden"
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 host.run_on_cpu()
 assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 """

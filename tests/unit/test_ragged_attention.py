@@ -16,7 +16,8 @@ from support.megatron import filled_stages
 from support.tiny_models import tiny_config
 from torch import Tensor
 
-from megatron_embed.bridge import EncoderConfig, attention, host
+from megatron_embed.bridge import EncoderConfig, attention
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world

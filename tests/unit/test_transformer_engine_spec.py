@@ -16,7 +16,8 @@ from support import oracle
 from support.tiny_models import tiny_config
 from torch import Tensor
 
-from megatron_embed.bridge import EncoderConfig, host
+from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import Encoder, transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import checkpoint_name, weights

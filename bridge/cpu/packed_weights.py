@@ -9,8 +9,8 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.nn import Identity, Module
 
-from megatron_embed.bridge.cpu_layers import CpuSwiGLU
-from megatron_embed.bridge.linear import ColumnParallelLinear, RowParallelLinear, onednn_is_faster, onednn_is_there
+from megatron_embed.bridge.cpu.layers import CpuSwiGLU
+from megatron_embed.bridge.cpu.linear import ColumnParallelLinear, RowParallelLinear, onednn_is_faster, onednn_is_there
 
 
 def pack_weights(stages: Iterable[Module]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_embed.bridge.cpu_embedding import CpuWordEmbedding
-from megatron_embed.bridge.encoding_attention import CpuAttention
-from megatron_embed.bridge.kernels import rms_norm, swiglu
+from megatron_embed.bridge.cpu.attention import CpuAttention
+from megatron_embed.bridge.cpu.embedding import CpuWordEmbedding
+from megatron_embed.bridge.cpu.kernels import rms_norm, swiglu
+from megatron_embed.bridge.cpu.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_embed.bridge.layers import Layers, RMSNorm, SwiGLU
-from megatron_embed.bridge.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class CpuRMSNorm(RMSNorm):

@@ -84,7 +84,7 @@ class _OneDNN:
 
     weight: Tensor
     sequence_parallel: bool
-    #: the weight as oneDNN wants it, see :mod:`megatron_embed.bridge.packing`
+    #: the weight as oneDNN wants it, see :mod:`megatron_embed.bridge.cpu.packed_weights`
     packed: Tensor | None = None
     #: where not None, this is the gate's half of the weight, ``packed`` the other one, and SwiGLU is computed here
     packed_gate: Tensor | None = None

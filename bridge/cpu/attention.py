@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from megatron_embed.bridge import kernels
 from megatron_embed.bridge.attention import SdpaAttention, SequenceInfo
-from megatron_embed.bridge.linear import onednn_is_faster, times_transposed
+from megatron_embed.bridge.cpu import kernels
+from megatron_embed.bridge.cpu.linear import onednn_is_faster, times_transposed
 from megatron_embed.bridge.sequences import Run
 
 #: mean length from which this is the faster way; the products of shorter sequences are not worth their calls
