@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.attention import SequenceInfo
-from megatron_embed.bridge.cpu import host
+from megatron_embed.bridge.cpu import attention, host
 from megatron_embed.bridge.cpu.attention import attention_by_products
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.bridge.layout import Layout
