@@ -69,8 +69,6 @@ def transformer_config(
         kv_channels=config.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=config.rms_norm_eps,
-        # tells the reduction of gradients that tensor-parallel ranks each hold a part of these norms' gradient
-        qk_layernorm=FAMILIES[config.family].qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -108,6 +106,7 @@ def transformer_config(
         # cost: `tokens × hidden_size` values a stage (but the last) and micro-batch in flight, as much as one layer
         # keeps under full recomputation; :meth:`Activations.chunk` counts it.
         deallocate_pipeline_outputs=layout.pp > 1 and not layout.vpp,
+        **FAMILIES[config.family].layer_options,
         **overrides,
     )
 
@@ -146,9 +145,7 @@ class Encoder(MegatronModule):
             self.embedding = TokenEmbedding(transformer, config.vocab_size, classes.table)
         self.decoder = TransformerBlock(
             config=transformer,
-            spec=block_spec(
-                get_num_layers_to_build(transformer, vp_stage), classes, qk_norm=FAMILIES[config.family].qk_norm
-            ),
+            spec=block_spec(get_num_layers_to_build(transformer, vp_stage), classes, qk_norm=transformer.qk_layernorm),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

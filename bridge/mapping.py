@@ -95,6 +95,11 @@ class Weight:
         return self.row.tp_dim
 
     @property
+    def packs_rows(self) -> bool:
+        """Whether packing moves whole rows, so that it can be done to their addresses as well; fused biases have none."""
+        return self.kind == "copy" or len(self.hf_shapes[0]) > 1
+
+    @property
     def megatron_shape(self) -> tuple[int, ...]:
         """Shape of the whole packed weight, the vocabulary unpadded."""
         return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])

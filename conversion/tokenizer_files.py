@@ -59,10 +59,9 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer = read_json(source / "tokenizer.json")
     ready = (source / "modules.json").is_file()
-    for key in ("bos", "eos"):
-        # stated, they make transformers build the post-processor anew
-        if f"add_{key}_token" in settings and not ready:
-            settings[f"add_{key}_token"] = bool(settings.get(f"{key}_token"))
+    for key in ("add_bos_token", "add_eos_token"):
+        if key in settings and not ready:  # stated, they make transformers build the post-processor anew
+            settings[key] = key == "add_eos_token" or _has_bos(settings, _ids(tokenizer))
     if (pad := _missing_pad_token(source, settings, tokenizer)) is not None:
         settings["pad_token"] = pad
     write_json(out / "tokenizer_config.json", settings)
@@ -95,7 +94,7 @@ def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
     """
     bos, eos = (_token(settings.get(key), default) for key, default in (("bos_token", "<s>"), ("eos_token", "</s>")))
     ids = _ids(tokenizer)
-    front = [bos] if settings.get("bos_token") or bos in ids else []
+    front = [bos] if _has_bos(settings, ids) else []
     for token in (*front, eos):
         if token not in ids:
             raise UserError(f"tokenizer.json: no token {token!r}, which tokenizer_config.json names")
@@ -123,6 +122,10 @@ def _missing_pad_token(source: Path, settings: dict[str, Any], tokenizer: dict[s
     known = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]")
     ids = _ids(tokenizer)
     return next((token for token in known if token in ids), _token(settings.get("eos_token"), "</s>"))
+
+
+def _has_bos(settings: dict[str, Any], ids: dict[str, int]) -> bool:
+    return bool(settings.get("bos_token")) or "<s>" in ids
 
 
 def _adds(step: dict[str, Any], wanted: list[str]) -> bool:

@@ -50,6 +50,7 @@ def _helps(layer: Module) -> bool:
     if (
         not isinstance(layer, ColumnParallelLinear | RowParallelLinear)
         or layer.sequence_parallel
+        or layer.bias is not None
         or layer.packed is not None
     ):
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_embed.bridge.families.base import Dim, Family, Kind, Row
+from megatron_embed.bridge.families.base import Dim, Family, Kind, LayerSize, Row
 from megatron_embed.bridge.families.llama import LLAMA
 from megatron_embed.bridge.families.ministral3 import MINISTRAL3
 from megatron_embed.bridge.families.qwen3 import QWEN3
@@ -21,6 +21,7 @@ __all__ = [
     "Dim",
     "Family",
     "Kind",
+    "LayerSize",
     "Row",
     "accepted",
     "is_vlm",

@@ -7,12 +7,15 @@ data.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["copy", "vocab", "qkv", "gate_up"]
 Dim = Literal["vocab", "hidden", "q", "kv", "ffn", "head"]
+
+#: bytes of a value
+FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,32 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerSize:
+    """What one layer computes of a micro-batch on one rank, for a family's planner terms.
+
+    Attributes:
+        tokens: of a context-parallel slice, padding included.
+        queries, keys: their widths on a tensor-parallel rank; values are as wide as keys.
+        head_dim: width of a head.
+        width: bytes of an activation.
+        projected: bytes of queries and keys as the projection gives them, as far as nothing else keeps them.
+        keeps_attention_input: whether what core attention is given is kept (selective recomputation).
+    """
+
+    tokens: int
+    queries: int
+    keys: int
+    head_dim: int
+    width: int
+    projected: int
+    keeps_attention_input: bool
+
+
+def _nothing(_: LayerSize) -> int:
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of stock Hugging Face models.
 
@@ -42,9 +71,11 @@ class Family:
         rope_types: kinds of rotary frequencies that do not change with the length of the batch.
         fixed: config keys that change the function, with the only value that the encoder computes.
         query_scale: whether attention multiplies queries by the Llama-4 scale (where the config states its beta).
-        qk_norm: whether each head of queries and keys passes an RMSNorm before rope.
+        layer_options: what its layers add to the common form, as settings of megatron-core's ``TransformerConfig``
+            (``qk_layernorm``, ``add_qkv_bias``).
         layer_rows: the weights that this adds to a layer, in the order in which the modules register them, behind
             the fused QKV weight.
+        layer_activations: bytes that autograd keeps of it between a layer's forward and its backward.
         ignored: tensors of this family alone that an embedder has no place for, by name and with the reason.
     """
 
@@ -57,8 +88,9 @@ class Family:
     rope_types: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
     fixed: Mapping[str, Any] = field(hash=False)
     query_scale: bool = False
-    qk_norm: bool = False
+    layer_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     layer_rows: tuple[Row, ...] = ()
+    layer_activations: Callable[[LayerSize], int] = _nothing
     ignored: tuple[tuple[re.Pattern[str], str], ...] = ()
 
 

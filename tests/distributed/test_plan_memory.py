@@ -100,6 +100,8 @@ def activation_cases(world: int) -> list[ActivationCase]:
     other = [
         ActivationCase(first, "fp32", "none", True, sequence_parallel=False),
         ActivationCase(first, "bf16", "selective", True, kv_heads=first.tp),
+        ActivationCase(first, "fp32", "none", True, kv_heads=first.tp, family="qwen3"),
+        ActivationCase(first, "bf16", "selective", True, kv_heads=first.tp, family="qwen3"),
         *(
             ActivationCase(first, precision, recompute, packed, family="qwen3")
             for precision in ("fp32", "bf16")
