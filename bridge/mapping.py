@@ -96,7 +96,7 @@ class Weight:
 
     @property
     def packs_rows(self) -> bool:
-        """Whether packing moves whole rows, so that it can be done to their addresses as well; fused biases have none."""
+        """Whether packing moves whole rows, so that it can be done to their addresses; a fused bias has none."""
         return self.kind == "copy" or len(self.hf_shapes[0]) > 1
 
     @property

@@ -45,3 +45,32 @@ def test_vectors_and_every_gradient_equal_hugging_face(kind: str, packed: bool) 
 def test_a_process_without_cuda_builds_layers_of_the_cpu() -> None:
     host.run_on_cpu()
     assert choose_layers().kind == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_layers_ask_for_no_device_while_computing(kind: LayerKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.run_on_cpu()
+    config = EncoderConfig.from_hf(tiny_config())
+    state = oracle.hf_model(tiny_config()).state_dict()
+    with parallel_world(Layout()):
+        (encoder,) = filled_stages(config, Layout(), state, layers=kind)
+        forbid_questions(monkeypatch)
+        for batch in (TokenBatch.pack(TEXTS, pad_id=11), TokenBatch.pad(TEXTS, pad_id=11)):
+            encoder(batch).sum().backward()
+            with torch.no_grad():
+                encoder.eval()(batch)
+
+
+#: what asks which device there is, and the files of the bridge that may: they choose, or build, and compute nothing
+QUESTIONS = ("cuda_is_hidden", "is_cuda", "is_available", "device_count")
+CHOOSING = {"layer_spec.py", "parallel.py", "encoder.py"}
+
+
+def test_only_what_chooses_asks_for_the_device() -> None:
+    for path in sorted((Path(__file__).parents[2] / "bridge").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Attribute):
+                continue
+            of_device = node.attr == "type" and isinstance(node.value, ast.Attribute) and node.value.attr == "device"
+            if of_device or node.attr in QUESTIONS:
+                assert path.name in CHOOSING, f"{path.name}:{node.lineno} asks for the device"
