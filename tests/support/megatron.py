@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
 from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout
@@ -26,6 +28,19 @@ from megatron_embed.bridge.transforms import (
 )
 
 State = dict[str, Tensor]
+
+
+def forbid_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on to ask which device there is fails the test."""
+
+    def asked(*_: Any) -> Any:
+        raise AssertionError("a layer asked for the device while it computed")
+
+    for place, name in (
+        *((host, name) for name in ("cuda_is_hidden", "device")),
+        *((torch.cuda, name) for name in ("current_device", "is_available", "device_count")),
+    ):
+        monkeypatch.setattr(place, name, asked)
 
 
 def filled_stages(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from support import oracle
-from support.megatron import collect, filled_stages, merge_world
+from support.megatron import collect, filled_stages, forbid_questions, merge_world
 from support.tiny_models import tiny_config
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.layer_spec import choose_layers
+from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import checkpoint_name
 from megatron_embed.bridge.parallel import parallel_world
@@ -21,14 +25,14 @@ TEXTS = [list(range(12, 12 + n)) for n in (70, 3, 9, 9, 31)]  # beyond 64 positi
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-def test_vectors_and_every_gradient_equal_hugging_face(kind: str, packed: bool) -> None:
+def test_vectors_and_every_gradient_equal_hugging_face(kind: LayerKind, packed: bool) -> None:
     host.run_on_cpu()
     config = EncoderConfig.from_hf(tiny_config())
     model = oracle.hf_model(tiny_config(), dtype=torch.float64, exact_norms=True)
     weights = torch.randn(len(TEXTS), config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
     with parallel_world(Layout()):
-        (encoder,) = filled_stages(config, Layout(), model.state_dict(), torch.float64, layers=kind)  # type: ignore[arg-type]
-        assert {type(module) for module in encoder.modules()} >= {choose_layers(kind).attention}  # type: ignore[arg-type]
+        (encoder,) = filled_stages(config, Layout(), model.state_dict(), torch.float64, layers=kind)
+        assert {type(module) for module in encoder.modules()} >= {choose_layers(kind).attention}
         batch = TokenBatch.pack(TEXTS, pad_id=11) if packed else TokenBatch.pad(TEXTS, pad_id=11)
         found = encoder(batch)
         (found * weights).sum().backward()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from support import oracle
+from support.megatron import forbid_questions
 from support.tiny_models import tiny_config
 from torch import Tensor
 
@@ -128,3 +129,11 @@ def test_padded_and_packed_equal_hugging_face(encoder: Encoder) -> None:
     assert {(AttnMaskType.padding, "sbhd"), (AttnMaskType.no_mask, "sbhd"), (AttnMaskType.padding, "thd")} == set(
         StandInAttention.seen
     )
+
+
+def test_layers_ask_for_no_device_while_computing(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    forbid_questions(monkeypatch)
+    for batch in (TokenBatch.pack([[1, 2, 3], [4]], pad_id=11), TokenBatch.pad([[1, 2, 3], [4]], pad_id=11)):
+        encoder(batch).sum().backward()
