@@ -118,7 +118,7 @@ assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
 
 @pytest.mark.slow
 def test_the_packages_names_load_without_others_warnings(clean: dict[str, str]) -> None:
-    """Behind a lazy name stands megatron-core, which warns while it is imported; the filters are the same afterwards."""
+    """megatron-core, behind a lazy name, warns while it is imported; the filters stay as they were."""
     code = """
 import warnings
 warnings.filterwarnings("error", message=".*Apex")
