@@ -70,6 +70,7 @@ class Family:
         vlm_model_type: of the vision-language model that holds this one as its ``text_config``.
         rope_types: kinds of rotary frequencies that do not change with the length of the batch.
         fixed: config keys that change the function, with the only value that the encoder computes.
+        not_compared: config keys that change nothing where ``fixed`` holds, each with the reason.
         query_scale: whether attention multiplies queries by the Llama-4 scale (where the config states its beta).
         layer_options: what its layers add to the common form, as settings of megatron-core's ``TransformerConfig``
             (``qk_layernorm``, ``add_qkv_bias``).
@@ -87,6 +88,7 @@ class Family:
     vlm_model_type: str | None = None
     rope_types: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
     fixed: Mapping[str, Any] = field(hash=False)
+    not_compared: Mapping[str, str] = field(default_factory=dict, hash=False)
     query_scale: bool = False
     layer_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     layer_rows: tuple[Row, ...] = ()

@@ -20,6 +20,7 @@ QWEN3 = Family(
     config_class="Qwen3Config",
     model_class="Qwen3Model",
     fixed={**COMMON_FIXED, "attention_bias": False, "use_sliding_window": False},
+    not_compared={"max_window_layers": "the layers from which on a sliding window, which is refused, would be used"},
     # It also tells megatron-core that each tensor-parallel rank holds a part of these norms' gradients, to be summed.
     layer_options={"qk_layernorm": True},
     layer_rows=(

@@ -82,3 +82,21 @@ def test_what_the_encoder_does_not_compute(
     edit_json(folder / "config.json", lambda raw: raw.update({key: value}))
     with pytest.raises(UserError, match=f"config.json: {key} is {value!r}; the encoder computes {wanted} only"):
         import_hf(folder, tmp_path / "m", progress=False)
+
+
+def test_a_layer_with_a_sliding_window_is_refused(source: Source, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(source("qwen3_model"), folder)
+    edit_json(folder / "config.json", lambda raw: raw.update(layer_types=["full_attention", "sliding_attention"]))
+    with pytest.raises(UserError, match="config.json: layer_types has 'sliding_attention'; the encoder computes"):
+        import_hf(folder, tmp_path / "m", progress=False)
+
+
+def test_verify_compares_what_a_window_would_not_change(source: Source, tmp_path: Path) -> None:
+    """``max_window_layers`` says nothing without a sliding window; the export need not repeat it."""
+    folder = tmp_path / "source"
+    shutil.copytree(source("qwen3_model"), folder)
+    edit_json(folder / "config.json", lambda raw: raw.update(max_window_layers=36))
+    out = there_and_back(folder, tmp_path)
+    assert verify(folder, hf_path=out, progress=False)
+    assert verify(folder, megatron_path=tmp_path / "m", progress=False)

@@ -28,6 +28,7 @@ from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.conversion.checkpoint_weights import chunks
+from megatron_embed.conversion.compare_configs import compare_encoders
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.safetensors_writer import TensorSpec, _header, _plan
 from megatron_embed.conversion.sentence_files import write_json
@@ -135,6 +136,15 @@ def test_the_exports_model_has_the_tables_names(name: str) -> None:
     wanted = {n: tuple(p.shape) for n, p in meta_model(model_class, exported).named_parameters()}
     table = {n: s for row in mapping.weights(config) for n, s in zip(row.hf, row.hf_shapes, strict=True)}
     assert table == wanted
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_verify_finds_no_difference_in_the_exports_config(name: str) -> None:
+    raw = raw_config(name)
+    config = EncoderConfig.from_hf(raw)
+    assert not compare_encoders(config, raw, where="config.json").differences
+    other = compare_encoders(config.replace(rms_norm_eps=1e-4), raw, where="config.json").differences
+    assert len(other) == 1
 
 
 @pytest.mark.parametrize("name", ["ministral-3-3b", "ministral-3-14b", "llama-3.1-8b", "qwen3-0.6b"])

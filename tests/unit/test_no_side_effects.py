@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_PAGES = _HUGE_PAGES.read_text() if _HUGE_PAGES.is_file() else ""
 
 #: imports every module twice: what others change when they are first imported is not the package's doing
 IMPORT_ALL = """
@@ -124,5 +128,21 @@ import warnings
 warnings.filterwarnings("error", message=".*Apex")
 from megatron_embed.recipes import Encoder
 assert not any(text is not None and text.pattern.startswith("Transformer Engine") for _, text, *_ in warnings.filters)
+"""
+    run(code, clean)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("[madvise]" not in HUGE_PAGES, reason="this kernel gives large pages to all or to none")
+def test_large_pages_are_still_to_be_had_after_every_import(clean: dict[str, str]) -> None:
+    """torch asks for them at its first allocation, so that no import may allocate."""
+    code = """
+import torch
+import megatron_embed.recipes.encode, megatron_embed.recipes.training, megatron_embed.conversion.verify
+from megatron_embed.bridge.parallel import select_device
+select_device("cpu")
+kept = torch.zeros(1 << 24)
+(line,) = [line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")]
+assert int(line.split()[1]) > 32000, line
 """
     run(code, clean)
