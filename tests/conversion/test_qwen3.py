@@ -88,11 +88,11 @@ def test_a_layer_with_a_sliding_window_is_refused(source: Source, tmp_path: Path
     folder = tmp_path / "source"
     shutil.copytree(source("qwen3_model"), folder)
     edit_json(folder / "config.json", lambda raw: raw.update(layer_types=["full_attention", "sliding_attention"]))
-    with pytest.raises(UserError, match="config.json: layer_types has 'sliding_attention'; the encoder computes"):
+    with pytest.raises(UserError, match=r"config.json: layer_types has 'sliding_attention'; the encoder computes"):
         import_hf(folder, tmp_path / "m", progress=False)
 
 
-def test_verify_compares_what_a_window_would_not_change(source: Source, tmp_path: Path) -> None:
+def test_verify_passes_over_what_only_a_window_would_use(source: Source, tmp_path: Path) -> None:
     """``max_window_layers`` says nothing without a sliding window; the export need not repeat it."""
     folder = tmp_path / "source"
     shutil.copytree(source("qwen3_model"), folder)
