@@ -340,7 +340,7 @@ def _direct_rank(rank: int, folder: str, source: str) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_embed.bridge import host
+    from megatron_embed.bridge.cpu import host
     from megatron_embed.bridge.encoder import build_stages, transformer_config
     from megatron_embed.bridge.layout import Layout
     from megatron_embed.bridge.parallel import parallel_world

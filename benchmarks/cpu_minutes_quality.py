@@ -38,7 +38,7 @@ from budget_report import write_report
 from common import make_embedder
 from quality import load_theirs, recipe, scores
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.recipes.beir import load_beir
 from megatron_embed.recipes.bm25 import bm25_run

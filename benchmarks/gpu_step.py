@@ -19,7 +19,8 @@ import torch
 from common import machine, timed
 from torch import Tensor
 
-from megatron_embed.bridge import EncoderConfig, host
+from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world, select_device

@@ -21,7 +21,7 @@ import torch
 from common import SMALL, make_embedder, timed, write_result
 from quality import OPTIMIZER, load_theirs, recipe, scores, train_theirs
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.recipes import train
 from megatron_embed.recipes.beir import load_beir

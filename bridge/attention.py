@@ -14,7 +14,7 @@ import inspect
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,27 +27,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.encoding_attention import attention_by_products, products_are_faster
-from megatron_embed.bridge.kernels import rotate
 from megatron_embed.bridge.rope import query_scale, rope_tables
-from megatron_embed.bridge.sequences import TokenBatch
+from megatron_embed.bridge.sequences import Run, TokenBatch
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # older than torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 _VARLEN_TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-class Run(NamedTuple):
-    """Neighbouring sequences of a packed row that are equally long.
-
-    ``queries`` is less than ``keys`` only where a sequence reaches over the edge of a context-parallel slice.
-    """
-
-    sequences: int
-    queries: int
-    keys: int
 
 
 @dataclass
@@ -142,12 +129,13 @@ def _positions(batch: TokenBatch) -> Tensor:
     return torch.arange(batch.positions.shape[1], device=batch.positions.device)[None]
 
 
-def place_queries_and_keys(query: Tensor, key: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
-    """Apply rope to ``[S, B, H, D]`` and ``[S, B, G, D]``, then the query scale; never in place (recompute)."""
-    assert info.cos is not None
-    assert info.sin is not None
-    query, key = rotate(query, info.cos, info.sin), rotate(key, info.cos, info.sin)
-    return (query if info.scale is None else query * info.scale), key
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return ``x cos + rotate_half(x) sin`` (Su et al. 2021, HF's half layout) of ``x [..., D]``; never in place.
+
+    Recomputation needs the input as it was.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def gather_keys_and_values(key: Tensor, value: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
@@ -165,13 +153,11 @@ def gather_keys_and_values(key: Tensor, value: Tensor, info: SequenceInfo) -> tu
     return key, value
 
 
-def ragged_kernel_takes(query: Tensor) -> bool:
-    """Whether torch's FlashAttention for ragged sequences can compute this: on CUDA, in 16 bits."""
-    return _VARLEN_TAKES_GROUPS and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+class CoreAttention(MegatronModule):
+    """Place queries and keys, gather keys and values over context-parallel ranks, and attend.
 
-
-class BidirectionalAttention(MegatronModule):
-    """Core attention for the local layer spec, by torch's scaled dot product attention."""
+    This much is the same for every kind of layers; each kind has its own :meth:`attend`.
+    """
 
     def __init__(
         self,
@@ -188,6 +174,9 @@ class BidirectionalAttention(MegatronModule):
         assert config.attention_dropout == 0
         self.softmax_scale = softmax_scale
 
+    #: how one tensor of queries or keys is rotated
+    rotate = staticmethod(rotate)
+
     def forward(
         self,
         query: Tensor,
@@ -201,25 +190,47 @@ class BidirectionalAttention(MegatronModule):
         """``[S, B, H, D]``, ``[S, B, G, D]`` twice → ``[S, B, H * D]``."""
         info = packed_seq_params
         assert isinstance(info, SequenceInfo), "the encoder passes a SequenceInfo to every layer"
-        query, key = place_queries_and_keys(query, key, info)
+        assert info.cos is not None
+        assert info.sin is not None
+        query, key = self.rotate(query, info.cos, info.sin), self.rotate(key, info.cos, info.sin)
+        if info.scale is not None:
+            query = query * info.scale
         key, value = gather_keys_and_values(key, value, info)
-        dtype = query.dtype
-        # A training step computes twice what it does not keep: the faster kernels of encoding must not be one of these.
-        encoding = not self.training and not torch.is_grad_enabled()
-        if encoding and info.runs is not None and products_are_faster(query, info.runs):
-            query, key, value = (x.squeeze(1) for x in (query, key, value))
-            return attention_by_products(query, key, value, info.runs, self.softmax_scale).unsqueeze(1)
-        if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not encoding:
-            # The CPU kernel's backward is 5 × slower in 16 bits than in fp32.
-            query, key, value = query.float(), key.float(), value.float()
-        if info.runs is None:
-            output = self._padded(query, key, value, info.key_mask)
-        else:
-            attend = self._ragged if ragged_kernel_takes(query) else self._packed
-            output = attend(query, key, value, info)
-        return output.to(dtype)
+        return self.attend(query, key, value, info)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+        """Attend with placed queries and whole rows of keys and values; shapes as in :meth:`forward`."""
+        raise NotImplementedError
+
+
+class SdpaAttention(CoreAttention):
+    """Attention by torch's scaled dot product attention."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+        """See :meth:`CoreAttention.attend`."""
+        if info.runs is None:
+            return self._padded(query, key, value, info.key_mask)
+        return self.attend_packed(query, key, value, info)
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+        """Call the kernel once for each run of equally long neighbours; `split` is cheap backward, slicing is not."""
+        runs = info.runs
+        assert runs is not None
+        queries = query.squeeze(1).split([run.sequences * run.queries for run in runs])
+        keys, values = (x.squeeze(1).split([run.sequences * run.keys for run in runs]) for x in (key, value))
+        outputs = []
+        for q, k, v, run in zip(queries, keys, values, runs, strict=True):
+            q = q.view(run.sequences, run.queries, *q.shape[1:]).transpose(1, 2)
+            k, v = (x.view(run.sequences, run.keys, *x.shape[1:]).transpose(1, 2) for x in (k, v))
+            outputs.append(self._scaled_dot_product(q, k, v).transpose(1, 2).reshape(run.sequences * run.queries, -1))
+        return torch.cat(outputs).unsqueeze(1)
+
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        output_BHSD = self._scaled_dot_product(query, key, value, key_mask)
+        return output_BHSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _scaled_dot_product(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[B, H, S, D]``, ``[B, G, S, D]`` twice → ``[B, H, S, D]``."""
         grouped = query.shape[1] != key.shape[1]
         if grouped and mask is not None:
@@ -231,13 +242,19 @@ class BidirectionalAttention(MegatronModule):
             query, key, value, attn_mask=mask, scale=self.softmax_scale, enable_gqa=grouped
         )
 
-    def _padded(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        output_BHSD = self._attend(query, key, value, key_mask)
-        return output_BHSD.permute(2, 0, 1, 3).flatten(2)
 
-    def _ragged(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
-        """One call of torch's FlashAttention for the whole row."""
+class CudaAttention(SdpaAttention):
+    """Attention on CUDA without Transformer Engine: packed rows in 16 bits go through one call of FlashAttention."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        # torch's kernel for ragged sequences takes 16 bits only
+        self.ragged = _VARLEN_TAKES_GROUPS and config.params_dtype in (torch.bfloat16, torch.float16)
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+        """See :meth:`CoreAttention.attend`."""
+        if not self.ragged:
+            return super().attend_packed(query, key, value, info)
         thd = info.thd
         output_THD = varlen_attn(
             *(x.squeeze(1) for x in (query, key, value)),
@@ -249,16 +266,3 @@ class BidirectionalAttention(MegatronModule):
             enable_gqa=query.shape[2] != key.shape[2],
         )
         return output_THD.flatten(1).unsqueeze(1)
-
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
-        """One kernel call for each run of equally long neighbours; `split` is cheap backward, slicing is not."""
-        runs = info.runs
-        assert runs is not None
-        queries = query.squeeze(1).split([run.sequences * run.queries for run in runs])
-        keys, values = (x.squeeze(1).split([run.sequences * run.keys for run in runs]) for x in (key, value))
-        outputs = []
-        for q, k, v, run in zip(queries, keys, values, runs, strict=True):
-            q = q.view(run.sequences, run.queries, *q.shape[1:]).transpose(1, 2)
-            k, v = (x.view(run.sequences, run.keys, *x.shape[1:]).transpose(1, 2) for x in (k, v))
-            outputs.append(self._attend(q, k, v).transpose(1, 2).reshape(run.sequences * run.queries, -1))
-        return torch.cat(outputs).unsqueeze(1)

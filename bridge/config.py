@@ -218,6 +218,9 @@ def _refuse_unsupported(family: Family, text: dict[str, Any], where: str) -> Non
         for holder in (text, rope):
             if holder.get(key, value) != value:
                 raise UserError(f"{where}: {key} is {holder[key]!r}; the encoder computes {value!r} only")
+    for kind in text.get("layer_types") or ():
+        if kind != "full_attention":
+            raise UserError(f"{where}: layer_types has {kind!r}; the encoder computes 'full_attention' only")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     # dynamic and longrope change the frequencies with the length of the batch: no fixed table computes them
     if rope_type not in family.rope_types:

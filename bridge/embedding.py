@@ -1,20 +1,7 @@
-"""The embedding table, whose gradient goes straight into DDP's buffer.
-
-The table is most of a small model, but a batch touches few of its rows. torch's backward makes
-a dense gradient as large as the table, filled with zeros, which DDP then adds to its buffer; here only the rows of the
-batch are added, and in the buffer's precision (fp32 where the parameters have 16 bits).
-"""
+"""The embedding table."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,11 +14,19 @@ class TokenEmbedding(MegatronModule):
     """Token ids ``[b, s]`` → ``[s, b, hidden]``, ``s`` divided by TP under sequence parallelism.
 
     The same as megatron-core's ``LanguageModelEmbedding`` without positions, token types and dropout.
+
+    Args:
+        table: megatron-core's class of the table, or one that looks rows up in another way.
     """
 
-    def __init__(self, config: TransformerConfig, vocab_size: int):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        table: type[VocabParallelEmbedding] = VocabParallelEmbedding,
+    ):
         super().__init__(config=config)
-        self.word_embeddings = _WordEmbedding(
+        self.word_embeddings = table(
             num_embeddings=padded_vocab_size(vocab_size, world=config.tensor_model_parallel_size),
             embedding_dim=config.hidden_size,
             init_method=config.embedding_init_method,
@@ -41,39 +36,6 @@ class TokenEmbedding(MegatronModule):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look the tokens up."""
-        return self.word_embeddings(input_ids)
-
-
-class _WordEmbedding(VocabParallelEmbedding):
-    def forward(self, input_: Tensor) -> Tensor:
-        rows = input_
-        if self.tp_group.size() > 1:
-            elsewhere = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
-            rows = (input_ - self.vocab_start_index).masked_fill(elsewhere, 0)
-        in_buffer = torch.is_grad_enabled() and hasattr(self.weight, "main_grad")
-        found = _LookUp.apply(rows, self.weight) if in_buffer else F.embedding(rows, self.weight)
-        if self.tp_group.size() > 1:
-            found = found.masked_fill(elsewhere[..., None], 0.0)
-        found_SBH = found.transpose(0, 1).contiguous()
-        if self.reduce_scatter_embeddings:
-            return reduce_scatter_to_sequence_parallel_region(found_SBH, group=self.tp_group)
-        return reduce_from_tensor_model_parallel_region(found_SBH, group=self.tp_group)
-
-
-class _LookUp(torch.autograd.Function):
-    """``weight[rows]``; backward adds to ``weight.main_grad`` and tells DDP so, as megatron-core's fused linears do."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.weight = weight
-        return F.embedding(rows, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        (rows,), weight = ctx.saved_tensors, ctx.weight
-        into: Tensor = weight.main_grad
-        into.index_add_(0, rows.flatten(), grads[0].flatten(0, -2).to(into.dtype))
-        weight.grad_added_to_main_grad = True
-        # never read or written: that there is one tells DDP, under overlapped reduction, that this is ready
-        return None, torch.empty_like(weight)
+        found = self.word_embeddings(input_ids)
+        # under sequence parallelism the table itself puts the sequence first, before it is divided
+        return found if self.word_embeddings.reduce_scatter_embeddings else found.transpose(0, 1).contiguous()

@@ -15,11 +15,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_embed.bridge import host
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.embedding import TokenEmbedding
-from megatron_embed.bridge.layer_spec import block_spec
+from megatron_embed.bridge.families import FAMILIES
+from megatron_embed.bridge.layer_spec import block_spec, choose_layers
+from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout, check_layout, pipeline_split
 from megatron_embed.bridge.mapping import OWN_PARAMETERS, checkpoint_name, weights
 from megatron_embed.bridge.pooling import pool
@@ -87,9 +89,9 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         # On CPUs these would be compiled by inductor, which wants a compiler; there the spec's SwiGLU is taken.
-        bias_activation_fusion=torch.cuda.is_available(),
-        use_te_activation_func=not torch.cuda.is_available(),
-        bias_dropout_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=not host.cuda_is_hidden(),
+        use_te_activation_func=host.cuda_is_hidden(),
+        bias_dropout_fusion=not host.cuda_is_hidden(),
         persist_layer_norm=False,
         # Micro-batches differ in length, so stages exchange shapes; megatron-core ties this to an MoE setting.
         variable_seq_lengths=layout.pp > 1,
@@ -104,6 +106,7 @@ def transformer_config(
         # cost: `tokens × hidden_size` values a stage (but the last) and micro-batch in flight, as much as one layer
         # keeps under full recomputation; :meth:`Activations.chunk` counts it.
         deallocate_pipeline_outputs=layout.pp > 1 and not layout.vpp,
+        **FAMILIES[config.family].layer_options,
         **overrides,
     )
 
@@ -116,7 +119,7 @@ class Encoder(MegatronModule):
         transformer: from :func:`transformer_config`.
         pre_process, post_process: whether this stage holds the embedding, or the final norm and the pooling.
         vp_stage: which of the interleaved stages this is.
-        use_te: see :func:`megatron_embed.bridge.layer_spec.block_spec`.
+        layers: what it is built of; None: see :func:`megatron_embed.bridge.layer_spec.choose_layers`.
         learn_temperature: the last stage also holds ``log_temperature [1]``, which starts at the config's.
     """
 
@@ -128,7 +131,7 @@ class Encoder(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        use_te: bool | None = None,
+        layers: LayerKind | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(config=transformer)
@@ -137,11 +140,12 @@ class Encoder(MegatronModule):
         # what megatron-core's schedules and gradient finalisation read
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
+        classes = choose_layers(layers)
         if pre_process:
-            self.embedding = TokenEmbedding(transformer, config.vocab_size)
+            self.embedding = TokenEmbedding(transformer, config.vocab_size, classes.table)
         self.decoder = TransformerBlock(
             config=transformer,
-            spec=block_spec(get_num_layers_to_build(transformer, vp_stage), use_te=use_te),
+            spec=block_spec(get_num_layers_to_build(transformer, vp_stage), classes, qk_norm=transformer.qk_layernorm),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -156,7 +160,7 @@ class Encoder(MegatronModule):
             self.log_temperature = torch.nn.Parameter(start)
         frequencies, self.rope_factor = inverse_frequencies(config)
         # not a buffer: checkpoints must not carry it, and it must stay fp32 whatever the model is cast to
-        self._frequencies = frequencies
+        self._frequencies = frequencies.to(host.device())
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the previous stage's output (megatron-core's schedules call this)."""
@@ -170,8 +174,7 @@ class Encoder(MegatronModule):
             On the last stage ``[n, hidden]``, one vector a sequence in fp32 or wider, of length 1 where the config
             says ``normalize``. On the others ``[s, b, hidden]`` (``s`` divided by TP under sequence parallelism).
         """
-        device, dtype = batch.input_ids.device, self.config.params_dtype
-        self._frequencies = self._frequencies.to(device)
+        dtype = self.config.params_dtype
         context = parallel_state.get_context_parallel_group()
         # this context-parallel rank's part of every row
         columns = even_range(batch.input_ids.shape[1], rank=context.rank(), world=context.size())
@@ -194,7 +197,7 @@ def build_stages(
     config: EncoderConfig,
     transformer: TransformerConfig,
     *,
-    use_te: bool | None = None,
+    layers: LayerKind | None = None,
     learn_temperature: bool = False,
 ) -> list[Encoder]:
     """This rank's pipeline stages (one, unless they are interleaved), parameters allocated but not filled."""
@@ -209,7 +212,7 @@ def build_stages(
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vpp is None, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vpp is None, vp_stage=vp_stage),
                 vp_stage=vp_stage,
-                use_te=use_te,
+                layers=layers,
                 learn_temperature=learn_temperature,
             )
         )

@@ -10,34 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from megatron_embed.bridge.families import MINISTRAL3, Family
+from megatron_embed.bridge.families import FAMILIES, MINISTRAL3, Dim, Family, Kind, Row
 
 if TYPE_CHECKING:
     from megatron_embed.bridge.config import EncoderConfig
 
-Kind = Literal["copy", "vocab", "qkv", "gate_up"]
-Dim = Literal["vocab", "hidden", "q", "kv", "ffn"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One weight. ``{layer}`` in a name stands for the 0-based global layer index."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    kind: Kind
-    #: the dimension that tensor parallelism splits, the same for the HF parts and the packed weight; None: replicated
-    tp_dim: int | None
-    #: shape of each HF part, in dimension names
-    hf_dims: tuple[tuple[Dim, ...], ...]
-
-
 _ATTENTION, _MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
 _HF_ATTENTION, _HF_MLP = "layers.{layer}.self_attn", "layers.{layer}.mlp"
 
-#: One table for all families: their decoder layers are of the same form, and bear the same names.
+#: What all families have: their decoder layers bear the same names. A family adds its ``layer_rows``.
 TABLE: tuple[Row, ...] = (
     Row("embedding.word_embeddings.weight", ("embed_tokens.weight",), "vocab", 0, (("vocab", "hidden"),)),
     Row(
@@ -112,6 +95,11 @@ class Weight:
         return self.row.tp_dim
 
     @property
+    def packs_rows(self) -> bool:
+        """Whether packing moves whole rows, so that it can be done to their addresses; a fused bias has none."""
+        return self.kind == "copy" or len(self.hf_shapes[0]) > 1
+
+    @property
     def megatron_shape(self) -> tuple[int, ...]:
         """Shape of the whole packed weight, the vocabulary unpadded."""
         return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
@@ -125,6 +113,7 @@ def weights(config: EncoderConfig) -> Iterator[Weight]:
         "q": config.num_attention_heads * config.head_dim,
         "kv": config.num_key_value_heads * config.head_dim,
         "ffn": config.intermediate_size,
+        "head": config.head_dim,
     }
 
     def at(row: Row, layer: int | None) -> Weight:
@@ -136,7 +125,7 @@ def weights(config: EncoderConfig) -> Iterator[Weight]:
             hf_shapes=tuple(tuple(sizes[dim] for dim in dims) for dims in row.hf_dims),
         )
 
-    per_layer = [row for row in TABLE if "{layer}" in row.megatron]
+    per_layer = [row for row in TABLE if "{layer}" in row.megatron] + list(FAMILIES[config.family].layer_rows)
     first, last = (row for row in TABLE if "{layer}" not in row.megatron)
     yield at(first, None)
     for layer in range(config.num_hidden_layers):

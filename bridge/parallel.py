@@ -11,7 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_embed.bridge import host, liveness
+from megatron_embed.bridge import environment, liveness
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 
@@ -22,6 +23,7 @@ def select_device(wanted: str = "auto") -> torch.device:
     Args:
         wanted: ``cpu``, ``cuda``, or ``auto`` (CUDA where every local process has a GPU of its own).
     """
+    environment.set_defaults()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = 0 if host.cuda_is_hidden() or wanted == "cpu" else torch.cuda.device_count()
     if wanted == "cuda" and gpus < local_world:

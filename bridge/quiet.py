@@ -6,6 +6,8 @@ Each is named by the beginning of its text, so that every other warning is still
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: beginning of the text (a regular expression) → why it says nothing to the reader
 _EXPECTED: dict[str, str] = {
@@ -25,3 +27,11 @@ def ignore_expected_warnings(*, on_cpu: bool = False) -> None:
     """Ignore them from now on, in this process; ``on_cpu`` adds those that concern CUDA alone."""
     for text in {**_EXPECTED, **(_EXPECTED_ON_CPU if on_cpu else {})}:
         warnings.filterwarnings("ignore", message=text)
+
+
+@contextmanager
+def expected_warnings_ignored() -> Iterator[None]:
+    """Ignore them within, and leave the process's filters as they were."""
+    with warnings.catch_warnings():
+        ignore_expected_warnings()
+        yield

@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Run(NamedTuple):
+    """Neighbouring sequences of a packed row that are equally long.
+
+    ``queries`` is less than ``keys`` only where a sequence reaches over the edge of a context-parallel slice.
+    """
+
+    sequences: int
+    queries: int
+    keys: int
 
 
 @dataclass(frozen=True)

@@ -15,27 +15,27 @@ def pack_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int, head_dim: int) -> 
     """Fuse the projections into megatron-core's ``linear_qkv``: for each KV head its queries, its key, its value.
 
     Args:
-        q: ``[heads * head_dim, hidden]``; ``k``, ``v``: ``[groups * head_dim, hidden]``.
+        q: ``[heads * head_dim, hidden]``; ``k``, ``v``: ``[groups * head_dim, hidden]``; biases lack ``hidden``.
 
     Returns:
         ``[(heads + 2 * groups) * head_dim, hidden]``.
     """
-    hidden = q.shape[1]
+    hidden = q.shape[1:]
     parts = (
-        q.reshape(groups, -1, hidden),
-        k.reshape(groups, head_dim, hidden),
-        v.reshape(groups, head_dim, hidden),
+        q.reshape(groups, -1, *hidden),
+        k.reshape(groups, head_dim, *hidden),
+        v.reshape(groups, head_dim, *hidden),
     )
-    return torch.cat(parts, dim=1).reshape(-1, hidden)
+    return torch.cat(parts, dim=1).reshape(-1, *hidden)
 
 
 def unpack_qkv(qkv: Tensor, *, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse of :func:`pack_qkv`."""
-    hidden = qkv.shape[1]
-    per_group = qkv.reshape(groups, -1, hidden)
+    hidden = qkv.shape[1:]
+    per_group = qkv.reshape(groups, -1, *hidden)
     queries = per_group.shape[1] - 2 * head_dim
     q, k, v = per_group.split([queries, head_dim, head_dim], dim=1)
-    return q.reshape(-1, hidden), k.reshape(-1, hidden), v.reshape(-1, hidden)
+    return q.reshape(-1, *hidden), k.reshape(-1, *hidden), v.reshape(-1, *hidden)
 
 
 def pack_gate_up(gate: Tensor, up: Tensor) -> Tensor:

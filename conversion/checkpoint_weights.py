@@ -179,7 +179,7 @@ def _read_chunk(
     casts: Casts,
     part: int | None,
 ) -> Values:
-    whole_rows = weight.tp_dim != 1 or tp == 1
+    whole_rows = weight.packs_rows and (weight.tp_dim != 1 or tp == 1)
     as_stored = whole_rows and all(folder.stored_dtype(folder.prefix + name) == dtype for name in weight.hf)
     read = folder.addresses if as_stored else partial(read_cast, folder, casts, dtype)
     if part is not None:
@@ -270,7 +270,8 @@ class CheckpointWeights:
         """All of them under their HF names, in the table's order: where they lie if they are stored in ``dtype``, else
         as tensors cast to it, one weight in memory at a time."""
         for weight in mapping.weights(self.config):
-            rows = self._read(weight, partial(self.reader.addresses, dtype=dtype))
+            read = partial(self.reader.addresses, dtype=dtype)
+            rows = self._read(weight, read) if weight.packs_rows else None
             parts: tuple[Values, ...]
             if rows is None:
                 parts = tuple(

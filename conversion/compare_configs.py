@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig, stock_text_config
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.bridge.families import BIDIRECTIONAL, VLMS, is_vlm
+from megatron_embed.bridge.families import BIDIRECTIONAL, FAMILIES, VLMS, is_vlm
 from megatron_embed.conversion.comparison import NOT_STATED, ComparedSection, Difference, compare_values, flatten
 from megatron_embed.conversion.hf_folder import read_json
 from megatron_embed.conversion.sidecars import without_local_paths
 
-#: Keys that do not change what a model computes, with the reason. Every other key is compared.
+#: Keys that do not change what a model computes, with the reason; a family may name more. Every other key is compared.
 NOT_COMPARED: dict[str, str] = {
     "architectures": "names the class around the same layers: an embedder's is the bare model",
     "auto_map": "remote code, which is never run",
@@ -136,8 +136,10 @@ def _vllm_keys(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flat, without what is not compared, at whatever depth it stands."""
+    family = FAMILIES.get(str(values.get("model_type")))
+    names = (*NOT_COMPARED, *(family.not_compared if family else ()))
     flat = flatten(values).items()
-    return {key: value for key, value in flat if not any(f".{name}." in f".{key}." for name in NOT_COMPARED)}
+    return {key: value for key, value in flat if not any(f".{name}." in f".{key}." for name in names)}
 
 
 # ---- attention

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from megatron_embed.bridge import environment
 from megatron_embed.conversion.arguments import Parser, positive, run_command
 from megatron_embed.conversion.page_cache import begin_reading
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done; 2: the command line is wrong in itself; 1: failed otherwise; both with one line on stderr.
     """
     args = _parser().parse_args(argv)
+    environment.set_defaults()
     with _quiet(args.debug):
         return _run(args)
 
@@ -48,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="convert-checkpoints", description="Ministral 3 and Llama weights between Hugging Face and Megatron."
+        prog="convert-checkpoints", description="Embedding models' weights between Hugging Face and Megatron."
     )
     common = Parser(add_help=False)
     common.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")

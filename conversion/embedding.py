@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_embed.bridge import host, mapping
+from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig, stock_text_config
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import Weight
@@ -122,6 +123,7 @@ def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]
     Each layer is a pipeline stage of its own, built when its turn comes.
     """
     from megatron_embed.bridge.encoder import Encoder, transformer_config
+    from megatron_embed.bridge.layer_spec import local_layers
     from megatron_embed.bridge.sequences import TokenBatch
 
     select_device()
@@ -135,7 +137,7 @@ def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]
         states: Tensor | None = None
         for layer in range(config.num_hidden_layers):
             last = layer == config.num_hidden_layers - 1
-            stage = Encoder(single, transformer, pre_process=not layer, post_process=last, use_te=False).eval()
+            stage = Encoder(single, transformer, pre_process=not layer, post_process=last, layers=local_layers()).eval()
             for _, parameter, weight in parameters_with_weights(stage, config, layer_offset=layer):
                 if weight.kind == "vocab":
                     parameter.zero_()[: len(used)] = weights.read_rows(weight, used)

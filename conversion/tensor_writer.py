@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replic
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.conversion.checksums import FileSums, Summing
 from megatron_embed.conversion.disk_errors import system_error
 from megatron_embed.conversion.tensor_stream import without_crc32

@@ -61,7 +61,7 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     ready = (source / "modules.json").is_file()
     for key in ("add_bos_token", "add_eos_token"):
         if key in settings and not ready:  # stated, they make transformers build the post-processor anew
-            settings[key] = True
+            settings[key] = key == "add_eos_token" or _has_bos(settings, _ids(tokenizer))
     if (pad := _missing_pad_token(source, settings, tokenizer)) is not None:
         settings["pad_token"] = pad
     write_json(out / "tokenizer_config.json", settings)
@@ -72,6 +72,8 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
 def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Make the contents of a ``tokenizer.json`` put BOS before and EOS behind every text.
 
+    A tokenizer that names no BOS and has no ``<s>``, as Qwen's, gets EOS alone.
+
     Args:
         tokenizer: changed in place.
         settings: contents of ``tokenizer_config.json``, which name the two tokens.
@@ -81,18 +83,20 @@ def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
     """
     bos, eos = (_token(settings.get(key), default) for key, default in (("bos_token", "<s>"), ("eos_token", "</s>")))
     ids = _ids(tokenizer)
-    for token in (bos, eos):
+    front = [bos] if _has_bos(settings, ids) else []
+    for token in (*front, eos):
         if token not in ids:
             raise UserError(f"tokenizer.json: no token {token!r}, which tokenizer_config.json names")
     post = tokenizer.get("post_processor")
     steps = post["processors"] if post and post.get("type") == "Sequence" else [post] if post else []
-    if any(_adds(step, bos, eos) for step in steps):
+    if any(_adds(step, [*front, "A", eos]) for step in steps):
         return False
+    before = [_special(token) for token in front]
     template = {
         "type": "TemplateProcessing",
-        "single": [_special(bos), _sequence("A"), _special(eos)],
-        "pair": [_special(bos), _sequence("A"), _special(eos), _sequence("B"), _special(eos)],
-        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (bos, eos)},
+        "single": [*before, _sequence("A"), _special(eos)],
+        "pair": [*before, _sequence("A"), _special(eos), _sequence("B"), _special(eos)],
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (*front, eos)},
     }
     others = [step for step in steps if step["type"] == "ByteLevel"]  # trims offsets only
     tokenizer["post_processor"] = {"type": "Sequence", "processors": [*others, template]} if others else template
@@ -109,11 +113,14 @@ def _missing_pad_token(source: Path, settings: dict[str, Any], tokenizer: dict[s
     return next((token for token in known if token in ids), _token(settings.get("eos_token"), "</s>"))
 
 
-def _adds(step: dict[str, Any], bos: str, eos: str) -> bool:
+def _has_bos(settings: dict[str, Any], ids: dict[str, int]) -> bool:
+    return bool(settings.get("bos_token")) or "<s>" in ids
+
+
+def _adds(step: dict[str, Any], wanted: list[str]) -> bool:
     if step.get("type") != "TemplateProcessing":
         return False
-    names = [next(iter(part.values()))["id"] for part in step["single"]]
-    return names == [bos, "A", eos]
+    return [next(iter(part.values()))["id"] for part in step["single"]] == wanted
 
 
 def _ids(tokenizer: dict[str, Any]) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import megatron_embed.bridge  # noqa: F401  first: megatron-core's warnings are quieted before a module here imports it
+from megatron_embed.bridge.quiet import expected_warnings_ignored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ministral3_14b_embed_config,
         ministral3_tiny_embed_config,
     )
+    from megatron_embed.recipes.qwen3 import qwen3_0p6b_embed_config, qwen3_4b_embed_config, qwen3_8b_embed_config
     from megatron_embed.recipes.training import train
 
     RECIPES: dict[str, Callable[[], RecipeConfig]]
@@ -31,6 +32,9 @@ _RECIPE_MODULES = {
     "ministral3_tiny_embed_config": "ministral3",
     "llama32_1b_embed_config": "llama",
     "llama31_8b_embed_config": "llama",
+    "qwen3_0p6b_embed_config": "qwen3",
+    "qwen3_4b_embed_config": "qwen3",
+    "qwen3_8b_embed_config": "qwen3",
 }
 #: other exported name → its module
 _MODULES = {
@@ -48,6 +52,9 @@ __all__ = [
     "ministral3_8b_embed_config",
     "ministral3_14b_embed_config",
     "ministral3_tiny_embed_config",
+    "qwen3_0p6b_embed_config",
+    "qwen3_4b_embed_config",
+    "qwen3_8b_embed_config",
     "train",
 ]
 
@@ -57,8 +64,8 @@ def __getattr__(name: str) -> Any:
         return {recipe: __getattr__(recipe) for recipe in _RECIPE_MODULES}
     if name == "train":  # the module is callable: see train.py
         return importlib.import_module(f"{__name__}.train")
-    if name in _RECIPE_MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_RECIPE_MODULES[name]}"), name)
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = f"{__name__}.{_RECIPE_MODULES[name]}" if name in _RECIPE_MODULES else _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with expected_warnings_ignored():  # megatron-core warns while it is imported
+        return getattr(importlib.import_module(module), name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_embed.bridge import liveness
+from megatron_embed.bridge import environment, liveness
 from megatron_embed.bridge.errors import UsageError, UserError, explain
 from megatron_embed.conversion.arguments import Parser, positive, run_command
 from megatron_embed.recipes import RECIPES
@@ -134,6 +134,7 @@ def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
     A traceback is shown with ``debug``, and for errors that no user can have caused. Of several torchrun ranks on a
     host, the first to fail speaks; what the others then meet is its consequence.
     """
+    environment.set_defaults()
     if not debug:
         warnings.filterwarnings("ignore")  # other packages' advice to their developers
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

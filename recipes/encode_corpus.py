@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.corpus import Corpus, Texts
 from megatron_embed.recipes.encoder import Encoder, encode_here, encode_sequences

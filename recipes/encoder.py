@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_embed.bridge import host, parallel
+from megatron_embed.bridge import parallel
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.cpu import host
+from megatron_embed.bridge.cpu.packed_weights import pack_weights
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.bridge.packing import pack_weights
 from megatron_embed.conversion.sentence_files import SentenceSettings
 from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
 from megatron_embed.recipes.schedule import encode_micro_batches

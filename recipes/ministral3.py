@@ -2,7 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.recipes.config import DataSection, ModelSection, OptimizerSection, RecipeConfig, TrainSection
+
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "llama_4_scaling_beta": 0.1,
+}
+_COMMON: dict[str, Any] = {
+    "vocab_size": 131072,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rope_parameters": _YARN,
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "3B": {"num_hidden_layers": 26, "hidden_size": 3072, "intermediate_size": 9216, "tie_word_embeddings": True},
+    "8B": {"num_hidden_layers": 34, "hidden_size": 4096, "intermediate_size": 14336, "tie_word_embeddings": False},
+    "14B": {
+        "num_hidden_layers": 40,
+        "hidden_size": 5120,
+        "intermediate_size": 16384,
+        "tie_word_embeddings": False,
+        "rope_parameters": {**_YARN, "rope_theta": 1e9},
+    },
+}
+#: Hub id → encoder, see :mod:`megatron_embed.recipes.sizes`.
+SIZES: dict[str, EncoderConfig] = {
+    f"mistralai/Ministral-3-{size}-{kind}-2512": EncoderConfig(**{**_COMMON, **own})
+    for size, own in _SIZES.items()
+    for kind in ("Base", "Instruct", "Reasoning")
+}
 
 
 def ministral3_3b_embed_config() -> RecipeConfig:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.families import FAMILIES
+from megatron_embed.bridge.families import FAMILIES, LayerSize
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.sequences import TokenBatch
 from megatron_embed.recipes.plan_state import FP32, WIDTHS, ModelChunk
@@ -78,6 +78,20 @@ class Activations:
     def _kv(self) -> int:
         return self.config.num_key_value_heads * self.config.head_dim // self.layout.tp
 
+    @property
+    def _copied_queries(self) -> int:
+        """Width of the queries that are a copy of the fused projection's; one KV head a rank leaves them a view."""
+        return 0 if self.config.num_key_value_heads == self.layout.tp else self._q
+
+    @property
+    def _casts(self) -> bool:
+        """Whether attention computes in a wider dtype than the layer."""
+        return self._cpu and self.width < FP32
+
+    def _values_are_views(self, shape: Shape) -> bool:
+        """Whether attention's values are views of the fused projection, which is kept whole with them."""
+        return not (self.layout.cp > 1 or self._casts or (shape.masked and self._cpu))
+
     def _outside(self, shape: Shape) -> int:
         """Tokens outside the matrices, which sequence parallelism divides."""
         return shape.tokens // self.layout.cp // (self.layout.tp if self.sequence_parallel else 1)
@@ -106,7 +120,7 @@ class Activations:
         if recompute == "full":
             return hidden
         attention = self._core_attention_input(shape) if recompute == "selective" else self._attention(shape)
-        return 2 * self._norm(shape) + attention + self._mlp(shape)
+        return 2 * self._norm(shape) + attention + self._of_family(shape, recompute) + self._mlp(shape)
 
     def recomputed(self, shape: Shape, recompute: str) -> int:
         """Bytes that come back for a while in backward: those of the one layer that is computed again."""
@@ -118,18 +132,30 @@ class Activations:
         """Input and output (which the linear layer keeps), and a factor a token: ``T h 2w + 4 T``."""
         return self._outside(shape) * (self.config.hidden_size * 2 * self.width + FP32)
 
+    def _of_family(self, shape: Shape, recompute: str) -> int:
+        """What the family's layers add to the common form."""
+        tokens, selective = shape.tokens // self.layout.cp, recompute == "selective"
+        projected = 0 if selective or self._values_are_views(shape) else self._q + 2 * self._kv
+        projected += 0 if selective else self._copied_queries
+        size = LayerSize(
+            tokens=tokens,
+            queries=self._q,
+            keys=self._kv,
+            head_dim=self.config.head_dim,
+            width=self.width,
+            projected=tokens * projected * self.width,
+            keeps_attention_input=selective,
+        )
+        return FAMILIES[self.config.family].layer_activations(size)
+
     def _mlp(self, shape: Shape) -> int:
         """``T f 3w``: gate, up and ``silu(gate) · up``."""
         f = self.config.intermediate_size // self.layout.tp
         return shape.tokens // self.layout.cp * f * 3 * self.width
 
     def _core_attention_input(self, shape: Shape) -> int:
-        """``T w (q + 2 kv) + T w q``, and the output ``T w q``: keys and values are views of the fused projection.
-
-        Queries are a copy, unless one KV head a rank leaves them contiguous.
-        """
-        copy = 0 if self.config.num_key_value_heads == self.layout.tp else self._q
-        return shape.tokens // self.layout.cp * self.width * (2 * self._q + 2 * self._kv + copy)
+        """``T w (q + 2 kv) + T w q``, and the output ``T w q``: keys and values are views of the fused projection."""
+        return shape.tokens // self.layout.cp * self.width * (2 * self._q + 2 * self._kv + self._copied_queries)
 
     def _attention(self, shape: Shape) -> int:
         """Rotated queries and keys, values, output, log-sum-exp; the input of the projection behind it."""
@@ -143,14 +169,13 @@ class Activations:
         return output + self._keys_and_values(shape, local, width)
 
     def _keys_and_values(self, shape: Shape, local: int, width: int) -> int:
-        cast = self._cpu and self.width < FP32
         if shape.masked and self._cpu:  # each KV head is repeated for its queries; the mask becomes a bias
             return 2 * shape.tokens * self._q * width + shape.tokens * FP32
         mask = shape.tokens if shape.masked else 0
         if self.layout.cp > 1:  # gathered whole; a cast copies the columns that are looked at
-            tokens = self._key_columns(shape) * shape.rows if cast else shape.tokens
+            tokens = self._key_columns(shape) * shape.rows if self._casts else shape.tokens
             return 2 * tokens * self._kv * width + mask
-        if cast:
+        if self._casts:
             return 2 * local * self._kv * width + mask
         # rotated keys; values are a view of the fused projection
         return local * self.width * (self._kv + self._q + 2 * self._kv) + mask

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.bridge.layout import Layout, pipeline_split
 from megatron_embed.bridge.mapping import weights
 from megatron_embed.bridge.transforms import padded_vocab_size
@@ -26,7 +27,7 @@ ADAM_BYTES = 8
 #: where parameters begin and buffers end under the distributed optimizer, in values
 _PARAMETER_ALIGNMENT, _BUFFER_ALIGNMENT = 64, 128
 
-#: weights of a layer in the order in which the modules register them
+#: weights of a layer in the order in which the modules register them; a family's own come behind the QKV weight
 _LAYER_ORDER = (
     "self_attention.linear_qkv.layer_norm_weight",
     "self_attention.linear_proj.weight",
@@ -74,8 +75,12 @@ def chunk_parameters(config: EncoderConfig, layout: Layout, chunk: ModelChunk) -
         numel[name] = rows * math.prod(rest) // (1 if weight.tp_dim is None else layout.tp)
     embedding = [numel.pop("embedding.word_embeddings.weight")]
     final_norm = [numel.pop("decoder.final_layernorm.weight")]
-    assert set(numel) == set(_LAYER_ORDER), "a weight of the layers has no place in the order"
-    layer = [numel[name] for name in _LAYER_ORDER]
+    order = [*_LAYER_ORDER]
+    own = (row.megatron.partition("{layer}.")[2] for row in FAMILIES[config.family].layer_rows)
+    behind = order.index("self_attention.linear_qkv.weight") + 1
+    order[behind:behind] = own
+    assert set(numel) == set(order), "a weight of the layers has no place in the order"
+    layer = [numel[name] for name in order]
     return embedding * chunk.first + layer * chunk.layers + final_norm * chunk.last
 
 

@@ -3,67 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UsageError, UserError
+from megatron_embed.recipes import llama, ministral3, qwen3
 from megatron_embed.recipes.config import RecipeConfig
 
-_YARN: dict[str, Any] = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "original_max_position_embeddings": 16384,
-    "llama_4_scaling_beta": 0.1,
-}
-_MINISTRAL3: dict[str, Any] = {
-    "vocab_size": 131072,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 262144,
-    "rope_parameters": _YARN,
-}
-_LLAMA: dict[str, Any] = {
-    "family": "llama",
-    "vocab_size": 128256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 8192},
-}
-
-
-def _sizes(common: dict[str, Any], layers: int, hidden: int, ffn: int, tied: bool, **own: Any) -> EncoderConfig:
-    return EncoderConfig(
-        **{**common, **own},
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        tie_word_embeddings=tied,
-    )
-
-
 #: Hub id → encoder. For arithmetic only: what is computed with is always read from the model's own config.json.
-SIZES: dict[str, EncoderConfig] = {
-    **{
-        f"mistralai/Ministral-3-{size}-{kind}-2512": config
-        for size, config in {
-            "3B": _sizes(_MINISTRAL3, 26, 3072, 9216, True),
-            "8B": _sizes(_MINISTRAL3, 34, 4096, 14336, False),
-            "14B": _sizes(_MINISTRAL3, 40, 5120, 16384, False, rope_parameters={**_YARN, "rope_theta": 1e9}),
-        }.items()
-        for kind in ("Base", "Instruct", "Reasoning")
-    },
-    **{
-        f"meta-llama/{name}{kind}": config
-        for name, config in {
-            "Llama-3.2-1B": _sizes(_LLAMA, 16, 2048, 8192, True, head_dim=64),
-            "Llama-3.1-8B": _sizes(_LLAMA, 32, 4096, 14336, False, head_dim=128),
-        }.items()
-        for kind in ("", "-Instruct")
-    },
-}
+SIZES: dict[str, EncoderConfig] = {**ministral3.SIZES, **llama.SIZES, **qwen3.SIZES}
 
 
 def encoder_of(cfg: RecipeConfig) -> EncoderConfig:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.recipes.batching import MicroBatch
 from megatron_embed.recipes.loss import ContrastiveLoss

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+from megatron_embed.bridge import environment
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import parse_train_arguments, recipe_table, run_program
 from megatron_embed.recipes.config import RecipeConfig
@@ -22,6 +23,7 @@ from megatron_embed.recipes.layout import validate
 class _CallableModule(ModuleType):
     def __call__(self, cfg: RecipeConfig) -> Any:
         """Run the training that ``cfg`` describes; see :func:`megatron_embed.recipes.training.train`."""
+        environment.set_defaults()
         from megatron_embed.recipes.training import train
 
         return train(cfg, recipes=RECIPES)

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_embed.bridge import host, liveness, parallel
+from megatron_embed.bridge import liveness, parallel
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout

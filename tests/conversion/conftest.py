@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny_llama, tiny_models
+from support import tiny_llama, tiny_models, tiny_qwen3
 from support.hf_files import Source
 
 
@@ -20,7 +20,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
         key = json.dumps([kind, kw], sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp(kind) / kind
-            module = tiny_llama if kind.startswith("llama") else tiny_models
+            module = {"llama": tiny_llama, "qwen3": tiny_qwen3}.get(kind.partition("_")[0], tiny_models)
             made[key] = getattr(module, f"save_{kind}")(folder, **kw)
         return made[key]
 

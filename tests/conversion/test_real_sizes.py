@@ -19,12 +19,16 @@ from transformers import (
     Ministral3Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
 )
 
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.conversion.checkpoint_weights import chunks
+from megatron_embed.conversion.compare_configs import compare_encoders
 from megatron_embed.conversion.hf_folder import HFFolder
 from megatron_embed.conversion.safetensors_writer import TensorSpec, _header, _plan
 from megatron_embed.conversion.sentence_files import write_json
@@ -46,6 +50,9 @@ SIZES: dict[str, tuple[type, type, str, int, int, float]] = {
     "nemotron-3-embed-1b-like": (Ministral3Config, Ministral3Model, "", 146, 146, 1.14e9),
     "llama-3.2-1b": (LlamaConfig, LlamaForCausalLM, "model.", 146, 146, 1.236e9),
     "llama-3.1-8b": (LlamaConfig, LlamaForCausalLM, "model.", 291, 290, 7.505e9),
+    "qwen3-0.6b": (Qwen3Config, Qwen3ForCausalLM, "model.", 310, 310, 0.596e9),
+    "qwen3-4b": (Qwen3Config, Qwen3ForCausalLM, "model.", 398, 398, 4.022e9),
+    "qwen3-8b": (Qwen3Config, Qwen3ForCausalLM, "model.", 399, 398, 7.568e9),
 }
 #: transformers' names in memory → names on disk
 ON_DISK = (
@@ -124,14 +131,23 @@ def test_the_exports_model_has_the_tables_names(name: str) -> None:
     """Back: what the table names is exactly what the stock model of the exported config holds."""
     config = EncoderConfig.from_hf(raw_config(name))
     exported = config.to_hf()
-    model_class = {"ministral3": Ministral3Model, "llama": LlamaModel}[config.family]
+    model_class = {"ministral3": Ministral3Model, "llama": LlamaModel, "qwen3": Qwen3Model}[config.family]
     assert exported.architectures == [model_class.__name__] == [FAMILIES[config.family].model_class]
     wanted = {n: tuple(p.shape) for n, p in meta_model(model_class, exported).named_parameters()}
     table = {n: s for row in mapping.weights(config) for n, s in zip(row.hf, row.hf_shapes, strict=True)}
     assert table == wanted
 
 
-@pytest.mark.parametrize("name", ["ministral-3-3b", "ministral-3-14b", "llama-3.1-8b"])
+@pytest.mark.parametrize("name", SIZES)
+def test_verify_finds_no_difference_in_the_exports_config(name: str) -> None:
+    raw = raw_config(name)
+    config = EncoderConfig.from_hf(raw)
+    assert not compare_encoders(config, raw, where="config.json").differences
+    other = compare_encoders(config.replace(rms_norm_eps=1e-4), raw, where="config.json").differences
+    assert len(other) == 1
+
+
+@pytest.mark.parametrize("name", ["ministral-3-3b", "ministral-3-14b", "llama-3.1-8b", "qwen3-0.6b"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (8, 2)])
 def test_chunks_hold_every_parameter_once(name: str, tp: int, pp: int, tmp_path: Path) -> None:
     folder = hollow_folder(tmp_path / "folder", name)

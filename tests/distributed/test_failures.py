@@ -72,7 +72,8 @@ def test_one_rank_failing_ends_all_with_its_message_once(folder: Path) -> None:
 FAILS_ALONE = """
 import torch
 import torch.distributed as dist
-from megatron_embed.bridge import host, parallel
+from megatron_embed.bridge import parallel
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes.cli import run_program

@@ -10,6 +10,7 @@ import torch
 from support import oracle
 from support.megatron import collect, filled_stages, merge_world
 from support.tiny_models import tiny_config
+from support.tiny_qwen3 import tiny_qwen3_config
 from support.worlds import run_world
 
 from megatron_embed.bridge import EncoderConfig
@@ -29,11 +30,12 @@ class Case:
     recompute: str = "none"
     #: every product by oneDNN, however small
     onednn: bool = False
+    family: str = "ministral3"
 
     def __str__(self) -> str:
         form = "packed" if self.packed else "padded"
         sequence = {None: "", True: "", False: "-no_sp"}[self.sequence_parallel]
-        form += "-onednn" * self.onednn
+        form += "-onednn" * self.onednn + f"-{self.family}" * (self.family != "ministral3")
         return f"{self.layout}-{self.mode}-{str(self.dtype)[6:]}-{form}{sequence}-{self.recompute}".replace(" ", "")
 
 
@@ -66,11 +68,21 @@ def matrix(world: int) -> list[Case]:
     extra = Case(layouts[1] if world == 2 else layouts[0], "cached", torch.float32, packed=True)
     options = [{"sequence_parallel": False}, {"recompute": "selective"}, {"recompute": "full"}]
     options += [{"onednn": True}, {"onednn": True, "sequence_parallel": False}]
-    return [*cases, *in_fp64, *(replace(extra, **option) for option in options)]
+    # tensor-parallel ranks each see a part of the gradient of Qwen3's norms of queries and keys
+    qwen3 = [case for case in (*cases, *in_fp64) if case.packed == (case.mode == "cached")]
+    qwen3 += [replace(extra, sequence_parallel=False), replace(extra, recompute="selective")]
+    return [
+        *cases,
+        *in_fp64,
+        *(replace(extra, **option) for option in options),
+        *(replace(case, family="qwen3") for case in qwen3),
+    ]
 
 
-def config() -> Any:
+def config(family: str = "ministral3") -> Any:
     # 5 layers: uneven stages; 997 ids: padded vocabulary; originals of 16: the Llama-4 scale acts
+    if family == "qwen3":
+        return tiny_qwen3_config(num_hidden_layers=5)
     return tiny_config(num_hidden_layers=5, rope_parameters={"original_max_position_embeddings": 16})
 
 
@@ -85,8 +97,10 @@ def texts() -> tuple[list[list[int]], list[list[list[int]]]]:
     return [text() for _ in range(QUERIES)], [[text() for _ in range(1 + i % SLOTS)] for i in range(QUERIES)]
 
 
-def wanted(dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    model = oracle.hf_model(config(), dtype=dtype, exact_norms=dtype == torch.float64)
+def wanted(
+    dtype: torch.dtype, family: str = "ministral3"
+) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    model = oracle.hf_model(config(family), dtype=dtype, exact_norms=dtype == torch.float64)
     queries, passages = texts()
     flat = [text for group in passages for text in group]
     positives = [sum(len(group) for group in passages[:i]) for i in range(QUERIES)]
@@ -98,14 +112,14 @@ def wanted(dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor], dict[str
     return loss.item(), gradients, model.state_dict()
 
 
-def run_cases(cases: list[Case], states: dict[torch.dtype, dict[str, torch.Tensor]]) -> list[Any]:
-    return [run_case(case, states[case.dtype]) for case in cases]
+def run_cases(cases: list[Case], states: dict[Any, dict[str, torch.Tensor]]) -> list[Any]:
+    return [run_case(case, states[case.dtype, case.family]) for case in cases]
 
 
 def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
     from megatron.core import parallel_state
 
-    from megatron_embed.bridge import linear
+    from megatron_embed.bridge.cpu import linear
     from megatron_embed.recipes import gradient_buckets
     from megatron_embed.recipes.batching import BatchingPlan
     from megatron_embed.recipes.config import LossSection
@@ -114,7 +128,7 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
     from megatron_embed.recipes.step import contrastive_step
     from megatron_embed.recipes.targets import Targets
 
-    encoder_config = EncoderConfig.from_hf(config(), temperature=TEMPERATURE)
+    encoder_config = EncoderConfig.from_hf(config(case.family), temperature=TEMPERATURE)
     with parallel_world(case.layout):
         encoders = filled_stages(
             encoder_config,
@@ -156,18 +170,18 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
 
 def failures_of(world: int, cases: list[Case]) -> list[str]:
     """Run the cases in one world; a line for each that differs from one process."""
-    answers = {dtype: wanted(dtype) for dtype in {case.dtype for case in cases}}
-    results = run_world(run_cases, world, cases, {dtype: answer[2] for dtype, answer in answers.items()})
+    answers = {key: wanted(*key) for key in {(case.dtype, case.family) for case in cases}}
+    results = run_world(run_cases, world, cases, {key: answer[2] for key, answer in answers.items()})
     failures = []
     plain: dict[Case, dict[str, torch.Tensor]] = {}
     for number, case in enumerate(cases):
-        loss, gradients, _ = answers[case.dtype]
+        loss, gradients, _ = answers[case.dtype, case.family]
         limit = 1e-5 if case.dtype == torch.float32 else 1e-10
         of_ranks = [result[number] for result in results]
         if any(abs(found / loss - 1) > limit for found, _ in of_ranks):
             failures.append(f"{case}: losses {[found for found, _ in of_ranks]}, wanted {loss}")
         collected = [item for _, item in of_ranks]
-        merged = merge_world(EncoderConfig.from_hf(config()), collected)
+        merged = merge_world(EncoderConfig.from_hf(config(case.family)), collected)
         last = [tensors["log_temperature"] for *_, tensors in collected if "log_temperature" in tensors]
         assert all(torch.equal(tensor, last[0]) for tensor in last)
         merged["log_temperature"] = last[0]

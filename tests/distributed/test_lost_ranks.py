@@ -18,7 +18,8 @@ import os, signal, sys, threading
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from megatron_embed.bridge import host, liveness, parallel
+from megatron_embed.bridge import liveness, parallel
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes.cli import run_program
 

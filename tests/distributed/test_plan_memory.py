@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import tiny_config
+from support.tiny_qwen3 import tiny_qwen3_config
 from support.worlds import run_world
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class Case:
     distributed: bool = False
     learn_temperature: bool = False
     overlap: bool = False
+    family: str = "ministral3"
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,17 @@ class ActivationCase:
     lengths: tuple[int, ...] = LENGTHS
     sequence_parallel: bool = True
     kv_heads: int = 4
+    family: str = "ministral3"
 
 
-def config(**sizes: Any) -> EncoderConfig:
+def config(family: str = "ministral3", **sizes: Any) -> EncoderConfig:
     # 5 layers: uneven stages; 997 ids: padded vocabulary; 24 hidden: parameters that end off every alignment;
     # originals of 16: the Llama-4 scale acts
     rope = {"original_max_position_embeddings": 16}
+    if family == "qwen3":
+        return EncoderConfig.from_hf(
+            tiny_qwen3_config(**{"num_hidden_layers": 5, "hidden_size": 24, **sizes}), temperature=0.05
+        )
     hf = tiny_config(**{"num_hidden_layers": 5, "hidden_size": 24, "rope_parameters": rope, **sizes})
     return EncoderConfig.from_hf(hf, temperature=0.05)
 
@@ -71,7 +78,7 @@ def state_cases(world: int) -> list[Case]:
         for number, layout in enumerate(layouts)
         for precision in ("fp32", "bf16")
         for distributed in (False, True)
-    ] + [Case(layouts[0], "fp16", True, learn_temperature=True)]
+    ] + [Case(layouts[0], "fp16", True, learn_temperature=True), Case(layouts[-1], "bf16", True, family="qwen3")]
 
 
 def activation_cases(world: int) -> list[ActivationCase]:
@@ -93,6 +100,14 @@ def activation_cases(world: int) -> list[ActivationCase]:
     other = [
         ActivationCase(first, "fp32", "none", True, sequence_parallel=False),
         ActivationCase(first, "bf16", "selective", True, kv_heads=first.tp),
+        ActivationCase(first, "fp32", "none", True, kv_heads=first.tp, family="qwen3"),
+        ActivationCase(first, "bf16", "selective", True, kv_heads=first.tp, family="qwen3"),
+        *(
+            ActivationCase(first, precision, recompute, packed, family="qwen3")
+            for precision in ("fp32", "bf16")
+            for recompute in ("none", "selective")
+            for packed in (False, True)
+        ),
     ]
     return [*cases, *even, *other]
 
@@ -109,8 +124,8 @@ def allocated(case: Case) -> tuple[int, int, State]:
     from megatron_embed.bridge.encoder import build_stages, transformer_config
     from megatron_embed.recipes.optimizer import set_up_training
 
-    transformer = transformer_config(config(), case.layout, dtype=DTYPES[case.precision])
-    encoders = build_stages(config(), transformer, learn_temperature=case.learn_temperature)
+    transformer = transformer_config(config(case.family), case.layout, dtype=DTYPES[case.precision])
+    encoders = build_stages(config(case.family), transformer, learn_temperature=case.learn_temperature)
     for parameter in (p for encoder in encoders for p in encoder.parameters()):
         torch.nn.init.normal_(parameter, std=0.02)
     gradient_buckets.BUCKET = SMALL_BUCKET
@@ -146,7 +161,12 @@ def token_batch(case: ActivationCase) -> TokenBatch:
 
 def of_activations(case: ActivationCase) -> EncoderConfig:
     return config(
-        hidden_size=64, intermediate_size=112, num_hidden_layers=4, head_dim=16, num_key_value_heads=case.kv_heads
+        case.family,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=4,
+        head_dim=16,
+        num_key_value_heads=case.kv_heads,
     )
 
 
@@ -300,7 +320,7 @@ def test_the_plan_is_what_ranks_allocate(world: int, monkeypatch: pytest.MonkeyP
         for of_rank, _, _ in results:
             pp_rank, rank, found = of_rank[number]
             planned = states(
-                config(),
+                config(case.family),
                 case.layout,
                 pp_rank,
                 precision=case.precision,

@@ -15,7 +15,7 @@ from support.runs import read_metrics, recipe, write_pairs
 from support.tiny_models import save_model
 from support.worlds import run_world
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.recipes import train
 from megatron_embed.recipes.config import OptimizerSection, RecipeConfig
 

@@ -11,10 +11,11 @@ from support.megatron import filled_stages
 from support.tiny_models import tiny_config
 from torch import Tensor
 
-from megatron_embed.bridge import EncoderConfig, attention, encoding_attention, host
+from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.attention import SequenceInfo
+from megatron_embed.bridge.cpu import attention, host
+from megatron_embed.bridge.cpu.attention import attention_by_products
 from megatron_embed.bridge.encoder import Encoder
-from megatron_embed.bridge.encoding_attention import attention_by_products
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
@@ -135,7 +136,7 @@ def test_encoding_long_texts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         calls.append(args)
         return attention_by_products(*args)
 
-    monkeypatch.setattr(encoding_attention, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(attention, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(attention, "attention_by_products", counted)
     _, encoder = build({"num_hidden_layers": 4, "hidden_size": 128}, dtype)
     theirs = oracle.hf_model(tiny_config(num_hidden_layers=4, hidden_size=128), dtype=dtype)

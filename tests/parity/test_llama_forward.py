@@ -11,7 +11,8 @@ from support.megatron import filled_stages
 from support.tiny_llama import ROPE, tiny_llama_config
 from test_forward import ids_and_mask, positions, states
 
-from megatron_embed.bridge import EncoderConfig, host
+from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.bridge.parallel import Layout, parallel_world
 from megatron_embed.bridge.rope import inverse_frequencies, query_scale, rope_tables

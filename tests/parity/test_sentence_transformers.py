@@ -13,7 +13,7 @@ from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, Mul
 from support.runs import read_metrics, recipe, write_pairs
 from support.tiny_models import save_vlm
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.recipes import Encoder, train

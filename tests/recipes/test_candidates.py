@@ -8,7 +8,7 @@ import pytest
 from support.runs import read_metrics, recipe, write_pairs
 from support.tiny_models import save_model
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import train
 

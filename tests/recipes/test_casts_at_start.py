@@ -13,7 +13,7 @@ from support.runs import make_inputs, recipe
 from support.tiny_models import save_model
 from support.worlds import run_world
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.importing import import_hf
 

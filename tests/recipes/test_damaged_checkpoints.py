@@ -12,7 +12,7 @@ import pytest
 from support.damage import DAMAGES
 from support.runs import make_inputs, read_metrics, recipe
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import checkpoint_folder
 from megatron_embed.conversion.checksums import BLOCK, CHECKSUMS, Checksums, DamagedCheckpoint, Summing, write_checksums

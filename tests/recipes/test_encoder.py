@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.tiny_models import save_vlm
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf

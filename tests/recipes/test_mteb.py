@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.tiny_models import save_vlm
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.recipes import Encoder

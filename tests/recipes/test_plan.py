@@ -31,6 +31,9 @@ FIXTURES = {
     "mistralai/Ministral-3-14B-Base-2512": "ministral-3-14b",
     "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
     "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    "Qwen/Qwen3-0.6B-Base": "qwen3-0.6b",
+    "Qwen/Qwen3-4B-Base": "qwen3-4b",
+    "Qwen/Qwen3-8B-Base": "qwen3-8b",
 }
 TINY, LARGE = "ministral3_tiny_embed_config", "ministral3_14b_embed_config"
 
@@ -56,6 +59,7 @@ def test_known_sizes_are_the_models_own(name: str) -> None:
     for key in (
         *("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
+        "rms_norm_eps",
     ):
         assert getattr(SIZES[name], key) == getattr(read, key), key
     for key, value in SIZES[name].rope_parameters.items():

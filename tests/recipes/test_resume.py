@@ -15,7 +15,7 @@ import yaml
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from support.runs import make_inputs, read_metrics, recipe
 
-from megatron_embed.bridge import host
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.checkpoint_folder import iteration_folder, read_run_config
 from megatron_embed.recipes.train import main

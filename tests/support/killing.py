@@ -88,7 +88,7 @@ def _child(
     import torch
     import torch.distributed as dist
 
-    from megatron_embed.bridge import host
+    from megatron_embed.bridge.cpu import host
 
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)

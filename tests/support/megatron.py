@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
+from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import OWN_PARAMETERS, Weight, checkpoint_name, weights
 from megatron_embed.bridge.transforms import (
@@ -40,6 +43,19 @@ def unpad_vocab(embedding: Tensor, *, vocab_size: int) -> Tensor:
     return embedding[:vocab_size]
 
 
+def forbid_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on to ask which device there is fails the test."""
+
+    def asked(*_: Any) -> Any:
+        raise AssertionError("a layer asked for the device while it computed")
+
+    for place, name in (
+        *((host, name) for name in ("cuda_is_hidden", "device")),
+        *((torch.cuda, name) for name in ("current_device", "is_available", "device_count")),
+    ):
+        monkeypatch.setattr(place, name, asked)
+
+
 def filled_stages(
     config: EncoderConfig,
     layout: Layout,
@@ -47,11 +63,12 @@ def filled_stages(
     dtype: torch.dtype = torch.float32,
     *,
     learn_temperature: bool = False,
+    layers: LayerKind | None = None,
     **options: Any,
 ) -> list[Encoder]:
     """This rank's stages with the weights of an HF ``Ministral3Model``'s state dict."""
     transformer = transformer_config(config, layout, dtype=dtype, **options)
-    encoders = build_stages(config, transformer, learn_temperature=learn_temperature)
+    encoders = build_stages(config, transformer, layers=layers, learn_temperature=learn_temperature)
     table = {weight.megatron: weight for weight in weights(config)}
     rank, world = parallel_state.get_tensor_model_parallel_rank(), layout.tp
     with torch.no_grad():

@@ -51,7 +51,7 @@ def _child(
     os.environ.update(environment)
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
-    from megatron_embed.bridge import host
+    from megatron_embed.bridge.cpu import host
 
     host.run_on_cpu()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)

@@ -6,17 +6,19 @@ The kernel itself wants a GPU; here its documented meaning stands in for it (tor
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 from support import oracle
 from support.megatron import filled_stages
 from support.tiny_models import tiny_config
 from torch import Tensor
 
-from megatron_embed.bridge import EncoderConfig, attention, host
+from megatron_embed.bridge import EncoderConfig, attention
+from megatron_embed.bridge.cpu import host
+from megatron_embed.bridge.encoder import transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
@@ -48,12 +50,13 @@ def test_a_packed_row_goes_through_one_call_and_equals_hf(monkeypatch: pytest.Mo
         return by_definition(*args, **kw)
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "ragged_kernel_takes", lambda query: True)
     model = oracle.hf_model(tiny_config(), dtype=torch.float32)
     texts = [list(range(12, 12 + n)) for n in (5, 9, 9, 31)]
     config = EncoderConfig.from_hf(tiny_config())
     with parallel_world(Layout()):
-        (encoder,) = filled_stages(config, Layout(), model.state_dict())
+        (encoder,) = filled_stages(config, Layout(), model.state_dict(), layers="cuda")
+        for layer in encoder.decoder.layers:
+            layer.self_attention.core_attention.ragged = True  # the stand-in takes fp32, too
         found = encoder(TokenBatch.pack(texts, pad_id=11))
         gradient = torch.autograd.grad(found[:, 0].sum(), encoder.embedding.word_embeddings.weight)[0]
     wanted = oracle.embed(model, texts)
@@ -64,14 +67,12 @@ def test_a_packed_row_goes_through_one_call_and_equals_hf(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("is_cuda", "dtype", "takes"),
-    [
-        (True, torch.bfloat16, True),
-        (True, torch.float16, True),
-        (True, torch.float32, False),
-        (False, torch.bfloat16, False),
-    ],
+    ("dtype", "takes"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)], ids=str
 )
-def test_only_16_bits_on_cuda_go_there(is_cuda: bool, dtype: torch.dtype, takes: bool) -> None:
-    query: Any = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-    assert attention.ragged_kernel_takes(query) is takes
+def test_only_16_bits_go_there(dtype: torch.dtype, takes: bool) -> None:
+    host.run_on_cpu()
+    config = EncoderConfig.from_hf(tiny_config())
+    with parallel_world(Layout()):
+        transformer = transformer_config(config, Layout(), dtype=dtype)
+        layer = attention.CudaAttention(transformer, 1, AttnMaskType.padding, "self")
+    assert layer.ragged is takes

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from support import oracle
+from support.megatron import forbid_questions
 from support.tiny_models import tiny_config
 from torch import Tensor
 
-from megatron_embed.bridge import EncoderConfig, host
+from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import Encoder, transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import checkpoint_name, weights
@@ -98,7 +100,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Any:
     StandInAttention.seen.clear()
     config = EncoderConfig.from_hf(tiny_config())
     with parallel_world(Layout()):
-        yield Encoder(config, transformer_config(config, Layout(), dtype=torch.float32), use_te=True)
+        yield Encoder(config, transformer_config(config, Layout(), dtype=torch.float32), layers="transformer_engine")
 
 
 def test_every_parameter_has_its_row_and_shape(encoder: Encoder) -> None:
@@ -127,3 +129,11 @@ def test_padded_and_packed_equal_hugging_face(encoder: Encoder) -> None:
     assert {(AttnMaskType.padding, "sbhd"), (AttnMaskType.no_mask, "sbhd"), (AttnMaskType.padding, "thd")} == set(
         StandInAttention.seen
     )
+
+
+def test_layers_ask_for_no_device_while_computing(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    forbid_questions(monkeypatch)
+    for batch in (TokenBatch.pack([[1, 2, 3], [4]], pad_id=11), TokenBatch.pad([[1, 2, 3], [4]], pad_id=11)):
+        encoder(batch).sum().backward()

@@ -9,8 +9,8 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.nn import Identity, Module
 
-from megatron_embed.bridge.layer_spec import SwiGLU
-from megatron_embed.bridge.linear import ColumnParallelLinear, RowParallelLinear, onednn_is_faster, onednn_is_there
+from megatron_embed.bridge.cpu.layers import CpuSwiGLU
+from megatron_embed.bridge.cpu.linear import ColumnParallelLinear, RowParallelLinear, onednn_is_faster, onednn_is_there
 
 
 def pack_weights(stages: Iterable[Module]) -> None:
@@ -21,7 +21,7 @@ def pack_weights(stages: Iterable[Module]) -> None:
     """
     for stage in stages:
         for module in list(stage.modules()):
-            if isinstance(module, MLP) and isinstance(module.activation_func, SwiGLU) and _helps(module.linear_fc1):
+            if isinstance(module, MLP) and isinstance(module.activation_func, CpuSwiGLU) and _helps(module.linear_fc1):
                 _pack_gated(module)
             elif isinstance(module, ColumnParallelLinear | RowParallelLinear) and _helps(module):
                 module.packed = _packed(module.weight.detach())
@@ -50,11 +50,12 @@ def _helps(layer: Module) -> bool:
     if (
         not isinstance(layer, ColumnParallelLinear | RowParallelLinear)
         or layer.sequence_parallel
+        or layer.bias is not None
         or layer.packed is not None
     ):
         return False
     weight = layer.weight
-    if weight.device.type != "cpu" or not onednn_is_there():
+    if not onednn_is_there():
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

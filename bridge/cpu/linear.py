@@ -36,9 +36,9 @@ def onednn_is_faster() -> bool:
 
 
 def onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of these two goes to oneDNN: fp32 on a CPU, and large enough."""
-    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return on_cpu and x.numel() * weight.shape[0] >= _LARGE and onednn_is_faster()
+    """Return whether the product of these two goes to oneDNN: fp32, and large enough."""
+    wide = x.dtype == weight.dtype == torch.float32
+    return wide and x.numel() * weight.shape[0] >= _LARGE and onednn_is_faster()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class _OneDNN:
 
     weight: Tensor
     sequence_parallel: bool
-    #: the weight as oneDNN wants it, see :mod:`megatron_embed.bridge.packing`
+    #: the weight as oneDNN wants it, see :mod:`megatron_embed.bridge.cpu.packed_weights`
     packed: Tensor | None = None
     #: where not None, this is the gate's half of the weight, ``packed`` the other one, and SwiGLU is computed here
     packed_gate: Tensor | None = None

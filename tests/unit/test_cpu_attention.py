@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_embed.bridge import encoding_attention as module
 from megatron_embed.bridge.attention import Run
-from megatron_embed.bridge.encoding_attention import attention_by_products, products_are_faster
+from megatron_embed.bridge.cpu import attention as module
+from megatron_embed.bridge.cpu.attention import attention_by_products, products_are_faster
 
 #: [runs of one row]; the last is what a context-parallel slice sees, whose sequences reach over its edges
 ROWS = {
@@ -101,4 +101,3 @@ def test_when_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert products_are_faster(query.bfloat16(), [Run(1, 4097, 4097)]) == faster
         assert not products_are_faster(query.half(), long)
         assert not products_are_faster(query.double(), long)
-        assert not products_are_faster(query.to("meta"), long)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.ministral3.modeling_ministral3 import apply_rotary_pos_emb
 
-from megatron_embed.bridge.kernels import rms_norm, rotate, swiglu
+from megatron_embed.bridge.cpu.kernels import rms_norm, rotate, swiglu
 
 EPS = 1e-5
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_embed.bridge.quiet import ignore_expected_warnings
+from megatron_embed.bridge import environment
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -38,8 +38,8 @@ def run_on_cpu() -> None:
     if _installed:
         return
     _installed = True
+    environment.set_defaults(on_cpu=True)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing below may find a device, nor spend time looking for one
-    ignore_expected_warnings(on_cpu=True)
     _answer_cuda_calls()
     _CudaMeansCpu().__enter__()
 

@@ -1,4 +1,4 @@
-"""Attention for encoding on a CPU: whole matrix products by oneDNN, equally long sequences of a packed row together.
+"""Attention on a CPU, and for encoding there: whole matrix products by oneDNN, equally long sequences together.
 
 torch's kernel multiplies blocks too small for a matrix product's speed, with MKL's products; from some hundred tokens
 a sequence on it takes 1.3 to 2 times as long, in 16 bits up to 3 times where many are equally long.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_embed.bridge.linear import onednn_is_faster, times_transposed
-
-if TYPE_CHECKING:
-    from megatron_embed.bridge.attention import Run
+from megatron_embed.bridge.attention import SdpaAttention, SequenceInfo
+from megatron_embed.bridge.cpu import kernels
+from megatron_embed.bridge.cpu.linear import onednn_is_faster, times_transposed
+from megatron_embed.bridge.sequences import Run
 
 #: mean length from which this is the faster way; the products of shorter sequences are not worth their calls
 _LONG = 96
@@ -26,9 +25,27 @@ _LONGEST = 4096
 _SCORES = 1 << 21
 
 
+class CpuAttention(SdpaAttention):
+    """Attention on a CPU: training in fp32 inside, encoding by whole products where these are faster."""
+
+    rotate = staticmethod(kernels.rotate)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+        """See :meth:`CoreAttention.attend`."""
+        # A training step computes twice what it does not keep: the faster kernels of encoding must not be one of these.
+        if not self.training and not torch.is_grad_enabled():
+            if info.runs is not None and products_are_faster(query, info.runs):
+                query, key, value = (x.squeeze(1) for x in (query, key, value))
+                return attention_by_products(query, key, value, info.runs, self.softmax_scale).unsqueeze(1)
+            return super().attend(query, key, value, info)
+        # The CPU kernel's backward is 5 × slower in 16 bits than in fp32.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return super().attend(query.to(wide), key.to(wide), value.to(wide), info).to(query.dtype)
+
+
 def products_are_faster(query: Tensor, runs: Sequence[Run]) -> bool:
-    """Whether to compute this packed row here: a CPU whose products by oneDNN are fast, and sequences long enough."""
-    suitable = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
+    """Return whether to compute this packed row here: oneDNN's products are fast, and sequences long enough."""
+    suitable = query.dtype in (torch.float32, torch.bfloat16)
     if query.dtype == torch.float32 and max(run.keys for run in runs) > _LONGEST:
         return False
     mean = sum(run.sequences * run.keys for run in runs) / sum(run.sequences for run in runs)

@@ -2,8 +2,7 @@
 
 On a CPU nothing fuses such chains, and autograd's own backward passes over memory about twice as often as it must
 (casts, concatenations, a tensor per operation). Here every pass counts: results go into the tensor that is there
-already, and what is cheap to compute again is not kept. On CUDA the norm and SwiGLU are torch's and megatron-core's
-fused kernels.
+already, and what is cheap to compute again is not kept.
 """
 
 from __future__ import annotations
@@ -43,8 +42,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Computed in fp32, or in the dtype of ``x`` where that is wider, and rounded once, as torch's own.
     """
-    if x.is_cuda:
-        return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 

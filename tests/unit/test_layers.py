@@ -1,0 +1,80 @@
+"""The layers of CUDA without Transformer Engine, computed on a CPU: Hugging Face's vectors and gradients."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from support import oracle
+from support.megatron import collect, filled_stages, forbid_questions, merge_world
+from support.tiny_models import tiny_config
+
+from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge.cpu import host
+from megatron_embed.bridge.layer_spec import choose_layers
+from megatron_embed.bridge.layers import LayerKind
+from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.mapping import checkpoint_name
+from megatron_embed.bridge.parallel import parallel_world
+from megatron_embed.bridge.sequences import TokenBatch
+
+TEXTS = [list(range(12, 12 + n)) for n in (70, 3, 9, 9, 31)]  # beyond 64 positions the Llama-4 scale acts
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_vectors_and_every_gradient_equal_hugging_face(kind: LayerKind, packed: bool) -> None:
+    host.run_on_cpu()
+    config = EncoderConfig.from_hf(tiny_config())
+    model = oracle.hf_model(tiny_config(), dtype=torch.float64, exact_norms=True)
+    weights = torch.randn(len(TEXTS), config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
+    with parallel_world(Layout()):
+        (encoder,) = filled_stages(config, Layout(), model.state_dict(), torch.float64, layers=kind)
+        assert {type(module) for module in encoder.modules()} >= {choose_layers(kind).attention}
+        batch = TokenBatch.pack(TEXTS, pad_id=11) if packed else TokenBatch.pad(TEXTS, pad_id=11)
+        found = encoder(batch)
+        (found * weights).sum().backward()
+        gradients = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+        named = {checkpoint_name(name): gradient for name, gradient in gradients.items()}
+        merged = merge_world(config, [collect(named)])
+    wanted = oracle.embed(model, TEXTS)
+    (wanted * weights).sum().backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        assert oracle.relative_error(merged[name], parameter.grad) < 1e-10, name
+
+
+def test_a_process_without_cuda_builds_layers_of_the_cpu() -> None:
+    host.run_on_cpu()
+    assert choose_layers().kind == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_layers_ask_for_no_device_while_computing(kind: LayerKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.run_on_cpu()
+    config = EncoderConfig.from_hf(tiny_config())
+    state = oracle.hf_model(tiny_config()).state_dict()
+    with parallel_world(Layout()):
+        (encoder,) = filled_stages(config, Layout(), state, layers=kind)
+        forbid_questions(monkeypatch)
+        for batch in (TokenBatch.pack(TEXTS, pad_id=11), TokenBatch.pad(TEXTS, pad_id=11)):
+            encoder(batch).sum().backward()
+            with torch.no_grad():
+                encoder.eval()(batch)
+
+
+#: what asks which device there is, and the files of the bridge that may: they choose, or build, and compute nothing
+QUESTIONS = ("cuda_is_hidden", "is_cuda", "is_available", "device_count")
+CHOOSING = {"layer_spec.py", "parallel.py", "encoder.py"}
+
+
+def test_only_what_chooses_asks_for_the_device() -> None:
+    for path in sorted((Path(__file__).parents[2] / "bridge").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Attribute):
+                continue
+            of_device = node.attr == "type" and isinstance(node.value, ast.Attribute) and node.value.attr == "device"
+            if of_device or node.attr in QUESTIONS:
+                assert path.name in CHOOSING, f"{path.name}:{node.lineno} asks for the device"
