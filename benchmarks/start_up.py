@@ -64,7 +64,8 @@ def memory() -> dict[str, float]:
 def start(path: str, batch: int) -> None:
     """One start, in a process of its own: prints what it measured."""
     from megatron_embed.recipes.config import DataSource
-    from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+    from megatron_embed.recipes.datasets.pairs import PairDataset
+    from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 
     Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew
     imported, before = time.time(), memory()

@@ -23,7 +23,8 @@ from common import SMALL, make_embedder, matmul_flops, resident, timed, write_re
 from megatron_embed.bridge.parallel import Layout, parallel_world, select_device
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import DataSource, LossSection, OptimizerSection
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import model_flops
 from megatron_embed.recipes.optimizer import set_up_training

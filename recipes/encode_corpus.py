@@ -22,7 +22,7 @@ from megatron.core import parallel_state
 
 from megatron_embed.bridge import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.corpus import Corpus, Texts
+from megatron_embed.recipes.datasets.corpus import Corpus, Texts
 from megatron_embed.recipes.encode import Encoder, encode_here, encode_sequences
 from megatron_embed.recipes.encode_command import main
 from megatron_embed.recipes.fingerprints import fingerprint

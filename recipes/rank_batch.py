@@ -9,8 +9,8 @@ import torch
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
 from megatron_embed.recipes.config import LossSection
-from megatron_embed.recipes.data import Example, GlobalBatchSampler, PairDataset
-from megatron_embed.recipes.rows import place
+from megatron_embed.recipes.datasets.pairs import Example, PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.targets import Targets, identify
 from megatron_embed.recipes.tokenization import TextTokenizer
 
@@ -101,12 +101,12 @@ def check_teachers(dataset: PairDataset, loss: LossSection, hidden_size: int) ->
         }
         for key, (row, fields) in wanted.items():
             if getattr(loss, key.removeprefix("loss.")) and row >= 0:
-                where = f"{source.rows.path}, {place(source.rows, row)}"
+                where = f"{source.path}, {source.place(row)}"
                 raise UserError(f"{where}: no {fields}, which {key} above 0 wants")
         if loss.embedding_distillation_weight and source.vector_widths != {hidden_size}:
             widths = ", ".join(map(str, sorted(source.vector_widths)))
             raise UserError(
-                f"{source.rows.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}"
+                f"{source.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}"
             )
 
 

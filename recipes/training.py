@@ -25,7 +25,8 @@ from megatron_embed.conversion.disk_errors import writing_to
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.encode import encode_sequences
 from megatron_embed.recipes.inputs import check_inputs
 from megatron_embed.recipes.layout import check_candidates, layout_of, validate, validate_layout
@@ -96,7 +97,7 @@ def _train(cfg: RecipeConfig, *, instead: Path | None = None) -> Path:
     replicas = layout_of(cfg).data_parallel_size(world)
     for each in dataset.sources:  # every batch is of one source
         negatives = min(each.max_negatives, cfg.data.negatives_per_query)
-        check_candidates(cfg, replicas, negatives, f"{each.rows.path}, which has no hard negatives,")
+        check_candidates(cfg, replicas, negatives, f"{each.path}, which has no hard negatives,")
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
     collections = _open_collections(cfg)
     with parallel.parallel_world(layout_of(cfg), timeout_minutes=cfg.train.timeout_minutes):
