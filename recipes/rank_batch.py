@@ -33,6 +33,19 @@ class RankBatch:
 
 
 @dataclass(frozen=True)
+class PackedBatch:
+    """A rank's part of a step, ready to be computed.
+
+    Attributes:
+        mode: how its gradient is computed if the other ranks agree.
+    """
+
+    batch: RankBatch
+    mode: str
+    groups: list[MicroBatch]
+
+
+@dataclass(frozen=True)
 class BatchBuilder:
     """Makes the rank's part of any step from the step's number alone, so that resuming needs nothing else."""
 
@@ -108,6 +121,17 @@ def check_teachers(dataset: PairDataset, loss: LossSection, hidden_size: int) ->
             raise UserError(
                 f"{source.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}"
             )
+
+
+def pack(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> PackedBatch:
+    """Cut a rank's batch; ``auto`` is ``direct`` where it fits into one micro-batch, and otherwise ``cached``.
+
+    Raises:
+        UserError: as :func:`micro_batches`.
+    """
+    if mode == "auto":
+        mode = "direct" if plan.holds(batch.sequences) else "cached"
+    return PackedBatch(batch, mode, micro_batches(plan, batch, mode=mode))
 
 
 def micro_batches(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> list[MicroBatch]:
