@@ -157,7 +157,7 @@ def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], i
     """(id, row, line) of every row of ``corpus.jsonl`` or ``queries.jsonl``; no id stands there twice."""
     rows = JsonLineRows(text_file(folder, name))
     seen: set[str] = set()
-    for line, value in rows.scan():
+    for line, value, _ in rows.scan():
         try:
             if isinstance(value, RowError):
                 raise value

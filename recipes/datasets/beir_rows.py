@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import qrels_path, read_qrels
 from megatron_embed.recipes.datasets.corpus import BeirTexts
 from megatron_embed.recipes.datasets.documents import DocumentIds, Documents
+from megatron_embed.recipes.datasets.rows import Row
 from megatron_embed.recipes.text_ids import exact_id
 
 
@@ -31,12 +31,12 @@ class BeirRows:
         self.corpus, self._queries = (BeirTexts(self._root, name) for name in ("corpus.jsonl", "queries.jsonl"))
         self.files = [Path(self.path), Path(self.corpus.path), Path(self._queries.path)]
 
-    def scan(self) -> Iterator[tuple[int, Any]]:
+    def scan(self) -> Iterator[Row]:
         lines, queries, documents, ends = self._judged()
         begin, texts = 0, Documents([self.corpus])
         for line, query, end in zip(lines.tolist(), queries.tolist(), ends.tolist(), strict=True):
             positives = [texts[document] for document in documents[begin:end].tolist()]
-            yield line, {"query": self._queries.text(query), "positive": positives}
+            yield Row(line, {"query": self._queries.text(query), "positive": positives})
             begin = end
 
     def _judged(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import document_text
 from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.datasets.documents import DocumentIds, Documents
-from megatron_embed.recipes.datasets.rows import JsonObjectRows, Row, Rows, placed
+from megatron_embed.recipes.datasets.rows import JsonObjectRows, Row, Rows
 from megatron_embed.recipes.json_text import RowError, read_json
 from megatron_embed.recipes.pairs import Pair, kind_of, parse_pair
 
@@ -159,7 +159,7 @@ def _first_form(rows: Rows) -> tuple[Form, int]:
         UserError: no row has one, or there are no rows.
     """
     first, count = None, 0
-    for row in placed(rows.scan()):
+    for row in rows.scan():
         if (found := form_of(row.value)) is not None:
             return found, row.line
         first = first or row

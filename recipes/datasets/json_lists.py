@@ -6,6 +6,7 @@ are a JSON list: whatever is wrong with a file shows in a piece, at the list's e
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ LONGEST = 1 << 28  # bytes of an entry: whatever is longer has no end
 #: a whole string, or a character that is part of the list's structure; a quote or backslash alone has been cut off
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|\\.|[\[\]{},"\\]', re.DOTALL)
 _COMMA = ord(",")
-_SPACE = re.compile(r"[ \t\r\n]*")
+_DATA = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
 _WANTED = "wanted an object with 'corpus' and 'data', a list of rows"
 
 
@@ -49,10 +50,12 @@ class JsonList:
 
     Attributes:
         position: bytes of the file that the entries given so far take.
+        around: once all are given, the value of the file with the list empty; an object is without it.
     """
 
     def __init__(self, path: Path, *, in_object: bool) -> None:
         self.path, self.position, self._in_object = path, 0, in_object
+        self.around: Any = None
 
     def entries(self) -> Iterator[tuple[int, bytes]]:
         """(line on which it begins, its bytes) of each entry.
@@ -66,19 +69,7 @@ class JsonList:
             for entry in cut.entries():
                 self.position = cut.position
                 yield entry
-            self._read_around(file, cut)
-
-    def around(self) -> Any:
-        """The value of the file with the list empty. Reads all of the file.
-
-        Raises:
-            UserError: as :meth:`entries`.
-        """
-        with self.path.open("rb") as file:
-            cut = _Cut(file, self._start(file))
-            for _ in cut.entries():
-                pass
-            return self._read_around(file, cut)
+            self.around = self._read_around(file, cut)
 
     def _start(self, file: BinaryIO) -> int:
         """Where the list opens."""
@@ -137,30 +128,23 @@ class JsonList:
 
 def _list_of_data(head: bytes) -> int | None:
     """Where the list under ``data`` opens in the beginning of a file; None: an object without, or no JSON."""
-    text = head.decode("latin-1")  # a character a byte, so that places are the file's
-    parse = json.JSONDecoder().raw_decode
-
-    def skip(at: int) -> int:
-        found = _SPACE.match(text, at)
-        assert found is not None
-        return found.end()
-
-    at, key, before = text.find("{"), None, "{"
-    try:
-        while key != "data":
-            if text[at] != before:
+    for start, member in _members(head):
+        if (found := _DATA.match(member)) is not None:
+            try:
+                json.loads(head[: start + found.end()] + b"[]}")
+            except (ValueError, RecursionError):
                 return None
-            key, at = parse(text, skip(at + 1))
-            at = skip(at)
-            if text[at] != ":":
-                return None
-            at, before = skip(at + 1), ","
-            if key != "data":
-                _, at = parse(text, at)
-                at = skip(at)
-        return at if text[at] == "[" else None
-    except (ValueError, IndexError, RecursionError):
-        return None
+            return start + found.end()
+    return None
+
+
+def _members(head: bytes) -> Iterator[tuple[int, bytes]]:
+    """Where each member of an object begins, and its bytes; the last one may be cut short."""
+    cut = _Cut(io.BytesIO(head), head.find(b"{"))
+    for _, raw in cut.entries():
+        yield cut.position - 1 - len(raw), raw
+    if cut.rest is not None:
+        yield len(head) - len(cut.rest[1]), cut.rest[1]
 
 
 class _Cut:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,12 +30,17 @@ class Row(NamedTuple):
     Attributes:
         line: of the file, on which it begins, from 1; of a table, its number.
         value: what it says, or the :class:`RowError` that tells why it says nothing.
-        place: the line, for messages; on a line with others, which of all rows it is, too.
+        entry: which of all rows it is, from 1, where others stand on its line; otherwise 0.
     """
 
     line: int
     value: Any
-    place: str
+    entry: int = 0
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for messages."""
+        return f"line {self.line}, entry {self.entry}" if self.entry else f"line {self.line}"
 
 
 class Rows(Protocol):
@@ -52,8 +58,8 @@ class Rows(Protocol):
     bytes: int
     done: int
 
-    def scan(self) -> Iterator[tuple[int, Any]]:
-        """(line, value) of every row in order; the value is a :class:`RowError` where there is none.
+    def scan(self) -> Iterator[Row]:
+        """Every row in order.
 
         Raises:
             UserError: the file as a whole cannot be read.
@@ -80,13 +86,13 @@ def open_rows(path: str) -> Rows:
 
 
 def read_rows(rows: Rows) -> Iterator[Row]:
-    """Every row with its place; of a large file, how far it is read is shown."""
+    """Every row; of a large file, how far it is read is shown."""
     if rows.bytes < _SLOW:
-        yield from placed(rows.scan())
+        yield from rows.scan()
         return
     with progress(f"reading {rows.path}", rows.bytes, unit="byte") as advance:
         shown = 0
-        for number, row in enumerate(placed(rows.scan()), start=1):
+        for number, row in enumerate(rows.scan(), start=1):
             yield row
             if number % _TOGETHER == 0:
                 advance(rows.done - shown)
@@ -94,25 +100,10 @@ def read_rows(rows: Rows) -> Iterator[Row]:
         advance(rows.bytes - shown)
 
 
-def placed(rows: Iterator[tuple[int, Any]]) -> Iterator[Row]:
-    """Rows with their places: each is given when it is known whether the next stands on the same line."""
-    before, waiting, number = 0, next(rows, None), 1
-    while waiting is not None:
-        line, value = waiting
-        waiting = next(rows, None)
-        beside = (before, 0 if waiting is None else waiting[0])
-        yield Row(line, value, _place(line, number, beside))
-        before, number = line, number + 1
-
-
-def _place(line: int, number: int, beside: tuple[int, int]) -> str:
-    return f"line {line}, entry {number}" if line in beside else f"line {line}"
-
-
 def place(line: Callable[[int], int], index: int, count: int) -> str:
-    """The same place of row number ``index`` of ``count``, where the lines of all rows are known."""
-    beside = [line(other) if 0 <= other < count else 0 for other in (index - 1, index + 1)]
-    return _place(line(index), index + 1, (beside[0], beside[1]))
+    """Where row number ``index`` of ``count`` stands, for messages, as :attr:`Row.place`."""
+    shared = any(line(other) == line(index) for other in (index - 1, index + 1) if 0 <= other < count)
+    return Row(line(index), None, index + 1 if shared else 0).place
 
 
 def check_file(path: str) -> bytes:
@@ -155,12 +146,12 @@ class JsonLineRows(_FileRows):
 
     form = "JSON lines"
 
-    def scan(self) -> Iterator[tuple[int, Any]]:
+    def scan(self) -> Iterator[Row]:
         for line, raw in self.lines():
-            try:
-                yield line, parse_json(raw)
-            except RowError as error:
-                yield line, error
+            yield Row(line, self._value(raw))
+
+    def _value(self, raw: bytes) -> Any:
+        return _value_or_error(parse_json, raw)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """(line, bytes without the line break) of every line that is not blank."""
@@ -182,12 +173,8 @@ class PlainLineRows(JsonLineRows):
 
     form = "plain lines"
 
-    def scan(self) -> Iterator[tuple[int, Any]]:
-        for line, raw in self.lines():
-            try:
-                yield line, decode(raw).removesuffix("\r")
-            except RowError as error:
-                yield line, error
+    def _value(self, raw: bytes) -> Any:
+        return _value_or_error(lambda raw: decode(raw).removesuffix("\r"), raw)
 
 
 class JsonArrayRows(_FileRows):
@@ -195,14 +182,13 @@ class JsonArrayRows(_FileRows):
 
     form, _in_object = "JSON array", False
 
-    def scan(self) -> Iterator[tuple[int, Any]]:
-        found = JsonList(self.files[0], in_object=self._in_object)
-        for line, raw in found.entries():
+    def scan(self) -> Iterator[Row]:
+        found, before = JsonList(self.files[0], in_object=self._in_object), 0
+        neighbours = pairwise(chain(found.entries(), [(0, b"")]))
+        for number, ((line, raw), (after, _)) in enumerate(neighbours, start=1):
             self.done = found.position
-            try:
-                yield line, parse_json(raw, line)
-            except RowError as error:
-                yield line, error
+            yield Row(line, _value_or_error(parse_json, raw, line), number if line in (before, after) else 0)
+            before = line
 
 
 class JsonObjectRows(JsonArrayRows):
@@ -212,7 +198,17 @@ class JsonObjectRows(JsonArrayRows):
 
     def head(self) -> Any:
         """The object without its rows. Reads all of the file, for some of it may stand behind them."""
-        return JsonList(self.files[0], in_object=True).around()
+        found = JsonList(self.files[0], in_object=True)
+        for _ in found.entries():
+            pass
+        return found.around
+
+
+def _value_or_error(read: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return read(*arguments)
+    except RowError as error:
+        return error
 
 
 class TableRows:
@@ -253,12 +249,12 @@ class TableRows:
 
         return cls(path, blocks, "datasets", [Path(file["filename"]) for file in table.cache_files])
 
-    def scan(self) -> Iterator[tuple[int, Any]]:
+    def scan(self) -> Iterator[Row]:
         line = self.done = 0
         for block in self._blocks():
             for value in _values(block):
                 line += 1
-                yield line, value
+                yield Row(line, value)
             self.done = min(self.bytes, self.done + block.nbytes)
 
 

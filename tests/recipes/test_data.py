@@ -135,7 +135,7 @@ def test_a_beir_corpus_takes_little_memory_while_it_is_read(tmp_path: Path, monk
     (folder / "corpus.jsonl").write_text("".join(documents))
     tracemalloc.start()
     try:
-        found = [value["positive"][0].number for _, value in BeirRows(str(folder)).scan()]
+        found = [value["positive"][0].number for _, value, _ in BeirRows(str(folder)).scan()]
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -88,7 +88,7 @@ def lines_of(text: str, start: int) -> list[int]:
 
 def entries(rows: Rows) -> tuple[list[Any], list[int]]:
     found = [*rows.scan()]
-    return [value for _, value in found], [line for line, _ in found]
+    return [row.value for row in found], [row.line for row in found]
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 18])
@@ -227,7 +227,7 @@ def test_a_large_list_is_never_in_memory(form: str, tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         lines, value = [], None
-        for line, found in open_rows(str(path)).scan():
+        for line, found, _ in open_rows(str(path)).scan():
             lines.append(line)
             value = found
         most = tracemalloc.get_traced_memory()[1]
