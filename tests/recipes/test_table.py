@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 import pytest
 from support.full_disk import files_of_at_most
 
@@ -487,3 +488,54 @@ def test_rows_opened_before_a_change_are_not_kept_as_the_changed_files(
     monkeypatch.setattr(pairs, "PairReader", reader)
     with pytest.raises(UserError, match="line 31: not JSON"):
         PairSource(source)
+
+
+@pytest.mark.parametrize("form", [documents_by_id, named_corpora, beir], ids=lambda form: form.__name__)
+def test_documents_named_by_id_lie_in_a_table_of_their_own(
+    form: Callable[[Path], Path], tmp_path: Path, cache: Path
+) -> None:
+    path = form(tmp_path)
+    source = start(path).sources[0]
+    texts = [source.pair(row).positives for row in range(source.rows)]
+    assert all(texts)
+    assert [*source._table.values("positives")] == [(None,)] * 30
+    numbers = [numbers for (numbers,) in source._table.values("positive_documents")]
+    assert [[source._documents[number] for number in row] for row in numbers] == texts
+    if form is documents_by_id:  # another file that names them finds their table
+        kept = set(entries(cache))
+        other = write(tmp_path / "b.jsonl", [{"query_text": "q", "positive_document_ids": ["d7"]}])
+        assert start(other)[0].positive == "p7"
+        (new,) = set(entries(cache)) - kept
+        assert new.parent.name.startswith("pairs-")
+
+
+def parquet(folder: Path) -> Path:
+    path = folder / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"query": f"q{i}", "positive": f"p{i}"} for i in range(3000)]), path
+    )
+    return path
+
+
+@pytest.mark.parametrize("form", [json_lines, array, named_corpora, parquet], ids=lambda form: form.__name__)
+def test_a_large_file_shows_how_far_it_is_read(
+    form: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[str, list[int]] = {}
+
+    @contextmanager
+    def progress(what: str, total: int, *, unit: str) -> Iterator[Callable[[int], None]]:
+        assert unit == "byte"
+        shown[what] = []
+        yield shown[what].append
+        assert sum(shown[what]) == total == Path(what.removeprefix("reading ")).stat().st_size
+
+    monkeypatch.setattr(rows, "_SLOW", 0)
+    monkeypatch.setattr(rows, "_TOGETHER", 10)
+    monkeypatch.setattr(rows, "progress", progress)
+    path = form(tmp_path)
+    start(path)
+    assert f"reading {path}" in shown
+    assert all(len(steps) > 2 and min(steps) >= 0 for steps in shown.values())
+    with nothing_is_read():
+        start(path)  # from the table: nothing is shown
