@@ -19,7 +19,7 @@ from quality import load_theirs, train_theirs
 
 from megatron_embed.recipes import train, training
 from megatron_embed.recipes.config import DataSource, RecipeConfig
-from megatron_embed.recipes.data import PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
 
 
 @dataclass

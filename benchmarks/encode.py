@@ -20,7 +20,7 @@ import torch
 from common import SMALL, make_embedder, timed, write_result
 
 from megatron_embed.recipes import Encoder
-from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.datasets.corpus import Corpus
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPTS = {"query": "query", "passage": "document"}

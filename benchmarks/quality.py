@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.evaluation import evaluate
 from megatron_embed.recipes.ministral3 import ministral3_tiny_embed_config
 from megatron_embed.recipes.overrides import apply_overrides

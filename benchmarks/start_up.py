@@ -1,10 +1,11 @@
 """From a program's start to its first batch of training pairs, at the first start and at the second; and the memory.
 
-    python benchmarks/start_up.py [--rows 2000000]
+    python benchmarks/start_up.py [--rows 2000000] [--beside CHECKOUT]
 
 Two files of synthetic pairs, one with few repeated texts, one in which four queries share each positive. Each start is
 a process of its own that opens the data, draws the first batch and reads its texts. The first start reads every row
-and keeps what it found in a cache folder of its own; the second maps it.
+and writes it into a table in a cache folder of its own; the second maps it. ``--beside`` names a checkout of another
+commit, whose starts are measured in turn with these.
 
 Memory is resident memory, anonymous and file-mapped together, beyond what the process had once its imports were done:
 at the end, and at its highest.
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,7 +66,12 @@ def memory() -> dict[str, float]:
 def start(path: str, batch: int) -> None:
     """One start, in a process of its own: prints what it measured."""
     from megatron_embed.recipes.config import DataSource
-    from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+
+    try:
+        from megatron_embed.recipes.datasets.pairs import PairDataset
+        from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
+    except ImportError:  # of a commit before there were tables
+        from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset  # type: ignore[no-redef]
 
     Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew
     imported, before = time.time(), memory()
@@ -85,13 +92,14 @@ def start(path: str, batch: int) -> None:
     print(json.dumps(found))
 
 
-def measured(path: Path, cache: Path, batch: int) -> dict[str, Any]:
+def measured(path: Path, cache: Path, batch: int, checkout: str | None) -> dict[str, Any]:
     """Start a process, and put its times in relation to its start."""
     command = [sys.executable, __file__, "--start", str(path), "--batch", str(batch)]
+    environment = {**os.environ, "MEGATRON_EMBED_CACHE": str(cache)}
+    if checkout is not None:
+        environment["PYTHONPATH"] = str(Path(checkout).resolve() / ".types")
     began = time.time()
-    done = subprocess.run(
-        command, env={**os.environ, "MEGATRON_EMBED_CACHE": str(cache)}, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)
     found["from process start"] = found["done"] - began
     found["from construction"] = found["done"] - found["imported"]
@@ -105,19 +113,28 @@ def compare(folder: Path, options: argparse.Namespace) -> tuple[list[str], dict[
     for shape, sharing in SHAPES.items():
         path = folder / "pairs.jsonl"
         write_pairs(path, options.rows, sharing)
-        cache = folder / f"cache-{sharing}"
-        starts = {name: measured(path, cache, options.batch) for name in ("first", "second")}
-        if starts["first"]["batch"] != starts["second"]["batch"]:
-            raise SystemExit("the two starts gave different batches")
-        for name, found in starts.items():
-            seconds = [f"{found[key]:.2f}" for key in ("from process start", "from construction", "sampler", "cpu")]
-            grown = [f"{found[key]:.0f}" for key in ("resident", "anonymous", "highest")]
-            table.append(f"| {shape} | {name} | {' | '.join(seconds + grown)} |")
-            print(table[-1], flush=True)
-            missed += [f"{shape}, {name} start: {found['highest']:.0f} MB"] * (found["highest"] > 300)
-        missed += [f"{shape}, second start"] * (starts["second"]["from process start"] > 5)
-        kept = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
-        notes[f"{shape}: MB of the file, of its index"] = f"{path.stat().st_size / 1e6:.0f}, {kept / 1e6:.0f}"
+        batches = set()
+        for version in (None, *([options.beside] if options.beside else [])):
+            cache = folder / f"cache-{sharing}-{'here' if version is None else 'beside'}"
+            for name in ("first", "second"):
+                found = measured(path, cache, options.batch, version)
+                batches.add(found["batch"])
+                seconds = [f"{found[key]:.2f}" for key in ("from process start", "from construction", "sampler", "cpu")]
+                grown = [f"{found[key]:.0f}" for key in ("resident", "anonymous", "highest")]
+                of = f"{name}, {version}" if version else name
+                table.append(f"| {shape} | {of} | {' | '.join(seconds + grown)} |")
+                print(table[-1], flush=True)
+                if version is None:
+                    missed += [f"{shape}, {name} start: {found['highest']:.0f} MB"] * (found["highest"] > 300)
+                    missed += [f"{shape}, second start"] * (name == "second" and found["from process start"] > 5)
+            kept = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+            of = f" ({version})" if version else ""
+            notes[f"{shape}: MB of the file, of what is kept{of}"] = (
+                f"{path.stat().st_size / 1e6:.0f}, {kept / 1e6:.0f}"
+            )
+            shutil.rmtree(cache)
+        if len(batches) > 1:
+            raise SystemExit("the starts gave different batches")
         path.unlink()
     return table, {**notes, "goals": GOALS, "goals missed": "; ".join(missed) or "none"}
 
@@ -126,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--batch", type=int, default=1024, help="queries a step")
+    parser.add_argument("--beside", metavar="CHECKOUT", help="another commit, measured in turn")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--start", help=argparse.SUPPRESS)  # what the script calls itself with
     options = parser.parse_args()
@@ -144,11 +162,11 @@ def main() -> None:
         "rows": f"{options.rows:,}",
         "queries a step": options.batch,
         "memory": "resident (anonymous + file-mapped) beyond what it was after the imports, from /proc/self/status",
-        "page cache": "warm: the file, and before the second start its index, have just been written",
+        "page cache": "warm: the file, and before the second start its table, have just been written",
         "load average at the start and the end": f"{load:.1f}, {os.getloadavg()[0]:.1f}",
         **settings,
     }
-    body = "\n".join([*table, *rows, "", "The first batches of both starts hold the same examples."])
+    body = "\n".join([*table, *rows, "", "The first batches of all starts hold the same examples."])
     if options.no_write:
         print(body, settings)
     else:

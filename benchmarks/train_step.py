@@ -21,13 +21,14 @@ import torch
 from common import SMALL, make_embedder, matmul_flops, resident, timed, write_result
 
 from megatron_embed.bridge.parallel import Layout, parallel_world, select_device
-from megatron_embed.recipes.batching import BatchingPlan
+from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
 from megatron_embed.recipes.config import DataSource, LossSection, OptimizerSection
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import model_flops
 from megatron_embed.recipes.optimizer import set_up_training
-from megatron_embed.recipes.rank_batch import BatchBuilder, micro_batches
+from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, micro_batches
 from megatron_embed.recipes.source import ModelSource
 from megatron_embed.recipes.step import contrastive_step
 from megatron_embed.recipes.tokenization import TextTokenizer
@@ -64,14 +65,16 @@ class Ours:
 
     def step(self, number: int) -> Any:
         batch = self.builder.build(number)
+        self.compute(batch, micro_batches(self.plan, batch, mode=self.mode))
+        return batch
+
+    def compute(self, batch: RankBatch, groups: list[MicroBatch]) -> None:
         for stage in self.state.stages:
             stage.zero_grad_buffer()
         self.state.optimizer.zero_grad()
-        groups = micro_batches(self.plan, batch, mode=self.mode)
         contrastive_step(self.state.stages, groups, batch.targets, self.loss, mode=self.mode)  # type: ignore[arg-type]
         self.state.optimizer.step()
         self.state.scheduler.step(increment=1)
-        return batch
 
 
 class Theirs:

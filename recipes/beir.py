@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UsageError, UserError
+from megatron_embed.recipes.datasets.rows import JsonLineRows, check_file
 from megatron_embed.recipes.json_text import BOM, RowError, decode
 from megatron_embed.recipes.odd_rows import NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.pairs import kind_of
-from megatron_embed.recipes.rows import JsonLineRows, check_file
 
 ABSENT = "judgements name documents that the corpus lacks; they count as never found"
 WANTED = "an object with _id, text and, for documents, title"
@@ -86,7 +86,7 @@ def check_folder(folder: str | Path, split: str) -> None:
         UserError: a folder or file that is not there, or no JSON lines.
     """
     for name in ("corpus.jsonl", "queries.jsonl"):
-        _text_file(Path(folder), name)
+        text_file(Path(folder), name)
     _qrels_file(Path(folder), split)
 
 
@@ -155,41 +155,29 @@ def check_names(folders: Sequence[str | Path]) -> None:
 
 def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:
     """(id, row, line) of every row of ``corpus.jsonl`` or ``queries.jsonl``; no id stands there twice."""
-    rows = open_texts(folder, name)
+    rows = JsonLineRows(text_file(folder, name))
     seen: set[str] = set()
-    for id_, row, line in checked_texts(rows):
-        if id_ in seen:
-            raise UserError(repeated_id(rows, line, id_))
-        seen.add(id_)
-        yield id_, row, line
-
-
-def checked_texts(rows: JsonLineRows) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(id, row, line) of every row; ids may be repeated."""
-    for index, row in enumerate(rows.scan()):
-        line = rows.line(index)
+    for line, value, _ in rows.scan():
         try:
-            if isinstance(row, RowError):
-                raise row
-            id_, row = text_row(row)
+            if isinstance(value, RowError):
+                raise value
+            id_, row = text_row(value)
         except RowError as error:
             raise UserError(f"{rows.path}, line {line}: {error}") from None
+        if id_ in seen:
+            raise UserError(f"{rows.path}, line {line}: _id {id_!r} stands in the file twice")
+        seen.add(id_)
         yield id_, row, line
-    if not len(rows):
+    if not seen:
         raise UserError(f"{rows.path}: holds no rows; wanted {WANTED}")
 
 
-def repeated_id(rows: JsonLineRows, line: int, id_: str) -> str:
-    """What is said of an id that an earlier row has."""
-    return f"{rows.path}, line {line}: _id {id_!r} stands in the file twice"
+def text_file(folder: Path, name: str) -> Path:
+    """Where ``corpus.jsonl`` or ``queries.jsonl`` lies.
 
-
-def open_texts(folder: Path, name: str) -> JsonLineRows:
-    """The rows of ``corpus.jsonl`` or ``queries.jsonl``."""
-    return JsonLineRows(_text_file(folder, name))
-
-
-def _text_file(folder: Path, name: str) -> Path:
+    Raises:
+        UserError: it is not there, or is no JSON lines.
+    """
     path = folder / name
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; wanted a BEIR folder with corpus.jsonl, queries.jsonl, qrels/")

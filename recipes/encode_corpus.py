@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.corpus import Corpus, Texts
+from megatron_embed.recipes.datasets.corpus import Corpus, Texts
 from megatron_embed.recipes.encoder import Encoder, encode_here, encode_sequences
 from megatron_embed.recipes.fingerprints import fingerprint
 from megatron_embed.recipes.first_rank import on_first_rank

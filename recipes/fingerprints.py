@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from megatron_embed.recipes.corpus import Texts, file_digest
+from megatron_embed.recipes.datasets.corpus import Texts, file_digest
 from megatron_embed.recipes.encoder import Encoder
 from megatron_embed.recipes.source import ModelSource
 from megatron_embed.recipes.tokenization import Kind

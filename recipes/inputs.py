@@ -9,7 +9,7 @@ from megatron_embed.bridge.errors import UserError, named
 from megatron_embed.conversion.disk_errors import check_writable
 from megatron_embed.recipes.beir import check_folder, check_names, is_beir
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.rows import check_file, hub_parts
+from megatron_embed.recipes.datasets.rows import check_file, hub_parts
 
 
 def check_inputs(cfg: RecipeConfig) -> None:

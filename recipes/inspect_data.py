@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,14 +14,13 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.config import DataSection, DataSource
-from megatron_embed.recipes.data import open_source
+from megatron_embed.recipes.datasets.forms import PairReader
+from megatron_embed.recipes.datasets.pair_table import checked
+from megatron_embed.recipes.datasets.pairs import open_source
+from megatron_embed.recipes.datasets.rows import Rows
 from megatron_embed.recipes.duplicates import repeats
-from megatron_embed.recipes.formats import PairReader
-from megatron_embed.recipes.json_text import RowError
 from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair, report
 from megatron_embed.recipes.pairs import Pair
-from megatron_embed.recipes.read_through import checked
-from megatron_embed.recipes.rows import Rows, place
 from megatron_embed.recipes.run_config import load_run_config
 
 if TYPE_CHECKING:
@@ -41,6 +39,7 @@ class Findings:
     reader: PairReader
     form: str
     odd: OddRows
+    count: int = 0
     examples: int = 0
     with_negatives: int = 0
     #: how many texts have how many characters
@@ -59,21 +58,21 @@ def look_through(path: str, stated: Collection[str] = ()) -> Findings:
     """Read every row of a source; lengths are in characters. Of ten million pairs 24 bytes each are kept.
 
     Args:
-        stated: see :attr:`megatron_embed.recipes.formats.PairReader.stated`.
+        stated: see :class:`megatron_embed.recipes.datasets.forms.PairReader`.
     """
     rows = open_source(path)
-    reader = PairReader(rows)
-    reader.stated = stated
+    reader = PairReader(rows, stated)
     found = Findings(rows, reader, f"{rows.form}; {reader.form.name}", OddRows(rows.path))
-    queries, pairs, row_of_pair = array("q"), array("q"), array("q")
-    for index, (pair, problem) in enumerate(checked(rows, reader)):
+    queries, pairs, line_of_pair = array("q"), array("q"), array("q")
+    for row, pair, problem in checked(rows, reader):
+        found.count += 1
         if pair is None:
             found.unusable += 1
             if len(found.problems) < _SHOWN:
-                found.problems.append(f"{place(rows, index)}: {problem}")
+                found.problems.append(f"{row.place}: {problem}")
             continue
         for remark in of_pair(pair):
-            found.odd.add(remark, rows.line(index))
+            found.odd.add(remark, row.line)
         found.examples += len(pair.positives)
         found.with_negatives += bool(pair.negatives)
         found.lengths["query"][len(pair.query)] += 1
@@ -82,14 +81,14 @@ def look_through(path: str, stated: Collection[str] = ()) -> Findings:
         query = pair.query.strip()  # the same text as text_id has it
         queries.append(hash(query))
         pairs.extend(hash((query, positive.strip())) for positive in pair.positives)
-        row_of_pair.extend([index] * len(pair.positives))
+        line_of_pair.extend([row.line] * len(pair.positives))
         if len(found.samples) < _SAMPLES:
             found.samples.append(pair)
     found.duplicate_queries = len(_repeats(queries))
     again = _repeats(pairs)
     found.duplicate_pairs = len(again)
     if len(again):
-        found.odd.add(REPEATED_PAIRS, rows.line(row_of_pair[again[0]]), len(again))
+        found.odd.add(REPEATED_PAIRS, line_of_pair[again[0]], len(again))
     return found
 
 
@@ -115,7 +114,7 @@ def describe(found: Findings, source: DataSource, tokenizer: TextTokenizer | Non
     lines = [
         f"{rows.path}",
         f"  form       {found.form}",
-        f"  rows       {len(rows):,}",
+        f"  rows       {found.count:,}",
         f"  examples   {found.examples:,} (query, positive) pairs, {found.with_negatives:,} rows with hard negatives",
         f"  duplicates {found.duplicate_queries:,} repeated queries, {found.duplicate_pairs:,} repeated pairs",
     ]
@@ -123,7 +122,7 @@ def describe(found: Findings, source: DataSource, tokenizer: TextTokenizer | Non
         if lengths:
             low, middle, high, most = _percentiles(lengths, [5, 50, 95, 100])
             lines.append(f"  {name:10} characters: 5 % {low:,}, median {middle:,}, 95 % {high:,}, most {most:,}")
-    for corpus, prompts in found.reader.instructions.items():
+    for corpus, prompts in found.reader.found.instructions.items():
         own = [f"{key} {prompt!r}" for key, prompt in prompts.items() if key not in found.reader.stated]
         lines.extend([f"  prompts    of corpus {corpus!r}, by its instructions: {', '.join(own)}"] if own else [])
     if tokenizer is not None:
@@ -154,9 +153,9 @@ def _prompts(pair: Pair, source: DataSource) -> tuple[str, str]:
 def _in_tokens(found: Findings, source: DataSource, tokenizer: TextTokenizer) -> list[str]:
     """Lengths in tokens of rows from all over the source, as the model gets them, and how many texts are cut short."""
     reader, lengths = found.reader, {"query": Counter[int](), "passage": Counter[int]()}
-    for row in np.unique(np.linspace(0, len(found.rows) - 1, _TOKENIZED).astype(int)).tolist():
-        with suppress(RowError):
-            pair = reader.pair(found.rows[row])
+    wanted = set(np.linspace(0, found.count - 1, _TOKENIZED).astype(int).tolist())
+    for number, (_, pair, _) in enumerate(checked(found.rows, reader)):
+        if number in wanted and pair is not None:
             query, passage = _prompts(pair, source)
             passages = [*pair.positives, *pair.negatives]
             lengths["query"].update(map(len, tokenizer.encode([pair.query], "query", [query])))

@@ -17,7 +17,7 @@ from megatron_embed.bridge.errors import UserError, named
 from megatron_embed.conversion.arguments import positive
 from megatron_embed.conversion.disk_errors import check_writable
 from megatron_embed.recipes.cli import FirstRankParser, run_program
-from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.inputs import check_source
 from megatron_embed.recipes.mining import MiningRules
 from megatron_embed.recipes.mining_report import audit_as_text, beside, write_audit

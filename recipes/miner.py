@@ -20,9 +20,9 @@ import torch.distributed as dist
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.corpus import Corpus, Texts
 from megatron_embed.recipes.cross_encoder import CrossScorer
-from megatron_embed.recipes.data import PairSource
+from megatron_embed.recipes.datasets.corpus import Corpus, Texts
+from megatron_embed.recipes.datasets.pairs import PairSource
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.encoder import Encoder
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
@@ -188,7 +188,7 @@ class _Miner:
             text_ids=self.text_ids,
             audit=self.audit,
         )
-        negatives = [self.corpus.read(int(rows[i]), int(rows[i]) + 1)[1][0] for i in chosen]
+        negatives = [self.corpus.text(int(rows[i])) for i in chosen]
         found: dict[str, Any] = {
             "query": pair.query,
             "positive": pair.positives if len(pair.positives) > 1 else pair.positives[0],

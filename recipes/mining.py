@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_embed.bridge.errors import UsageError
-from megatron_embed.recipes.data import PairSource
+from megatron_embed.recipes.datasets.pairs import PairSource
 from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.pairs import Pair, Teacher
 from megatron_embed.recipes.text_ids import text_id
@@ -68,7 +68,7 @@ class KnownPositives:
 
     def __init__(self, source: PairSource) -> None:
         pairs = np.empty((len(source), 2), dtype=np.uint64)
-        for row in range(len(source.rows)):
+        for row in range(source.rows):
             pair, examples = source.pair(row), source.examples(row)
             pairs[examples.start : examples.stop, 0] = text_id(pair.query)
             pairs[examples.start : examples.stop, 1] = [text_id(text) for text in pair.positives]

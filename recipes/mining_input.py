@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.corpus import Corpus
-from megatron_embed.recipes.data import PairSource
+from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.pairs import PairSource
 from megatron_embed.recipes.duplicates import repeats
 from megatron_embed.recipes.odd_rows import OddRows
 from megatron_embed.recipes.text_ids import text_id
@@ -23,17 +23,17 @@ def check_corpus(corpus: Corpus, text_ids: Path) -> OddRows:
 
     Args:
         text_ids: where the identities of its documents are to lie, see
-            :class:`megatron_embed.recipes.corpus.CorpusFacts`; what looks odd lies beside.
+            :class:`megatron_embed.recipes.datasets.corpus.CorpusFacts`; what looks odd lies beside.
 
     Raises:
-        UserError: as :meth:`megatron_embed.recipes.corpus.Corpus.check`.
+        UserError: as :meth:`megatron_embed.recipes.datasets.corpus.Corpus.check`.
     """
     if (before := checked_before(corpus, text_ids)) is not None:
         return before
     facts = corpus.check()
     again = _repeated(facts.text_ids[:, 0])
     if len(again):
-        facts.odd.add(REPEATED_TEXTS, corpus.rows.line(int(again[0])), len(again))
+        facts.odd.add(REPEATED_TEXTS, corpus.line(int(again[0])), len(again))
     text_ids.parent.mkdir(parents=True, exist_ok=True)
     write_array(text_ids, facts.text_ids)
     write_file(_beside(text_ids), lambda file: file.write(json.dumps(facts.odd.found).encode()))
@@ -63,7 +63,7 @@ def check_prompts(source: PairSource, prompt: str) -> None:
     for own in source.passage_prompts:
         if own != prompt:
             raise UserError(
-                f"{source.rows.path}: its passages have the prompt {own!r} of their own, and the model encodes the "
+                f"{source.path}: its passages have the prompt {own!r} of their own, and the model encodes the "
                 f"corpus with {prompt!r}; mine with a model whose passage prompt is that, or take it out of the data"
             )
 

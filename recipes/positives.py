@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_embed.recipes.corpus import Corpus
-from megatron_embed.recipes.data import PairSource
+from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.pairs import PairSource
 from megatron_embed.recipes.text_ids import text_id
 from megatron_embed.recipes.vectors import VectorFolder
 
@@ -14,7 +14,7 @@ def find_documents(source: PairSource, corpus: Corpus, text_ids: np.ndarray) -> 
     """Which documents the positives of training data are.
 
     Args:
-        text_ids: ``[documents, 2]``, see :class:`megatron_embed.recipes.corpus.CorpusFacts`.
+        text_ids: ``[documents, 2]``, see :class:`megatron_embed.recipes.datasets.corpus.CorpusFacts`.
 
     Returns:
         ``[examples]`` int64: the first document with the text of an example's positive; −1 where there is none, or
@@ -23,13 +23,13 @@ def find_documents(source: PairSource, corpus: Corpus, text_ids: np.ndarray) -> 
     order = np.argsort(text_ids[:, 0], kind="stable")
     ids = text_ids[order, 0]
     found = np.full(len(source), -1, dtype=np.int64)
-    for row in range(len(source.rows)):
+    for row in range(source.rows):
         for example, text in zip(source.examples(row), source.pair(row).positives, strict=True):
             wanted = np.uint64(text_id(text))  # a Python int would be compared in floating point
             at = int(np.searchsorted(ids, wanted))
             if at < len(ids) and ids[at] == wanted:
                 document = int(order[at])
-                if corpus.read(document, document + 1)[1][0] == text:
+                if corpus.text(document) == text:
                     found[example] = document
     return found
 

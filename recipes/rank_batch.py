@@ -9,8 +9,8 @@ import torch
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
 from megatron_embed.recipes.config import LossSection
-from megatron_embed.recipes.data import Example, GlobalBatchSampler, PairDataset
-from megatron_embed.recipes.rows import place
+from megatron_embed.recipes.datasets.pairs import Example, PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.targets import Targets, identify
 from megatron_embed.recipes.tokenization import TextTokenizer
 
@@ -30,6 +30,19 @@ class RankBatch:
     def squared_lengths(self) -> int:
         """Σ length², which the cost of attention grows with."""
         return sum(len(ids) ** 2 for ids in self.sequences)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A rank's part of a step, ready to be computed.
+
+    Attributes:
+        mode: how its gradient is computed if the other ranks agree.
+    """
+
+    batch: RankBatch
+    mode: str
+    groups: list[MicroBatch]
 
 
 @dataclass(frozen=True)
@@ -101,13 +114,24 @@ def check_teachers(dataset: PairDataset, loss: LossSection, hidden_size: int) ->
         }
         for key, (row, fields) in wanted.items():
             if getattr(loss, key.removeprefix("loss.")) and row >= 0:
-                where = f"{source.rows.path}, {place(source.rows, row)}"
+                where = f"{source.path}, {source.place(row)}"
                 raise UserError(f"{where}: no {fields}, which {key} above 0 wants")
         if loss.embedding_distillation_weight and source.vector_widths != {hidden_size}:
             widths = ", ".join(map(str, sorted(source.vector_widths)))
             raise UserError(
-                f"{source.rows.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}"
+                f"{source.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}"
             )
+
+
+def pack(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> PackedBatch:
+    """Cut a rank's batch; ``auto`` is ``direct`` where it fits into one micro-batch, and otherwise ``cached``.
+
+    Raises:
+        UserError: as :func:`micro_batches`.
+    """
+    if mode == "auto":
+        mode = "direct" if plan.holds(batch.sequences) else "cached"
+    return PackedBatch(batch, mode, micro_batches(plan, batch, mode=mode))
 
 
 def micro_batches(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> list[MicroBatch]:

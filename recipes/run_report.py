@@ -156,7 +156,7 @@ def _summary(runs: Sequence[RunLog]) -> str:
     rows = []
     for run in runs:
         last = run.records[-1]
-        speed = run.series("tokens_per_second")[1]
+        speed, waited = run.series("tokens_per_second")[1], run.series("data_seconds")[1]
         memory = last.get("peak_memory_bytes")
         rows.append(
             (
@@ -165,10 +165,12 @@ def _summary(runs: Sequence[RunLog]) -> str:
                 run.records[0].get("loss"),
                 last.get("loss"),
                 f"{statistics.median(speed):,.0f}" if speed else None,
+                f"{statistics.median(waited):.3f} s" if waited else None,
                 f"{memory / 2**30:.2f} GiB" if memory else None,
             )
         )
-    return table(("run", "steps", "first loss", "last loss", "tokens/s (median)", "peak memory"), rows)
+    header = ("run", "steps", "first loss", "last loss", "tokens/s (median)", "waited for data (median)", "peak memory")
+    return table(header, rows)
 
 
 @_drawn

@@ -27,7 +27,8 @@ from megatron_embed.conversion.disk_errors import writing_to
 from megatron_embed.recipes import checkpointing
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.encoder import encode_sequences
 from megatron_embed.recipes.inputs import check_inputs
 from megatron_embed.recipes.layout import check_candidates, layout_of, loss_mode, validate, validate_layout
@@ -35,7 +36,8 @@ from megatron_embed.recipes.loss import ContrastiveLoss
 from megatron_embed.recipes.metrics import Reporter, model_flops, peak_memory_bytes
 from megatron_embed.recipes.odd_rows import report
 from megatron_embed.recipes.optimizer import TrainState, set_up_training
-from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, check_teachers, micro_batches
+from megatron_embed.recipes.rank_batch import BatchBuilder, PackedBatch, RankBatch, check_teachers, micro_batches, pack
+from megatron_embed.recipes.read_ahead import ReadAhead
 from megatron_embed.recipes.resume import Start, find_start, may_fall_back
 from megatron_embed.recipes.run_config import NO_RECIPES, Recipes
 from megatron_embed.recipes.run_folder import RunFolder
@@ -103,7 +105,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     replicas = layout.data_parallel_size(world)
     for each in dataset.sources:  # every batch is of one source
         negatives = min(each.max_negatives, cfg.data.negatives_per_query)
-        why = f"{each.rows.path}, which has no hard negatives,"
+        why = f"{each.path}, which has no hard negatives,"
         check_candidates(cfg.loss, cfg.train.global_batch_size, replicas, negatives, why)
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
     collections = _open_collections(cfg.data.eval)
@@ -228,37 +230,53 @@ class TrainingRun:
         reporter = Reporter(self.cfg, self.folder, active=dist.get_rank() == 0, start=done)
         told: set[str] = set()
         reporter.say(self._what(done))
+        steps = range(done + 1, train.train_iters + 1)
         try:
             if start is not None and (news := start.news(self.cfg)):
                 reporter.say(news)
-            for step in range(done + 1, train.train_iters + 1):
-                began = time.perf_counter()
-                liveness.stand_at(f"step {step}, reading the batch")
-                batch = self.builder.build(step - 1)
-                mode = self._mode(batch)
-                if mode not in told:
-                    reporter.say(f"step {step}: loss.mode {mode}{self._why(mode)}")
-                    told.add(mode)
-                learning_rate = self.state.optimizer.param_groups[0]["lr"]
-                learned = {}
-                if self.cfg.loss.learn_temperature:  # as it divides this step's scores
-                    learned["temperature"] = learned_temperature(self.state.stages)
-                liveness.stand_at(f"step {step}, forward and backward", limited=True)
-                loss, grad_norm, padding = self._step(batch, mode, step)
-                record = self._record(step, batch, padding, time.perf_counter() - began)
-                record.update(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, **learned)
-                last = step == train.train_iters
-                if self.collections and (last or step % train.eval_interval == 0):
-                    liveness.stand_at(f"step {step}, evaluation")
-                    record["eval"] = self._evaluate()
-                saved = last or step % train.save_interval == 0
-                # A step that is saved is logged too: a run that goes on from it means its losses from the same step on.
-                reporter.step(record, logged=saved or step == 1 or step % train.log_interval == 0 or "eval" in record)
-                if saved:
-                    liveness.stand_at(f"step {step}, saving the checkpoint")
-                    reporter.say(f"step {step}: saved to {self._save(step)}")
+            with ReadAhead(self._prepare, steps) as ahead:
+                for step in steps:
+                    began = time.perf_counter()
+                    liveness.stand_at(f"step {step}, reading the batch")
+                    packed = ahead.take()
+                    data_seconds = time.perf_counter() - began
+                    mode = self._mode(packed)
+                    if mode not in told:
+                        reporter.say(f"step {step}: loss.mode {mode}{self._why(mode)}")
+                        told.add(mode)
+                    learning_rate = self.state.optimizer.param_groups[0]["lr"]
+                    learned = {}
+                    if self.cfg.loss.learn_temperature:  # as it divides this step's scores
+                        learned["temperature"] = learned_temperature(self.state.stages)
+                    liveness.stand_at(f"step {step}, forward and backward", limited=True)
+                    loss, grad_norm, padding = self._step(packed, mode, step)
+                    record = self._record(step, packed.batch, padding, time.perf_counter() - began)
+                    record.update(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, **learned)
+                    record["data_seconds"] = data_seconds
+                    self._close_step(step, record, reporter, ahead)
         finally:
             reporter.close()
+
+    def _close_step(self, step: int, record: dict[str, Any], reporter: Reporter, ahead: ReadAhead[PackedBatch]) -> None:
+        """Evaluate, log and save, as it is this step's turn."""
+        train = self.cfg.train
+        last = step == train.train_iters
+        if self.collections and (last or step % train.eval_interval == 0):
+            liveness.stand_at(f"step {step}, evaluation")
+            with ahead.paused():
+                record["eval"] = self._evaluate()
+        saved = last or step % train.save_interval == 0
+        # A step that is saved is logged too: a run that goes on from it means its losses from the same step on.
+        reporter.step(record, logged=saved or step == 1 or step % train.log_interval == 0 or "eval" in record)
+        if saved:
+            liveness.stand_at(f"step {step}, saving the checkpoint")
+            with ahead.paused():
+                reporter.say(f"step {step}: saved to {self._save(step)}")
+
+    def _prepare(self, step: int) -> PackedBatch:
+        """Read, tokenize and pack this rank's part of a step."""
+        mode = loss_mode(self.cfg.loss.mode, self.layout.pp)
+        return pack(self.plan, self.builder.build(step - 1), mode=mode)
 
     def _what(self, done: int) -> str:
         """What begins, in one line."""
@@ -270,12 +288,11 @@ class TrainingRun:
             f"data: {len(self.builder.dataset):,} examples, {sampler.steps_per_epoch:,} steps an epoch"
         )
 
-    def _mode(self, batch: RankBatch) -> str:
+    def _mode(self, packed: PackedBatch) -> str:
         """How this step's gradient is computed, the same on every rank."""
-        mode = loss_mode(self.cfg.loss.mode, self.layout.pp)
-        if mode != "auto":
-            return mode
-        fits = torch.tensor(int(self.plan.holds(batch.sequences)), device=host.device())
+        if loss_mode(self.cfg.loss.mode, self.layout.pp) != "auto":
+            return packed.mode
+        fits = torch.tensor(int(packed.mode == "direct"), device=host.device())
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
         return "direct" if fits.item() else "cached"
 
@@ -284,17 +301,18 @@ class TrainingRun:
             return ""
         if mode == "direct":
             return " (each rank's batch fits into one micro-batch: 3 instead of 4 forward costs)"
-        if self.cfg.model.pipeline_model_parallel_size > 1:
+        if self.layout.pp > 1:
             return " (pipeline stages need several micro-batches)"
         return " (a rank's batch is more than one micro-batch)"
 
-    def _step(self, batch: RankBatch, mode: str, step: int) -> tuple[float, float | None, float]:
+    def _step(self, packed: PackedBatch, mode: str, step: int) -> tuple[float, float | None, float]:
         """Gradient and update; (loss, gradient norm before clipping, share of padding on this rank).
 
         The norm is None where fp16 overflowed and the update was skipped.
         """
-        state = self.state
-        groups = micro_batches(self.plan, batch, mode=mode)
+        state, batch, groups = self.state, packed.batch, packed.groups
+        if mode != packed.mode:  # another rank's batch does not fit into one micro-batch
+            groups = micro_batches(self.plan, batch, mode=mode)
         for stage in state.stages:
             stage.zero_grad_buffer()
         state.optimizer.zero_grad()

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from megatron_embed.recipes.data import PairSource
+from megatron_embed.recipes.datasets.pairs import PairSource
 from megatron_embed.recipes.tokenization import Kind
 
 
@@ -18,8 +18,8 @@ class TrainingTexts:
     """
 
     def __init__(self, source: PairSource, kind: Kind, prompt: str, only: np.ndarray | None = None) -> None:
-        self.source, self.kind, self.path, self.prompt = source, kind, source.rows.path, prompt
-        count = len(source.rows) if kind == "query" else len(source)
+        self.source, self.kind, self.path, self.prompt = source, kind, source.path, prompt
+        count = source.rows if kind == "query" else len(source)
         self._numbers = range(count) if only is None else only.tolist()
 
     def __len__(self) -> int:

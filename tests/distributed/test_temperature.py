@@ -49,7 +49,8 @@ def by_torch(cfg: RecipeConfig, rate: Callable[[int], float]) -> list[float]:
     """The temperatures by which each step divides: Hugging Face's model, torch's AdamW, ``rate`` of each step."""
     from transformers import AutoConfig, AutoModel
 
-    from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+    from megatron_embed.recipes.datasets.pairs import PairDataset
+    from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
     from megatron_embed.recipes.tokenization import TextTokenizer
 
     data, opt = cfg.data, cfg.optimizer

@@ -26,7 +26,7 @@ from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.sentence_files import read_sentence_settings
 from megatron_embed.recipes import Encoder, encode, mine, miner, train
 from megatron_embed.recipes import evaluate as evaluate_module
-from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.mining import MiningRules
 from megatron_embed.recipes.vectors import VectorFolder
 

@@ -18,7 +18,8 @@ from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.recipes import Encoder, train
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 
 TEXTS = ["a short one", "", "with </s> and [INST] inside", "long " * 200, "schön – 深い"]
 

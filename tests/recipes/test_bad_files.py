@@ -283,7 +283,7 @@ def test_a_bom_at_the_beginning_is_no_damage(
 
 def test_a_line_of_text_may_begin_with_a_bracket(tmp_path: Path) -> None:
     """Control-token text is text on the first line, too."""
-    from megatron_embed.recipes.corpus import Corpus
+    from megatron_embed.recipes.datasets.corpus import Corpus
 
     (tmp_path / "a.txt").write_text("[INST] one\ntwo\n")
     assert Corpus(tmp_path / "a.txt").read(0, 2) == (["1", "2"], ["[INST] one", "two"])

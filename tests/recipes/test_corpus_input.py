@@ -15,8 +15,8 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder, encode, encode_corpus, miner, odd_rows
 from megatron_embed.recipes.beir import load_beir, read_texts
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.corpus import Corpus
-from megatron_embed.recipes.data import PairDataset
+from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.inspect_data import look_through
 from megatron_embed.recipes.mining import MiningRules
 from megatron_embed.recipes.vectors import VectorFolder

@@ -16,7 +16,7 @@ from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder, encode, encode_corpus, vectors
-from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.encode_corpus import encode_texts
 from megatron_embed.recipes.odd_rows import NO_TEXT
 from megatron_embed.recipes.vectors import MANIFEST, Manifest, VectorFolder, plan_shards, quantize

@@ -17,7 +17,7 @@ from support.tiny_models import save_model
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.conversion.sentence_files import SentenceSettings, write_sentence_files
 from megatron_embed.recipes import Encoder
-from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
 from megatron_embed.recipes.miner import key
 from megatron_embed.recipes.source import ModelSource

@@ -15,7 +15,7 @@ from support.tiny_models import save_model, save_vlm
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import train
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.data import PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.inspect_data import look_through, main
 from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch
 
@@ -398,7 +398,7 @@ def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
         path.write_text(block)
         data = PairDataset([DataSource(path=str(path))])
         assert all(data[i].query == "who wrote it?" and data[i].positive for i in range(len(data)))
-        seen.add(data.sources[0].reader.form.name)
+        seen.add(data.sources[0].form)
     assert seen == {*FORMS.values()}
     (block,) = [block.split("```")[0] for block in text.split("```text\n")[1:]]
     for name, *rows in (part.splitlines() for part in block.split("# ")[1:]):

@@ -13,7 +13,7 @@ from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder, encode_corpus
-from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.vectors import VectorFolder
 
 HUB = "hf://org/name"

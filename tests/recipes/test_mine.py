@@ -22,7 +22,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes import Encoder, encode_corpus, mine, miner, train
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.data import PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.mining import REASONS, MiningRules
 from megatron_embed.recipes.writer_lock import LOCK, writing
 

@@ -22,7 +22,7 @@ from transformers import BertModel
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder, mine
 from megatron_embed.recipes.config import DataSource, LossSection
-from megatron_embed.recipes.data import PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.mining import Audit, MiningRules, still_said
 from megatron_embed.recipes.mining_report import audit_as_text, write_audit
 from megatron_embed.recipes.pairs import Pair, Teacher, parse_pair

@@ -17,7 +17,7 @@ from support.runs import recipe, write_pairs
 from support.tiny_models import save_model, save_vlm
 
 from megatron_embed.recipes import encode, evaluate, inspect_data, mine, train
-from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.inspect_data import _percentiles, _repeats
 from megatron_embed.recipes.mining_input import check_corpus
 

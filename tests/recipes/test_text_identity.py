@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.corpus import Corpus
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.pairs import PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.inspect_data import look_through
 from megatron_embed.recipes.mining import KnownPositives
 from megatron_embed.recipes.odd_rows import REPEATED_PAIRS

@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from megatron_embed.recipes import Encoder, cross_encoder, encode_corpus, miner
-from megatron_embed.recipes.corpus import Corpus
+from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.mining import Audit, MiningRules
 from megatron_embed.recipes.vectors import plan_shards
 from support.tiny_models import make_tiny_tokenizer, randomize

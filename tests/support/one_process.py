@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from transformers import Ministral3Model
 
 from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset
+from megatron_embed.recipes.datasets.pairs import PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from support import oracle
 
 

@@ -11,16 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.beir import document_text
-from megatron_embed.recipes.corpus import Corpus
-from megatron_embed.recipes.data_index import Index, indexed
+from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.documents import DocumentIds, Documents
+from megatron_embed.recipes.datasets.rows import JsonObjectRows, Row, Rows
 from megatron_embed.recipes.json_text import RowError, read_json
 from megatron_embed.recipes.pairs import Pair, kind_of, parse_pair
-from megatron_embed.recipes.rows import JsonObjectRows, Rows, place
-from megatron_embed.recipes.text_ids import exact_id
 
 #: (corpus id or None, document id) → text
 Lookup = Callable[[Any, Any], str]
@@ -155,53 +152,61 @@ def form_of(row: Any) -> Form | None:
     return None
 
 
-def _first_form(rows: Rows) -> Index:
-    """The form of the first row that has one, and the row's line."""
-    for index, value in enumerate(rows.scan()):
-        if (found := form_of(value)) is not None:
-            return Index(facts={"key": found.key, "line": rows.line(index)})
-    return Index(facts={"key": FORMS[-1].key, "line": 0})
+def _first_form(rows: Rows) -> tuple[Form, int]:
+    """The form of the first row that has one, and the row's line.
+
+    Raises:
+        UserError: no row has one, or there are no rows.
+    """
+    first, count = None, 0
+    for row in rows.scan():
+        if (found := form_of(row.value)) is not None:
+            return found, row.line
+        first = first or row
+        count += 1
+    if first is None:
+        raise UserError(f"{rows.path}: holds no rows; wanted training pairs")
+    raise UserError(f"{rows.path}, {_no_form(first, count)}")
 
 
-def _no_form(rows: Rows) -> str:
+def _no_form(first: Row, count: int) -> str:
     """What is said of a file none of whose rows has a form: once, by its first row, and not of each row."""
-    try:
-        parse_pair(rows[0], FORMS[-1].names)
-        problem = ""
-    except RowError as error:
-        problem = str(error)
+    problem = str(first.value) if isinstance(first.value, RowError) else ""
+    if not problem:
+        try:
+            parse_pair(first.value, FORMS[-1].names)
+        except RowError as error:
+            problem = str(error)
     if "wanted" not in problem:
         problem += "; wanted an object with query, positive and, optionally, negatives"
-    alike = f"; of {len(rows):,} rows none has the keys of a form (docs/data.md shows them)" if len(rows) > 1 else ""
-    return f"{rows.path}, {place(rows, 0)}: {problem}{alike}"
+    alike = f"; of {count:,} rows none has the keys of a form (docs/data.md shows them)" if count > 1 else ""
+    return f"{first.place}: {problem}{alike}"
 
 
 class PairReader:
     """Reads the rows of one file, all in the form of the first row that has one.
 
+    Args:
+        stated: ``query_prompt``, ``passage_prompt``: those that stand in the place of a corpus's instructions.
+
     Raises:
         UserError: no row has one, or the documents that rows name cannot be found.
     """
 
-    def __init__(self, rows: Rows) -> None:
-        found = indexed("form", rows.files, lambda: _first_form(rows)).facts
-        self.form = next(form for form in FORMS if form.key == found["key"])
-        self.line: int = found["line"]
-        if not self.line:
-            raise UserError(_no_form(rows))
-        #: where the documents that rows name by id lie
-        self.files: list[Path] = []
-        #: ``query_prompt``, ``passage_prompt``: those that stand in the place of a corpus's instructions
-        self.stated: Collection[str] = ()
-        #: corpus id → the prompts that its instructions make
-        self.instructions: dict[str, dict[str, str]] = {}
-        self._documents: dict[str, Documents] = {}
-        self._all: Documents | None = None
-        if isinstance(rows, JsonObjectRows):
-            self._documents, self.files, self.instructions = automodel_corpora(rows)
-        elif self.form.key == "positive_document_ids":
-            self.files = _corpus_beside(Path(rows.path))
-            self._all = Documents(self.files)
+    def __init__(self, rows: Rows, stated: Collection[str] = ()) -> None:
+        self.stated = stated
+        self.form, self.line = _first_form(rows)
+        #: what a file of AutoModel's names its corpora by
+        self.named: Any = rows.head().get("corpus") if isinstance(rows, JsonObjectRows) else None
+        self.found = corpora_of(rows, self.form.key, self.named)
+        #: all documents that rows may name by id
+        self.documents = Documents([Corpus(file) for file in self.found.texts])
+        self._ids: dict[str | None, DocumentIds] = {}
+        first, count = 0, 0
+        for name, files in self.found.corpora.items():
+            corpora = self.documents.corpora[count : count + len(files)]
+            self._ids[name] = DocumentIds(self.documents, corpora, first=first)
+            first, count = first + sum(map(len, corpora)), count + len(files)
 
     def pair(self, value: Any) -> Pair:
         """What a row says.
@@ -220,8 +225,8 @@ class PairReader:
         own = value if found is None else self.form.own(value, self._lookup)
         if isinstance(value, Mapping) and (found is None or "query" not in own):
             own = self._without(value)
-        if self.instructions and isinstance(value, Mapping):
-            prompts = self.instructions.get(str(value.get("corpus_id")), {})
+        if self.found.instructions and isinstance(value, Mapping):
+            prompts = self.found.instructions.get(str(value.get("corpus_id")), {})
             own = {**own, **{key: prompt for key, prompt in prompts.items() if key not in self.stated}}
         return parse_pair(own, self.form.names)
 
@@ -231,49 +236,53 @@ class PairReader:
         return {"query" if key == theirs else key: value for key, value in value.items()}
 
     def _lookup(self, corpus: Any, document: Any) -> str:
-        documents = self._all if corpus is None else self._documents.get(str(corpus))
-        if documents is None:
-            known = ", ".join(self._documents) or "none: the file is no object with 'corpus' and 'data'"
+        ids = self._ids.get(None if corpus is None else str(corpus))
+        if ids is None:
+            known = ", ".join(map(str, self._ids)) or "none: the file is no object with 'corpus' and 'data'"
             raise RowError(f"'corpus_id': found {corpus!r}; known: {known}")
-        return documents.text(document)
+        return ids.document(document)
 
 
-class Documents:
-    """Documents by id: 16 bytes a document, mapped into memory where they are kept; texts stay on the disk."""
+@dataclass(frozen=True)
+class NamedCorpora:
+    """Where the documents lie that rows name by id.
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.corpora = [Corpus(path) for path in paths]
-        arrays = indexed("documents", paths, self._sorted).arrays
-        self._ids, self._order = arrays["ids"], arrays["order"]
+    Attributes:
+        corpora: id of a corpus → its files; None stands for the only one.
+        metadata: the files that say so.
+        instructions: id of a corpus → ``query_prompt`` and ``passage_prompt`` that its instructions make. Where any
+            corpus has instructions, they are used as by AutoModel's ``use_dataset_instruction: true``: an instruction,
+            a space and the text; the text alone where it is empty.
+    """
 
-    def _sorted(self) -> Index:
-        """``ids``, sorted, and the numbers of their documents, ``order``."""
-        ids = (exact_id(corpus.read_id(row)) for corpus in self.corpora for row in range(len(corpus)))
-        found = np.fromiter(ids, dtype=np.uint64)
-        order = np.argsort(found, kind="stable")
-        found = found[order]
-        again = np.flatnonzero(found[1:] == found[:-1])
-        if len(again):
-            corpus, row = self._place(int(order[again + 1].min()))
-            where = f"{corpus.path}, line {corpus.rows.line(row)}"
-            raise UserError(f"{where}: _id {corpus.read_id(row)!r} stands in the corpus twice")
-        return Index({"ids": found, "order": order})
+    corpora: Mapping[str | None, list[Path]] = field(default_factory=dict)
+    metadata: list[Path] = field(default_factory=list)
+    instructions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
-    def text(self, id_: Any) -> str:
-        """The document, title first."""
-        wanted = np.uint64(exact_id(str(id_)))
-        at = int(np.searchsorted(self._ids, wanted))
-        if at == len(self._ids) or self._ids[at] != wanted:
-            raise RowError(f"document {id_!r} is not in {', '.join(corpus.path for corpus in self.corpora)}")
-        corpus, row = self._place(int(self._order[at]))
-        return corpus.read(row, row + 1)[1][0]
+    @property
+    def texts(self) -> list[Path]:
+        """The files with documents, in the order in which these are numbered."""
+        return [file for files in self.corpora.values() for file in files]
 
-    def _place(self, number: int) -> tuple[Corpus, int]:
-        for corpus in self.corpora:
-            if number < len(corpus):
-                return corpus, number
-            number -= len(corpus)
-        raise IndexError(number)
+    @property
+    def files(self) -> list[Path]:
+        return [*self.metadata, *self.texts]
+
+
+def corpora_of(rows: Rows, key: str, named: Any) -> NamedCorpora:
+    """The corpora of a file whose rows have the form with this key.
+
+    Args:
+        named: what an AutoModel file has under ``corpus``.
+
+    Raises:
+        UserError: a folder or file that is not there, or metadata that cannot be used.
+    """
+    if isinstance(rows, JsonObjectRows):
+        return _automodel_corpora(rows.path, named)
+    if key == "positive_document_ids":
+        return NamedCorpora({None: _corpus_beside(Path(rows.path))})
+    return NamedCorpora()
 
 
 def _corpus_beside(path: Path) -> list[Path]:
@@ -294,29 +303,17 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for end in ("parquet", "jsonl") for file in folder.glob(f"*.{end}"))
 
 
-def automodel_corpora(rows: JsonObjectRows) -> tuple[dict[str, Documents], list[Path], dict[str, dict[str, str]]]:
-    """What the folders hold that ``"corpus"`` names, relative to the file.
-
-    Returns:
-        corpus id → documents; all files of these; corpus id → ``query_prompt`` and ``passage_prompt`` that its
-        instructions make. Where any corpus has instructions, they are used as by AutoModel's
-        ``use_dataset_instruction: true``: an instruction, a space and the text; the text alone where it is empty.
-
-    Raises:
-        UserError: no such folder, or metadata that cannot be used.
-    """
-    named = rows.head.get("corpus")
-    found: dict[str, Documents] = {}
+def _automodel_corpora(file: str, named: Any) -> NamedCorpora:
+    """The folders that ``"corpus"`` names, relative to the file."""
+    found: dict[str | None, list[Path]] = {}
     told: dict[str, dict[str, str]] = {}
     folders: dict[str, Path] = {}
     read: list[Path] = []
     for entry in named if isinstance(named, list) else [named]:
         path = entry.get("path") if isinstance(entry, Mapping) else entry
         if not isinstance(path, str):
-            raise UserError(
-                f"{rows.path}: 'corpus': found {kind_of(entry)}; wanted {{\"path\": FOLDER}}, or a list of them"
-            )
-        folder = Path(rows.path).parent / path
+            raise UserError(f"{file}: 'corpus': found {kind_of(entry)}; wanted {{\"path\": FOLDER}}, or a list of them")
+        folder = Path(file).parent / path
         metadata = folder / "merlin_metadata.json"
         if not metadata.is_file():
             raise UserError(f"{metadata}: no such file; wanted a corpus folder with its corpus_id")
@@ -325,14 +322,15 @@ def automodel_corpora(rows: JsonObjectRows) -> tuple[dict[str, Documents], list[
             raise UserError(f"{metadata}: no 'corpus_id'")
         name = str(value["corpus_id"])
         if (first := folders.setdefault(name, folder)) != folder:
-            raise UserError(f"{rows.path}: 'corpus': {first} and {folder} both have corpus_id {name!r}; rename one")
+            raise UserError(f"{file}: 'corpus': {first} and {folder} both have corpus_id {name!r}; rename one")
         files = _files(folder)
         if not files:
             raise UserError(f"{folder}: no *.parquet or *.jsonl with the documents' id and text")
-        found[name] = Documents(files)
+        found[name] = files
         told[name] = {f"{kind}_prompt": _instruction(metadata, value, kind) for kind in ("query", "passage")}
-        read += [metadata, *files]
-    return found, read, told if any(prompt for prompts in told.values() for prompt in prompts.values()) else {}
+        read.append(metadata)
+    any_told = any(prompt for prompts in told.values() for prompt in prompts.values())
+    return NamedCorpora(found, read, told if any_told else {})
 
 
 def _instruction(metadata: Path, value: Mapping[str, Any], kind: str) -> str:

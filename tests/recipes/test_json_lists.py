@@ -12,9 +12,16 @@ from typing import Any
 import pytest
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import json_entries
+from megatron_embed.recipes.datasets import json_lists
+from megatron_embed.recipes.datasets.rows import (
+    JsonArrayRows,
+    JsonLineRows,
+    JsonObjectRows,
+    Rows,
+    open_rows,
+    read_rows,
+)
 from megatron_embed.recipes.json_text import RowError
-from megatron_embed.recipes.rows import JsonArrayRows, JsonLineRows, JsonObjectRows, Rows, open_rows
 
 PIECES = [
     '"',
@@ -79,8 +86,9 @@ def lines_of(text: str, start: int) -> list[int]:
         _, at = json.JSONDecoder().raw_decode(text, at)
 
 
-def entries(rows: Rows) -> tuple[list[Any], list[Any], list[int]]:
-    return [rows[i] for i in range(len(rows))], [*rows.scan()], [rows.line(i) for i in range(len(rows))]
+def entries(rows: Rows) -> tuple[list[Any], list[int]]:
+    found = [*rows.scan()]
+    return [row.value for row in found], [row.line for row in found]
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 18])
@@ -88,7 +96,7 @@ def entries(rows: Rows) -> tuple[list[Any], list[Any], list[int]]:
 def test_entries_are_those_of_json_loads(
     block: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_entries, "BLOCK", block)
+    monkeypatch.setattr(json_lists, "BLOCK", block)
     generator = random.Random(f"{block} {form}")
     path = tmp_path / "a"
     for number in range(40):
@@ -104,9 +112,9 @@ def test_entries_are_those_of_json_loads(
         start = -1
         for _ in range(before):
             start = text.index('"data"', start + 1)
-        assert entries(rows) == (wanted, wanted, lines_of(text, text.index("[", max(start, 0))))
+        assert entries(rows) == (wanted, lines_of(text, text.index("[", max(start, 0))))
         if isinstance(rows, JsonObjectRows):
-            assert rows.head == {key: entry for key, entry in whole.items() if key != "data"}
+            assert rows.head() == {key: entry for key, entry in whole.items() if key != "data"}
 
 
 ONE_LINE = b'{"corpus": "msmarco", "query": "q", "positive": "p"}'
@@ -178,11 +186,11 @@ def test_the_object_with_corpus_and_data_is_told_from_json_lines(content: bytes,
 def test_what_is_wrong_with_a_list_is_named_with_its_line(
     content: str, message: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_entries, "BLOCK", block)
+    monkeypatch.setattr(json_lists, "BLOCK", block)
     path = tmp_path / "a"
     path.write_text(content)
     with pytest.raises(UserError) as error:
-        open_rows(str(path))
+        entries(open_rows(str(path)))
     beginning = f"{path}: " if message.startswith(("wanted", "'data'")) else f"{path}, "
     assert str(error.value).startswith(beginning + message)
 
@@ -190,9 +198,11 @@ def test_what_is_wrong_with_a_list_is_named_with_its_line(
 def test_what_is_wrong_with_an_entry_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text('[{"a": 1},\n{"a":\n\n 2 3},, {"a": 4} 5,\n "a": "\\ud83d", ["\\ud83d"], {},]')
-    rows = open_rows(str(path))
-    problems = [str(row) if isinstance(row, RowError) else row for row in rows.scan()]
-    assert [rows.line(i) for i in range(len(rows))] == [1, 2, 4, 4, 5, 5, 5, 5]
+    rows = [*read_rows(open_rows(str(path)))]
+    problems = [str(row.value) if isinstance(row.value, RowError) else row.value for row in rows]
+    assert [row.line for row in rows] == [1, 2, 4, 4, 5, 5, 5, 5]
+    places = ["line 1", "line 2", "line 4, entry 3", "line 4, entry 4", *(f"line 5, entry {n}" for n in (5, 6, 7, 8))]
+    assert [row.place for row in rows] == places
     assert problems == [
         {"a": 1},
         "not JSON: Expecting ',' delimiter at line 4, column 4: '{\"a\":\\n\\n 2 3}'",
@@ -216,12 +226,14 @@ def test_a_large_list_is_never_in_memory(form: str, tmp_path: Path) -> None:
         file.write("]" if form == "array" else "]}")
     tracemalloc.start()
     try:
-        rows = open_rows(str(path))
+        lines, value = [], None
+        for line, found, _ in open_rows(str(path)).scan():
+            lines.append(line)
+            value = found
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len(rows) == count
-    assert [rows.line(i) for i in (0, 1, count - 1)] == [1, 2, count]
-    assert rows[count - 1] == json.loads(row)
+    assert lines == [*range(1, count + 1)]
+    assert value == json.loads(row)
     assert os.path.getsize(path) > 45e6
     assert most < 20e6

@@ -6,6 +6,10 @@ import hashlib
 import json
 import os
 import pickle
+import random
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,21 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from support.full_disk import files_of_at_most
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import beir_rows, corpus, data, data_index, formats, json_entries, rows
 from megatron_embed.recipes.config import DataSource
-from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset, PairSource
-from megatron_embed.recipes.data_index import Index, cache_folder, indexed
+from megatron_embed.recipes.datasets import beir_rows, forms, json_lists, pairs, rows, table
+from megatron_embed.recipes.datasets.pairs import PairDataset, PairSource
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
+from megatron_embed.recipes.datasets.table import Found, Recipe, Table, TableWriter, cache_folder, open_table
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder that keeps small files too."""
     monkeypatch.setenv("MEGATRON_EMBED_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data_index, "LEAST_BYTES", 0)
+    monkeypatch.setattr(table, "LEAST_BYTES", 0)
     return tmp_path / "cache"
 
 
@@ -86,6 +93,14 @@ def beir(folder: Path) -> Path:
 
 
 FORMS = (json_lines, everything, array, documents_by_id, named_corpora, beir)
+ORDERS = (
+    "37d9380d87ae8f2e",
+    "79d95304780b94cb",
+    "542ce790362a2165",
+    "f51f720678eeca5f",
+    "0e244533e3af55f4",
+    "60ed6facdf8b8df3",
+)
 
 
 def start(path: Path) -> PairDataset:
@@ -96,29 +111,48 @@ def seen(data: PairDataset) -> list[Any]:
     """All that training takes from a dataset."""
     source, sampler = data.sources[0], GlobalBatchSampler(data, 4, 1)
     facts = [source.max_negatives, source.no_scores, source.no_vectors, source.vector_widths]
-    facts += [source.reader.form.name, source.reader.line, source.odd]
+    facts += [source.form, source.odd]
     return facts + [[data[i] for i in sampler.batch(step)] for step in range(2 * sampler.steps_per_epoch)]
 
 
 def entries(cache: Path, kind: str = "*") -> list[Path]:
-    return sorted(path.parent for path in cache.glob(f"index-*/{kind}-*/*/digests.json"))
+    return sorted(path.parent for path in cache.glob(f"tables-*/{kind}-*/*/digests.json"))
 
 
 @contextmanager
 def nothing_is_read() -> Iterator[None]:
-    """Whoever parses a line or looks for line ends, ids or a row's form fails."""
+    """Whoever parses a line, cuts a list or opens a form's reader fails."""
 
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("read")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "parse_json", fail)
-        patch.setattr(rows, "_line_offsets", fail)
-        patch.setattr(json_entries, "_entries", fail)
-        patch.setattr(formats, "form_of", fail)
-        patch.setattr(corpus.Corpus, "read_id", fail)
-        patch.setattr(beir_rows, "checked_texts", fail)
+        patch.setattr(json_lists, "_Cut", fail)
+        patch.setattr(forms, "form_of", fail)
+        patch.setattr(beir_rows, "read_qrels", fail)
+        patch.setattr(table, "TableWriter", fail)
         yield
+
+
+@pytest.mark.parametrize(("form", "wanted"), zip(FORMS, ORDERS, strict=True), ids=[form.__name__ for form in FORMS])
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_examples_and_their_order_are_those_of_earlier_versions(
+    form: Callable[[Path], Path], wanted: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests recorded where rows were parsed again from JSON at every draw."""
+    if not kept:
+        monkeypatch.setattr(table, "LEAST_BYTES", 1 << 40)
+    data = start(form(tmp_path))
+    sampler = GlobalBatchSampler(data, 4, 1)
+    found = []
+    for index in (index for step in range(3 * sampler.steps_per_epoch) for index in sampler.batch(step)):
+        example = data[index]
+        scores, *vectors = example.teacher
+        teacher = [scores and [*map(float, scores)], *vectors]
+        texts = [example.query, example.positive, example.negatives, example.positives]
+        found.append([*texts, example.line, example.query_prompt, example.passage_prompt, teacher])
+    assert hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] == wanted
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
@@ -132,22 +166,34 @@ def test_the_second_start_reads_no_row_and_gives_the_same(
         second = start(path)
     assert seen(second) == first
     assert entries(cache) == kept
-    monkeypatch.setattr(data_index, "LEAST_BYTES", 1 << 40)
+    monkeypatch.setattr(table, "LEAST_BYTES", 1 << 40)
+    shutil.rmtree(cache)
     with pytest.raises(AssertionError, match="read"), nothing_is_read():
         start(path)
     assert seen(start(path)) == first
+    assert not cache.exists()
 
 
-def test_what_is_kept_is_mapped(tmp_path: Path) -> None:
+def test_what_is_kept_is_mapped(tmp_path: Path, cache: Path) -> None:
     path = everything(tmp_path)
+    before = pyarrow.total_allocated_bytes()
     for _ in range(2):  # at the first start too: what was built is let go
         source = start(path).sources[0]
-        arrays = [source.groups, source._ends, *(getattr(source.rows, name) for name in ("_starts", "_ends", "_lines"))]
-        assert all(isinstance(found.base, np.memmap) and not found.flags.writeable for found in arrays)
+        assert all(isinstance(found.base, np.memmap) and not found.flags.writeable for found in source_arrays(source))
+        assert [source.pair(row).query for row in range(source.rows)][-1] == "v"
+        assert pyarrow.total_allocated_bytes() == before  # nothing is copied into Arrow's memory
+        (file,) = cache.glob("tables-*/pairs-*/*/rows.arrow")
+        assert str(file) in Path("/proc/self/maps").read_text()
+
+
+def source_arrays(source: PairSource) -> list[np.ndarray]:
+    found = [source.groups, source._ends]
+    assert all(array is not None for array in found)
+    return found  # type: ignore[return-value]
 
 
 def test_small_files_leave_nothing_behind(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_index, "LEAST_BYTES", 16 << 20)
+    monkeypatch.setattr(table, "LEAST_BYTES", 16 << 20)
     start(json_lines(tmp_path))
     assert not cache.exists()
 
@@ -159,24 +205,38 @@ def test_a_changed_file_is_read_again_and_its_old_entries_go(tmp_path: Path, cac
     path.write_text(path.read_text() + json.dumps({"query": "new", "positive": ["p", "o"]}) + "\n")
     assert len(start(path)) == 32
     changed = entries(cache)
-    assert len(changed) == len(kept) == 3
+    assert len(changed) == len(kept) == 1
     assert not {*changed} & {*kept}
 
 
-def test_the_time_and_the_bytes_at_either_end_count(tmp_path: Path) -> None:
+def test_every_change_of_a_file_counts(tmp_path: Path) -> None:
     path = json_lines(tmp_path)
     start(path)
     state = path.stat()
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
     with pytest.raises(AssertionError, match="read"), nothing_is_read():
         start(path)
-    start(path)
-    for old, new in (("q0", "x0"), ("p29", "x29")):  # of the same size, and the time set back
+    for old, new in (("q0", "x0"), ("q15", "x15"), ("p29", "x29")):  # of the same size, and the time set back
+        start(path)
         path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
         with pytest.raises(AssertionError, match="read"), nothing_is_read():
             start(path)
-        start(path)
+    texts = {text for example in map(start(path).__getitem__, range(30)) for text in (example.query, example.positive)}
+    assert {"x0", "x15", "x29"} <= texts
+
+
+def test_a_change_in_the_middle_is_noticed_by_the_time_that_cannot_be_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_BLOCK", 16)
+    path = json_lines(tmp_path)
+    state = path.stat()
+    before = table.stamps([path])
+    path.write_text(path.read_text().replace('"q15"', '"x15"'))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    (old,), (new,) = before, table.stamps([path])
+    assert [number for number in range(5) if old[number] != new[number]] == [3]
 
 
 @pytest.mark.parametrize("form", [documents_by_id, named_corpora, beir], ids=lambda form: form.__name__)
@@ -221,7 +281,7 @@ def test_a_damaged_entry_is_built_again(damage: str, tmp_path: Path, cache: Path
     path = everything(tmp_path)
     first = seen(start(path))
     files = sorted(file for entry in entries(cache) for file in entry.iterdir())
-    assert len(files) == 6 + 3 + 2  # facts and digests of three kinds; starts, ends, lines; ends, groups
+    assert [file.name for file in files] == ["digests.json", "ends.npy", "facts.json", "groups.npy", "rows.arrow"]
     for file in files:
         damages()[damage](file)
         assert seen(start(path)) == first, file
@@ -268,12 +328,17 @@ def test_without_a_writable_folder_a_start_goes_on_and_says_so_once(
     assert message.startswith(f"not kept in {tmp_path}/file/cache ($MEGATRON_EMBED_CACHE), so every start reads all")
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_is_named_and_leaves_nothing_behind(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = json_lines(tmp_path)
-    with files_of_at_most(300):
-        assert len(start(path)) == 30
+    with files_of_at_most(300), pytest.raises(UserError) as error:
+        start(path)
+    assert str(error.value).startswith(f"{path}: no room for its table in {cache} nor in ")
+    assert "File too large); name a folder on a disk with room in MEGATRON_EMBED_CACHE" in str(error.value)
     assert "File too large" in caplog.text
-    assert not [name for entry in cache.glob("*/lines-*") for name in os.listdir(entry) if name != ".lock"]
+    assert not [name for entry in cache.glob("*/pairs-*") for name in os.listdir(entry) if name != ".lock"]
+    assert len(start(path)) == 30
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -286,13 +351,26 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert cache_folder() == Path("/h/.cache/megatron-embed")
 
 
-def of(number: int) -> Index:
-    return Index({"a": np.full(9, number)}, {"b": number})
+SCHEMA = pyarrow.schema({"a": pyarrow.int64()})
 
 
-def number_of(index: Index) -> int:
-    assert {int(number) for number in index.arrays["a"]} == {index.facts["b"]}
-    return index.facts["b"]
+def recipe(files: list[Path], build: Callable[[TableWriter], Found]) -> Recipe:
+    return Recipe("kind", "the data", files, SCHEMA, build)
+
+
+def of(number: int) -> Callable[[TableWriter], Found]:
+    def build(writer: TableWriter) -> Found:
+        for _ in range(9):
+            writer.add((number,), 1)
+        return Found({"a": np.full(9, number)}, {"b": number})
+
+    return build
+
+
+def number_of(opened: tuple[Table, Found]) -> int:
+    rows, found = opened
+    assert {*found.arrays["a"].tolist()} == {number for (number,) in rows.values("a")} == {found.facts["b"]}
+    return found.facts["b"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -300,69 +378,164 @@ def test_others_wait_for_the_first(fails: bool, tmp_path: Path, monkeypatch: pyt
     files = [json_lines(tmp_path)]
     building, waiting = threading.Event(), threading.Event()
     found: dict[str, Any] = {}
-    flock = data_index.fcntl.flock
+    flock = table.fcntl.flock
 
     def watched(lock: int, how: int) -> None:
-        if how == data_index.fcntl.LOCK_SH:
+        if how == table.fcntl.LOCK_SH:
             waiting.set()
         flock(lock, how)
 
-    def first() -> Index:
+    def first(writer: TableWriter) -> Found:
         building.set()
         assert waiting.wait(60)
         if fails:
             raise UserError("a bad row")
-        return of(1)
+        return of(1)(writer)
 
-    def run(name: str, build: Callable[[], Index]) -> None:
+    def run(name: str, build: Callable[[TableWriter], Found]) -> None:
         try:
-            found[name] = number_of(indexed("kind", files, build))
+            found[name] = number_of(open_table(recipe(files, build)))
         except UserError as error:
             found[name] = str(error)
 
-    monkeypatch.setattr(data_index.fcntl, "flock", watched)
+    monkeypatch.setattr(table.fcntl, "flock", watched)
     threads = [threading.Thread(target=run, args=("first", first), daemon=True)]
     threads[0].start()
     assert building.wait(60)
-    threads.append(threading.Thread(target=run, args=("second", lambda: of(2)), daemon=True))
+    threads.append(threading.Thread(target=run, args=("second", of(2)), daemon=True))
     threads[1].start()
     for thread in threads:
         thread.join(60)
     assert found == ({"first": "a bad row", "second": 2} if fails else {"first": 1, "second": 1})
 
 
-def test_where_nobody_waits_the_first_to_write_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nobody_waits_every_writer_leaves_a_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [json_lines(tmp_path)]
-    monkeypatch.setattr(data_index, "_turn", lambda _: nullcontext())
-    assert number_of(indexed("kind", files, lambda: of(number_of(indexed("kind", files, lambda: of(1))) + 1))) == 1
-    assert number_of(indexed("kind", files, lambda: of(3))) == 1
+    monkeypatch.setattr(table, "_turn", lambda _: nullcontext())
+
+    def build(writer: TableWriter) -> Found:
+        assert number_of(open_table(recipe(files, of(1)))) == 1
+        return of(2)(writer)
+
+    assert number_of(open_table(recipe(files, build))) in (1, 2)
+    assert number_of(open_table(recipe(files, of(3)))) in (1, 2)
 
 
-def test_a_file_written_to_meanwhile_is_not_kept(tmp_path: Path, cache: Path) -> None:
+def test_a_file_written_to_meanwhile_is_refused_and_not_kept(tmp_path: Path, cache: Path) -> None:
     path = json_lines(tmp_path)
 
-    def build() -> Index:
+    def build(writer: TableWriter) -> Found:
         path.write_text(path.read_text() + "\n")
-        return of(1)
+        return of(1)(writer)
 
-    assert number_of(indexed("kind", [path], build)) == 1
+    with pytest.raises(UserError, match="the data: was written to while it was read; start again when it is whole"):
+        open_table(recipe([path], build))
     assert not entries(cache)
+
+
+def test_a_killed_first_start_leaves_nothing_that_counts(tmp_path: Path, cache: Path) -> None:
+    path = json_lines(tmp_path)
+    code = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from megatron_embed.recipes.config import DataSource\n"
+        "from megatron_embed.recipes.datasets import table\n"
+        "from megatron_embed.recipes.datasets.pairs import PairSource\n"
+        "table.LEAST_BYTES, table._ROWS = 0, 10\n"
+        "table.TableWriter.close = lambda writer: os._exit(9)  # three batches are written, the end is not\n"
+        f"PairSource(DataSource(path={str(path)!r}))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 9
+    assert [*cache.glob("tables-*/pairs-*/.*.partial-*/rows.arrow")]
+    assert not entries(cache)
+    assert len(start(path)) == 30
+    assert not [*cache.glob("tables-*/pairs-*/.*.partial-*")]
+
+
+def test_rows_of_many_batches_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_ROWS", 4)
+    monkeypatch.setattr(table, "_CHARACTERS", 40)
+    values = [{"query": f"q{i}", "positive": f"p{i} " * (i % 7 + 1), "negatives": ["n"] * (i % 3)} for i in range(50)]
+    source = start(write(tmp_path / "a.jsonl", values)).sources[0]
+    assert len(source._table._batches) > 12
+    for row in random.Random(0).sample(range(50), 50):
+        pair = source.pair(row)
+        assert (pair.query, pair.positives, pair.negatives) == (
+            values[row]["query"],
+            [values[row]["positive"]],
+            values[row]["negatives"],
+        )
+        assert source.place(row) == f"line {row + 1}"
+    for row in (-1, 50):
+        with pytest.raises(IndexError):
+            source.pair(row)
 
 
 def test_rows_opened_before_a_change_are_not_kept_as_the_changed_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = DataSource(path=str(json_lines(tmp_path)))
-    reader = data.PairReader
+    reader = pairs.PairReader
 
-    def meanwhile(rows: Any) -> Any:
+    def meanwhile(*arguments: Any) -> Any:
         with open(source.path, "a") as file:
             file.write("not JSON\n")
-        return reader(rows)
+        return reader(*arguments)
 
-    monkeypatch.setattr(data, "PairReader", meanwhile)
+    monkeypatch.setattr(pairs, "PairReader", meanwhile)
     with pytest.raises(UserError, match="was written to while it was read; start again when it is whole"):
         PairSource(source)
-    monkeypatch.setattr(data, "PairReader", reader)
+    monkeypatch.setattr(pairs, "PairReader", reader)
     with pytest.raises(UserError, match="line 31: not JSON"):
         PairSource(source)
+
+
+@pytest.mark.parametrize("form", [documents_by_id, named_corpora, beir], ids=lambda form: form.__name__)
+def test_documents_named_by_id_lie_in_a_table_of_their_own(
+    form: Callable[[Path], Path], tmp_path: Path, cache: Path
+) -> None:
+    path = form(tmp_path)
+    source = start(path).sources[0]
+    texts = [source.pair(row).positives for row in range(source.rows)]
+    assert all(texts)
+    assert [*source._table.values("positives")] == [(None,)] * 30
+    numbers = [numbers for (numbers,) in source._table.values("positive_documents")]
+    assert [[source._documents[number] for number in row] for row in numbers] == texts
+    if form is documents_by_id:  # another file that names them finds their table
+        kept = set(entries(cache))
+        other = write(tmp_path / "b.jsonl", [{"query_text": "q", "positive_document_ids": ["d7"]}])
+        assert start(other)[0].positive == "p7"
+        (new,) = set(entries(cache)) - kept
+        assert new.parent.name.startswith("pairs-")
+
+
+def parquet(folder: Path) -> Path:
+    path = folder / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"query": f"q{i}", "positive": f"p{i}"} for i in range(3000)]), path
+    )
+    return path
+
+
+@pytest.mark.parametrize("form", [json_lines, array, named_corpora, parquet], ids=lambda form: form.__name__)
+def test_a_large_file_shows_how_far_it_is_read(
+    form: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[str, list[int]] = {}
+
+    @contextmanager
+    def progress(what: str, total: int, *, unit: str) -> Iterator[Callable[[int], None]]:
+        assert unit == "byte"
+        shown[what] = []
+        yield shown[what].append
+        assert sum(shown[what]) == total == Path(what.removeprefix("reading ")).stat().st_size
+
+    monkeypatch.setattr(rows, "_SLOW", 0)
+    monkeypatch.setattr(rows, "_TOGETHER", 10)
+    monkeypatch.setattr(rows, "progress", progress)
+    path = form(tmp_path)
+    start(path)
+    assert f"reading {path}" in shown
+    assert all(len(steps) > 2 and min(steps) >= 0 for steps in shown.values())
+    with nothing_is_read():
+        start(path)  # from the table: nothing is shown

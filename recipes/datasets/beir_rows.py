@@ -1,0 +1,70 @@
+"""The train split of a BEIR folder as rows of training data."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.beir import qrels_path, read_qrels
+from megatron_embed.recipes.datasets.corpus import BeirTexts
+from megatron_embed.recipes.datasets.documents import DocumentIds, Documents
+from megatron_embed.recipes.datasets.rows import Row
+from megatron_embed.recipes.text_ids import exact_id
+
+
+class BeirRows:
+    """The train split of a BEIR folder: one row a judged query, in the order of the judgements.
+
+    Of a query and document judged more than once the last judgement counts, as in an evaluation.
+    """
+
+    form = "BEIR folder, train split"
+    bytes = done = 0  # the corpus and the queries say themselves how far they are read
+
+    def __init__(self, folder: str) -> None:
+        self._root = Path(folder)
+        self.path = str(qrels_path(self._root, "train"))
+        self.corpus, self._queries = (BeirTexts(self._root, name) for name in ("corpus.jsonl", "queries.jsonl"))
+        self.files = [Path(self.path), Path(self.corpus.path), Path(self._queries.path)]
+
+    def scan(self) -> Iterator[Row]:
+        lines, queries, documents, ends = self._judged()
+        begin, texts = 0, Documents([self.corpus])
+        for line, query, end in zip(lines.tolist(), queries.tolist(), ends.tolist(), strict=True):
+            positives = [texts[document] for document in documents[begin:end].tolist()]
+            yield Row(line, {"query": self._queries.text(query), "positive": positives})
+            begin = end
+
+    def _judged(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of each query with a positive its line and its number; all documents, and where those of each query end."""
+        ids, relevant, on = (array("Q"), array("Q")), array("b"), array("q")
+        for query, document, grade, line in read_qrels(self._root, "train"):
+            ids[0].append(exact_id(query))
+            ids[1].append(exact_id(document))
+            relevant.append(grade > 0)
+            on.append(line)
+        lines = np.array(on)
+        queries, documents = (
+            DocumentIds(Documents([texts]), [texts], "file").numbers(np.array(wanted))
+            for texts, wanted in zip((self._queries, self.corpus), ids, strict=True)
+        )
+        wanted = np.array(relevant, dtype=bool)  # of what is not relevant nothing is read
+        if len(absent := np.flatnonzero(wanted & ((queries < 0) | (documents < 0)))):
+            where = int(lines[absent[0]])
+            query, document, _, _ = next(found for found in read_qrels(self._root, "train") if found[3] == where)
+            id_, name = (query, "queries.jsonl") if queries[absent[0]] < 0 else (document, "corpus.jsonl")
+            raise UserError(f"{self.path}, line {where}: {id_!r} is not in {name}")
+        pairs = queries * len(self.corpus) + documents
+        last = len(pairs) - 1 - np.unique(pairs[::-1], return_index=True)[1]
+        kept = np.sort(last[wanted[last]])
+        if not len(kept):
+            raise UserError(f"{self.path}: no judgement has a grade above 0")
+        _, first, which = np.unique(queries[kept], return_index=True, return_inverse=True)
+        begins = first[which]  # where the query of each judgement comes first
+        order, first = np.argsort(begins, kind="stable"), np.sort(first)
+        ends = np.searchsorted(begins[order], first, side="right")
+        return lines[kept][first], queries[kept][first], documents[kept][order], ends

@@ -1,0 +1,125 @@
+"""Training pairs as a table: every row of a source read and checked once, so that a bad line ends a run at once."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.datasets.documents import Document
+from megatron_embed.recipes.datasets.forms import PairReader
+from megatron_embed.recipes.datasets.rows import Row, Rows, read_rows
+from megatron_embed.recipes.datasets.table import Found, TableWriter
+from megatron_embed.recipes.duplicates import TextIds, repeated_pairs
+from megatron_embed.recipes.json_text import RowError
+from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair
+from megatron_embed.recipes.pairs import Pair, Teacher
+from megatron_embed.recipes.text_ids import text_id
+
+_TEXT, _VECTOR = pyarrow.large_string(), pyarrow.list_(pyarrow.float64())
+#: Passages are texts, or the numbers of documents; of a row's positives, as of its negatives, all are one or the other.
+SCHEMA = pyarrow.schema(
+    {
+        "query": _TEXT,
+        "positives": pyarrow.list_(_TEXT),
+        "negatives": pyarrow.list_(_TEXT),
+        "positive_documents": pyarrow.list_(pyarrow.int64()),
+        "negative_documents": pyarrow.list_(pyarrow.int64()),
+        "query_prompt": _TEXT,
+        "passage_prompt": _TEXT,
+        "scores": _VECTOR,
+        "query_vector": _VECTOR,
+        "passage_vectors": pyarrow.list_(_VECTOR),
+        "line": pyarrow.int64(),
+    }
+)
+
+
+def checked(rows: Rows, reader: PairReader) -> Iterator[tuple[Row, Pair | None, str]]:
+    """Every row with its pair and "", or with None and what is wrong with it."""
+    for row in read_rows(rows):
+        try:
+            yield row, reader.pair(row.value), ""
+        except RowError as error:
+            yield row, None, str(error)
+
+
+def pair_of(row: list[Any], document: Callable[[int], str]) -> Pair:
+    """The pair of a row of a table; ``document`` gives the text of a document by its number."""
+    query, positives, negatives, positive_documents, negative_documents, *prompts, scores, vector, vectors, _ = row
+    if positive_documents is not None:
+        positives = [document(number) for number in positive_documents]
+    if negative_documents is not None:
+        negatives = [document(number) for number in negative_documents]
+    return Pair(query, positives, negatives, Teacher(scores, vector, vectors), *prompts)
+
+
+def _row_of(pair: Pair, line: int) -> tuple[Any, ...]:
+    (positives, of_positives), (negatives, of_negatives) = map(_passages, (pair.positives, pair.negatives))
+    prompts = pair.query_prompt, pair.passage_prompt
+    return (pair.query, positives, negatives, of_positives, of_negatives, *prompts, *pair.teacher, line)
+
+
+def _passages(texts: list[str]) -> tuple[list[str] | None, list[int] | None]:
+    """(texts, None), or (None, numbers) where all of them are documents."""
+    numbers = [text.number for text in texts if isinstance(text, Document)]
+    return (None, numbers) if numbers and len(numbers) == len(texts) else (texts, None)
+
+
+def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
+    """Write all rows, and find what :class:`megatron_embed.recipes.datasets.pairs.PairSource` has to know of them.
+
+    Arrays: ``groups``, see :meth:`megatron_embed.recipes.duplicates.TextIds.groups`; ``ends``, ``[rows]`` int64, the
+    examples up to and with each row, where any has several positives. Facts: the attributes of ``PairSource``.
+
+    Raises:
+        UserError: a row that cannot be used; the first is named, the others are counted.
+    """
+    first_problem, unusable = "", 0
+    most, no_scores, no_vectors = 0, -1, -1
+    widths: set[int] = set()
+    ids, odd = TextIds(), OddRows(rows.path)
+    prompts: set[str] = set()
+    lines, ends, examples = array("q"), array("q"), 0
+    for index, (row, pair, problem) in enumerate(checked(rows, reader)):
+        if pair is None:
+            first_problem = first_problem or f"{row.place}: {problem}"
+            unusable += 1
+            continue
+        if unusable:
+            continue  # nothing will be kept
+        for remark in of_pair(pair):
+            odd.add(remark, row.line)
+        query = text_id(pair.query)
+        for text in pair.positives:
+            ids.add(query, text_id(text))
+        examples += len(pair.positives)
+        ends.append(examples)
+        lines.append(row.line)
+        most = max(most, len(pair.negatives))
+        if pair.passage_prompt is not None:
+            prompts.add(pair.passage_prompt)
+        if pair.teacher.scores is None and no_scores < 0:
+            no_scores = index
+        if pair.teacher.passages is None:
+            no_vectors = index if no_vectors < 0 else no_vectors
+        else:
+            widths.update(len(vector) for vector in (pair.teacher.query, *pair.teacher.passages) if vector is not None)
+        writer.add(_row_of(pair, row.line), sum(map(len, (pair.query, *pair.positives, *pair.negatives))))
+    if unusable:
+        more = f" ({unusable - 1} more cannot be used)" if unusable > 1 else ""
+        raise UserError(f"{rows.path}, {first_problem}{more}")
+    arrays = {}
+    if examples != len(ends):
+        arrays["ends"] = np.frombuffer(ends, dtype=np.int64)
+    if (groups := ids.groups()) is not None:
+        arrays["groups"] = groups
+        if len(again := repeated_pairs(groups)):
+            of_again = int(np.searchsorted(np.frombuffer(ends, dtype=np.int64), again[0], side="right"))
+            odd.add(REPEATED_PAIRS, lines[of_again], len(again))
+    facts = {"max_negatives": most, "no_scores": no_scores, "no_vectors": no_vectors, "vector_widths": sorted(widths)}
+    return Found(arrays, {**facts, "passage_prompts": sorted(prompts), "odd": odd.found})

@@ -1,0 +1,192 @@
+"""Training pairs from files: what they say of each example.
+
+A source is read through at the first start, so that a bad line ends a run before it began, and lies in a table that
+is mapped into memory ever after (:mod:`megatron_embed.recipes.datasets.table`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.datasets.beir_rows import BeirRows
+from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.documents import Documents
+from megatron_embed.recipes.datasets.forms import NamedCorpora, PairReader, corpora_of
+from megatron_embed.recipes.datasets.pair_table import SCHEMA, pair_of, write_pairs
+from megatron_embed.recipes.datasets.rows import JsonObjectRows, Rows, open_rows, place
+from megatron_embed.recipes.datasets.table import Found, Recipe, TableWriter, open_table
+from megatron_embed.recipes.inputs import check_source
+from megatron_embed.recipes.odd_rows import OddRows
+from megatron_embed.recipes.pairs import Pair, Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One query with one positive.
+
+    Attributes:
+        negatives: the hard negatives that the data has for the query, all of them, in the data's order.
+        positives: every known positive of the query, ``positive`` included: none of them is a negative.
+        source, line: where it came from.
+    """
+
+    query: str
+    positive: str
+    negatives: list[str]
+    positives: list[str]
+    source: str
+    line: int
+    query_prompt: str
+    passage_prompt: str
+    teacher: Teacher
+
+
+class PairSource:
+    """One source, every row checked. A row with several positives counts as that many examples.
+
+    Raises:
+        UserError: it cannot be read in full; file and line are named.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        self.source = source
+        rows = self._rows = open_source(source.path)
+        #: the file that lines are counted in
+        self.path = rows.path
+        # Only of a file that names corpora with instructions does it matter which prompts the source states.
+        kind = "-".join(["pairs", *sorted(source.stated())]) if isinstance(rows, JsonObjectRows) else "pairs"
+        recipe = Recipe(kind, rows.path, rows.files, SCHEMA, self._write, lambda facts: self._corpora(facts).files)
+        self._table, found = open_table(recipe)
+        corpora = self._corpora(found.facts)
+        self.__dict__.pop("_reader", None)  # with the ids of all documents
+        self._documents = Documents(
+            [rows.corpus] if isinstance(rows, BeirRows) else [Corpus(file) for file in corpora.texts]
+        )
+        #: name of the form
+        self.form: str = found.facts["form"]
+        #: of its files, as they were read
+        self.bytes = sum(file.stat().st_size for file in (*rows.files, *corpora.files))
+        #: hard negatives of the row that has most
+        self.max_negatives: int = found.facts["max_negatives"]
+        #: first row without a teacher's scores, and without its vectors; the widths of the vectors
+        self.no_scores: int = found.facts["no_scores"]
+        self.no_vectors: int = found.facts["no_vectors"]
+        self.vector_widths: set[int] = set(found.facts["vector_widths"])
+        #: prompts of passages that rows have of their own
+        self.passage_prompts: list[str] = found.facts["passage_prompts"]
+        #: rows that can be used and look odd
+        self.odd = OddRows.again(rows.path, found.facts["odd"])
+        #: examples that share a text, see :meth:`megatron_embed.recipes.duplicates.TextIds.groups`
+        self.groups = found.arrays.get("groups")
+        # Only where some row has several positives does an example need more than its row's number.
+        self._ends = found.arrays.get("ends")
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return len(self._table)
+
+    def __len__(self) -> int:
+        return self.rows if self._ends is None else int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        row, which = index, 0
+        if self._ends is not None:
+            row = int(np.searchsorted(self._ends, index, side="right"))
+            which = index - (int(self._ends[row - 1]) if row else 0)
+        values = self._table.row(row)
+        pair = pair_of(values, self._documents.__getitem__)
+        return Example(
+            query=pair.query,
+            positive=pair.positives[which],
+            negatives=pair.negatives,
+            positives=pair.positives,
+            source=self.path,
+            line=values[-1],
+            query_prompt=(self.source.query_prompt or "") if pair.query_prompt is None else pair.query_prompt,
+            passage_prompt=(self.source.passage_prompt or "") if pair.passage_prompt is None else pair.passage_prompt,
+            teacher=_teacher_of(pair, which),
+        )
+
+    def pair(self, row: int) -> Pair:
+        """What a row says."""
+        return pair_of(self._table.row(row), self._documents.__getitem__)
+
+    def examples(self, row: int) -> range:
+        """The examples that a row counts as."""
+        if self._ends is None:
+            return range(row, row + 1)
+        return range(int(self._ends[row - 1]) if row else 0, int(self._ends[row]))
+
+    def place(self, row: int) -> str:
+        """Where a row stands, for messages."""
+        return place(lambda index: self._table.value("line", index), row, self.rows)
+
+    @cached_property
+    def _reader(self) -> PairReader:
+        return PairReader(self._rows, self.source.stated())
+
+    def _write(self, writer: TableWriter) -> Found:
+        found, form = write_pairs(self._rows, self._reader, writer), self._reader.form
+        facts = {"form": form.name, "key": form.key, "named": self._reader.named}
+        return Found(found.arrays, {**found.facts, **facts})
+
+    def _corpora(self, facts: Mapping[str, Any] | None) -> NamedCorpora:
+        if facts is None:
+            return self._reader.found
+        return corpora_of(self._rows, facts["key"], facts["named"])
+
+
+def _teacher_of(pair: Pair, which: int) -> Teacher:
+    """The answers that go with one of the row's positives."""
+    scores = pair.teacher.scores
+    if scores is None or len(pair.positives) == 1:
+        return pair.teacher
+    return pair.teacher._replace(scores=[scores[which], *scores[len(pair.positives) :]])
+
+
+def open_source(path: str) -> Rows:
+    """Open a file, a BEIR folder or ``hf://org/name``; the form is recognised."""
+    if not path.startswith("hf://") and Path(path).is_dir():
+        check_source(path)
+        return BeirRows(path)
+    return open_rows(path)
+
+
+class PairDataset:
+    """All training sources, end to end.
+
+    Raises:
+        UserError: no source, or one that cannot be read in full; file and line are named.
+    """
+
+    def __init__(self, sources: Sequence[DataSource]) -> None:
+        if not sources:
+            raise UserError("data.train: missing; wanted at least one source of training pairs")
+        self.sources = [PairSource(source) for source in sources]
+        self.sizes = [len(source) for source in self.sources]
+        self.weights = None if sources[0].weight is None else [float(source.weight or 0) for source in sources]
+        self._ends = list(accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which = bisect.bisect_right(self._ends, index)
+        return self.sources[which][index - (self._ends[which] - self.sizes[which])]
+
+    def state(self) -> dict[str, list[int]]:
+        """What a position in the data means nothing without: of each source its examples and its files' bytes."""
+        return {source.source.path: [size, source.bytes] for source, size in zip(self.sources, self.sizes, strict=True)}

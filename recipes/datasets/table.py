@@ -1,0 +1,352 @@
+"""Arrow tables of what data files hold: written once, kept in a cache folder, mapped into memory ever after.
+
+An entry of the cache belongs to files as they were: their paths, sizes, times and first and last bytes. To hash them
+whole would read all of the data at every start; the time at which the file system says that a file was last changed
+cannot be set back as the time of the last write can, so that no change is overlooked. Whatever is amiss with the cache,
+a start goes on without it: an entry that is damaged is built again, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import bisect
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.atomic import atomic_output
+from megatron_embed.recipes.vectors import save_array
+
+#: raised whenever other things are kept, or rows are understood in another way
+VERSION = 6
+#: Smaller files are read in less than a second: small runs and tests leave nothing behind in a home folder.
+LEAST_BYTES = 16 << 20
+
+_ROWS, _CHARACTERS = 4096, 2 << 20  # of a record batch: what is held in memory while a table is written
+_BLOCK = 1 << 16  # bytes at either end of a file that are part of its stamp
+_complained: set[Path] = set()
+_TABLE, _FACTS, _DIGESTS = "rows.arrow", "facts.json", "digests.json"
+
+Stamp = list[Any]
+
+
+class TableWriter:
+    """Writes rows as record batches of an Arrow file.
+
+    Attributes:
+        count: rows so far.
+    """
+
+    def __init__(self, file: Any, schema: pyarrow.Schema) -> None:
+        self._schema, self._writer = schema, pyarrow.ipc.new_file(file, schema)
+        self._rows: list[Sequence[Any]] = []
+        self.count = self._characters = 0
+
+    def add(self, row: Sequence[Any], characters: int) -> None:
+        """The next row.
+
+        Args:
+            row: a value for each column.
+            characters: of all its texts, about.
+        """
+        self._rows.append(row)
+        self.count += 1
+        self._characters += characters
+        if len(self._rows) >= _ROWS or self._characters >= _CHARACTERS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and where the batches lie."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = zip(self._schema, zip(*self._rows, strict=True), strict=True)
+            arrays = [pyarrow.array(values, column.type) for column, values in columns]
+            self._writer.write_batch(pyarrow.record_batch(arrays, schema=self._schema))
+            self._rows, self._characters = [], 0
+
+
+class Table:
+    """Rows of record batches in memory, or mapped into it; any of them is read by its number.
+
+    Args:
+        content: an Arrow file.
+    """
+
+    def __init__(self, content: Any) -> None:
+        reader = pyarrow.ipc.open_file(pyarrow.py_buffer(content))
+        self.names: list[str] = reader.schema.names
+        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        self._columns: dict[int, list[Any]] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def row(self, index: int) -> list[Any]:
+        """A value for each column."""
+        columns, within = self._find(index)
+        return [column[within].as_py() for column in columns]
+
+    def value(self, name: str, index: int) -> Any:
+        """One column's value of a row."""
+        columns, within = self._find(index)
+        return columns[self.names.index(name)][within].as_py()
+
+    def values(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """These columns' values of every row."""
+        for batch in self._batches:
+            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+
+    def _find(self, index: int) -> tuple[list[Any], int]:
+        """The columns of a row's batch, and its place there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._ends, index)
+        if (columns := self._columns.get(number)) is None:
+            columns = self._columns[number] = self._batches[number].columns
+        return columns, index - (self._ends[number] - self._batches[number].num_rows)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What reading files through found, beside their rows.
+
+    Attributes:
+        arrays: none of them empty; read-only where they are mapped.
+        facts: what JSON can hold.
+    """
+
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a table is made of files.
+
+    Attributes:
+        kind: tells apart what is kept of the same files.
+        path: the files' name in messages.
+        files: those that the rows lie in; without any, or where they are small, nothing is kept.
+        build: writes the rows, and gives what else it found.
+        others: other files that the rows depend on, by the facts of an entry, or by reading where there is none.
+    """
+
+    kind: str
+    path: str
+    files: Sequence[Path]
+    schema: pyarrow.Schema
+    build: Callable[[TableWriter], Found]
+    others: Callable[[Mapping[str, Any] | None], Sequence[Path]] = lambda _: ()
+
+
+def open_table(recipe: Recipe) -> tuple[Table, Found]:
+    """The rows of files as a table, from the cache or written now.
+
+    Of several processes that want the same at once, on one machine, the first writes it and the others wait for it.
+    What ``build`` raises is raised anew at every start: then nothing is kept.
+
+    Raises:
+        UserError: what ``build`` raises; a file that was written to while it was read; no room for the table.
+    """
+    before = stamps(recipe.files)
+    paths = [path for path, *_ in before]
+    place = cache_folder() / f"tables-{VERSION}" / f"{recipe.kind}-{_digest(paths)}" / _digest(before)
+    if before and (found := _load(place, recipe)) is not None:
+        return found
+    read = [*recipe.files, *recipe.others(None)]
+    if not before or sum(path.stat().st_size for path in read) < LEAST_BYTES:
+        memory = io.BytesIO()
+        built = _built(recipe, memory, before)
+        return Table(memory.getbuffer()), built
+    with _turn(place.parent):
+        if (found := _load(place, recipe)) is not None:
+            return found
+        try:
+            _store(place, recipe, before)
+        except OSError as error:
+            if not place.exists():  # else another process was first
+                _complain(error)
+    return _load(place, recipe) or _unkept(recipe, before)
+
+
+def _built(recipe: Recipe, file: Any, before: list[Stamp]) -> Found:
+    """Write the table of files whose stamps were ``before``."""
+    others = list(recipe.others(None))
+    of_others = stamps(others)
+
+    def check_unchanged() -> None:
+        if (stamps(recipe.files), stamps(others)) != (before, of_others):
+            raise UserError(f"{recipe.path}: was written to while it was read; start again when it is whole")
+
+    try:
+        writer = TableWriter(file, recipe.schema)
+        built = recipe.build(writer)
+        writer.close()
+    except UserError:
+        check_unchanged()  # then nothing else that was found matters
+        raise
+    check_unchanged()
+    return Found(built.arrays, {**built.facts, "others": of_others})
+
+
+def _unkept(recipe: Recipe, before: list[Stamp]) -> tuple[Table, Found]:
+    """A table in a file without a name, that goes when the process ends."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            built = _built(recipe, file, before)
+            file.flush()
+            return Table(_mapped(file)), built
+    except OSError as error:
+        raise UserError(
+            f"{recipe.path}: no room for its table in {cache_folder()} nor in {tempfile.gettempdir()} ({error}); name "
+            f"a folder on a disk with room in MEGATRON_EMBED_CACHE"
+        ) from None
+
+
+def _mapped(file: Any) -> mmap.mmap:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def cache_folder() -> Path:
+    """``$MEGATRON_EMBED_CACHE``, or ``megatron-embed`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if named := os.environ.get("MEGATRON_EMBED_CACHE"):
+        return Path(os.path.abspath(os.path.expanduser(named)))
+    above = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.path.abspath(above)) / "megatron-embed"
+
+
+def stamps(files: Sequence[Path]) -> list[Stamp]:
+    """Absolute path, size, times of the last write and of the last change, hash of first and last bytes of each file.
+
+    An empty list if one is not there.
+    """
+    found = []
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                state = os.fstat(file.fileno())
+                times = [state.st_mtime_ns, state.st_ctime_ns]
+                found.append([os.path.abspath(path), state.st_size, *times, _hash_of_ends(file, state.st_size)])
+    except OSError:
+        return []  # build meets the same, and says it
+    return found
+
+
+def _hash_of_ends(file: BinaryIO, size: int) -> str:
+    ends = hashlib.sha256(file.read(_BLOCK))
+    file.seek(max(size - _BLOCK, 0))
+    ends.update(file.read(_BLOCK))
+    return ends.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """The first to come goes ahead; those that come meanwhile wait, then go on side by side.
+
+    So that one of a machine's ranks builds, in its memory alone. Where it fails, none of the others has to wait for
+    another. Without locks (read-only folders, some network folders) all go ahead.
+    """
+    lock = -1
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _load(place: Path, recipe: Recipe) -> tuple[Table, Found] | None:
+    """An entry, mapped; None: there is none, it is not what was written, or another file that it depends on changed."""
+    try:
+        digests = json.loads((place / _DIGESTS).read_text(encoding="utf-8"))
+        if not isinstance(digests, dict) or not {_TABLE, _FACTS} <= digests.keys():
+            return None
+        if any(_file_digest(place / name) != digest for name, digest in digests.items()):
+            return None
+        facts = json.loads((place / _FACTS).read_text(encoding="utf-8"))
+        if facts["others"] != stamps(recipe.others(facts)):
+            return None
+        arrays = {
+            name.removesuffix(".npy"): np.load(place / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            for name in digests
+            if name.endswith(".npy")
+        }
+        with (place / _TABLE).open("rb") as file:
+            table = Table(_mapped(file))
+        return (table, Found(arrays, facts)) if table.names == recipe.schema.names else None
+    except (OSError, ValueError):  # Arrow's errors are ValueErrors
+        return None
+
+
+def _store(place: Path, recipe: Recipe, before: list[Stamp]) -> None:
+    """Write an entry, in the place of what was kept of the same files in another state.
+
+    Raises:
+        OSError: it cannot be written.
+        UserError: what the recipe's ``build`` raises.
+    """
+    shutil.rmtree(place, ignore_errors=True)  # damaged, or not there
+    with ExitStack() as stack:
+        try:
+            partial = stack.enter_context(atomic_output(place))
+        except UserError as error:
+            raise OSError(str(error)) from None
+        with (partial / _TABLE).open("wb") as file:
+            built = _built(recipe, file, before)
+        for name, array in built.arrays.items():
+            with (partial / f"{name}.npy").open("wb") as file:
+                save_array(file, array)
+        (partial / _FACTS).write_text(json.dumps(dict(built.facts)), encoding="utf-8")
+        names = (_TABLE, _FACTS, *(f"{name}.npy" for name in built.arrays))
+        digests = {name: _file_digest(partial / name) for name in names}
+        (partial / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
+    for old in place.parent.iterdir():
+        if old != place and not old.name.startswith("."):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _file_digest(path: Path) -> str:
+    """Of a table its size and its ends, where its index lies: to hash all of it would read all of it."""
+    with path.open("rb") as file:
+        if path.name != _TABLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        return f"{size} {_hash_of_ends(file, size)}"
+
+
+def _complain(error: Exception) -> None:
+    """Once a program and folder, whatever fails there."""
+    folder = cache_folder()
+    if folder not in _complained and os.environ.get("LOCAL_RANK", "0") == "0":
+        hint = f"not kept in {folder} ($MEGATRON_EMBED_CACHE), so every start reads all training data: {error}"
+        logging.getLogger(__name__).warning(hint)
+    _complained.add(folder)
