@@ -1,6 +1,69 @@
-"""``python -m megatron_embed.recipes.data FILE …``: see :mod:`megatron_embed.recipes.inspect_data`."""
+"""Say what a data file holds, as training will see it: ``python -m megatron_embed.recipes.data FILE …``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes import RECIPES
+from megatron_embed.recipes.cli import FirstRankParser, run_program
+from megatron_embed.recipes.config import DataSection, DataSource
+from megatron_embed.recipes.inspect_data import findings_as_text, look_through
+from megatron_embed.recipes.odd_rows import report
+from megatron_embed.recipes.run_config import load_run_config
+
+if TYPE_CHECKING:
+    from megatron_embed.recipes.tokenization import TextTokenizer
+
+
+def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
+    """A model's tokenizer with the prompts and lengths that training would give it."""
+    from megatron_embed.recipes.source import ModelSource
+    from megatron_embed.recipes.tokenization import TextTokenizer
+
+    source = ModelSource.open(model, bidirectional=True)  # no attention is computed
+    return TextTokenizer.from_folder(
+        source.files,
+        query_prompt=data.query_prompt,
+        passage_prompt=data.passage_prompt,
+        query_max_length=data.query_max_length,
+        passage_max_length=data.passage_max_length,
+        do_lower_case=source.settings is not None and source.settings.do_lower_case,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Exit status 0: every row can be used; 1: some cannot, or a file cannot be read; 2: bad arguments or config."""
+    parser = FirstRankParser(prog="megatron_embed.recipes.data", description="Look through training data.")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
+    parser.add_argument("--config", metavar="FILE.yaml", help="a run_config.yaml: its sources, prompts and lengths")
+    parser.add_argument("--model", help="Hugging Face folder or Megatron checkpoint: samples as its tokenizer has them")
+    parser.add_argument("--strict", action="store_true", help="end with status 1 where anything is to be remarked")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+    if not args.files and not args.config:
+        parser.error("nothing to look through: wanted a FILE, or --config FILE.yaml")
+    run_program(lambda: _run(args), debug=args.debug)
+
+
+def _run(args: Any) -> None:
+    data, unusable = load_run_config(args.config, recipes=RECIPES).data if args.config else DataSection(), []
+    if args.files:
+        data = data.model_copy(update={"train": [DataSource(path=path) for path in args.files]})
+    tokenizer = open_tokenizer(args.model, data) if args.model else None
+    odd = []
+    for source in data.sources():
+        found = look_through(source.path, source.stated())
+        print(findings_as_text(found, source, tokenizer))
+        if found.unusable:
+            unusable.append(f"{source.path}: {found.unusable:,} rows cannot be used, the first on {found.problems[0]}")
+        odd.append(found.odd)
+    if unusable:
+        raise UserError("; ".join(unusable))
+    if args.strict:
+        report(odd, strict=True)
+
 
 if __name__ == "__main__":
-    from megatron_embed.recipes.inspect_data import main
-
     main()

@@ -1,4 +1,4 @@
-"""``python -m megatron_embed.recipes.data FILE …``: what a data file holds, as training will see it."""
+"""What a data file holds, as training will see it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import RECIPES
-from megatron_embed.recipes.cli import FirstRankParser, run_program
-from megatron_embed.recipes.config import DataSection, DataSource
+from megatron_embed.recipes.config import DataSource
 from megatron_embed.recipes.datasets.forms import PairReader
 from megatron_embed.recipes.datasets.pair_table import checked
 from megatron_embed.recipes.datasets.pairs import open_source
 from megatron_embed.recipes.datasets.rows import Rows
 from megatron_embed.recipes.duplicates import repeats
-from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair, report
+from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair
 from megatron_embed.recipes.pairs import Pair
-from megatron_embed.recipes.run_config import load_run_config
 
 if TYPE_CHECKING:
     from megatron_embed.recipes.tokenization import Kind, TextTokenizer
@@ -97,7 +93,7 @@ def _repeats(hashes: array[int]) -> np.ndarray:
     return repeats(np.frombuffer(hashes, dtype=np.int64))
 
 
-def describe(found: Findings, source: DataSource, tokenizer: TextTokenizer | None = None) -> str:
+def findings_as_text(found: Findings, source: DataSource, tokenizer: TextTokenizer | None = None) -> str:
     """The findings as text; samples with their prompts and, where there is a tokenizer, with BOS and EOS, truncated.
 
     Args:
@@ -107,7 +103,7 @@ def describe(found: Findings, source: DataSource, tokenizer: TextTokenizer | Non
     def seen(text: str, kind: Kind, prompt: str) -> str:
         if tokenizer is None:
             return _clip(prompt + text)
-        (ids,) = tokenizer.encode([text], kind, [prompt])
+        (ids,) = tokenizer.tokenize([text], kind, [prompt])
         return f"{_clip(tokenizer.tokenizer.decode(ids))}, {len(ids)} tokens"
 
     rows = found.rows
@@ -158,8 +154,8 @@ def _in_tokens(found: Findings, source: DataSource, tokenizer: TextTokenizer) ->
         if number in wanted and pair is not None:
             query, passage = _prompts(pair, source)
             passages = [*pair.positives, *pair.negatives]
-            lengths["query"].update(map(len, tokenizer.encode([pair.query], "query", [query])))
-            lengths["passage"].update(map(len, tokenizer.encode(passages, "passage", [passage] * len(passages))))
+            lengths["query"].update(map(len, tokenizer.tokenize([pair.query], "query", [query])))
+            lengths["passage"].update(map(len, tokenizer.tokenize(passages, "passage", [passage] * len(passages))))
     lines = []
     for kind, counts in lengths.items():
         if counts:
@@ -183,51 +179,3 @@ def _percentiles(counts: Counter[int], wanted: Sequence[float]) -> list[int]:
 def _clip(text: str, length: int = 100) -> str:
     """At most so many characters, of the beginning and of the end, where EOS stands."""
     return repr(text if len(text) <= length else f"{text[: length - 21]}…{text[-20:]}")
-
-
-def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
-    """A model's tokenizer with the prompts and lengths that training would give it."""
-    from megatron_embed.recipes.source import ModelSource
-    from megatron_embed.recipes.tokenization import TextTokenizer
-
-    source = ModelSource.open(model, bidirectional=True)  # no attention is computed
-    return TextTokenizer.from_folder(
-        source.files,
-        query_prompt=data.query_prompt,
-        passage_prompt=data.passage_prompt,
-        query_max_length=data.query_max_length,
-        passage_max_length=data.passage_max_length,
-        do_lower_case=source.settings is not None and source.settings.do_lower_case,
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0: every row can be used; 1: some cannot, or a file cannot be read; 2: bad arguments or config."""
-    parser = FirstRankParser(prog="megatron_embed.recipes.data", description="Look through training data.")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
-    parser.add_argument("--config", metavar="FILE.yaml", help="a run_config.yaml: its sources, prompts and lengths")
-    parser.add_argument("--model", help="Hugging Face folder or Megatron checkpoint: samples as its tokenizer has them")
-    parser.add_argument("--strict", action="store_true", help="end with status 1 where anything is to be remarked")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
-    if not args.files and not args.config:
-        parser.error("nothing to look through: wanted a FILE, or --config FILE.yaml")
-    run_program(lambda: _run(args), debug=args.debug)
-
-
-def _run(args: Any) -> None:
-    data, unusable = load_run_config(args.config, recipes=RECIPES).data if args.config else DataSection(), []
-    if args.files:
-        data = data.model_copy(update={"train": [DataSource(path=path) for path in args.files]})
-    tokenizer = open_tokenizer(args.model, data) if args.model else None
-    odd = []
-    for source in data.sources():
-        found = look_through(source.path, source.stated())
-        print(describe(found, source, tokenizer))
-        if found.unusable:
-            unusable.append(f"{source.path}: {found.unusable:,} rows cannot be used, the first on {found.problems[0]}")
-        odd.append(found.odd)
-    if unusable:
-        raise UserError("; ".join(unusable))
-    if args.strict:
-        report(odd, strict=True)

@@ -77,8 +77,8 @@ class BatchBuilder:
             **identify(queries, passages, known, slots),
             **self._teachers(examples, slots),
         )
-        sequences = self.tokenizer.encode(queries, "query", [self._prompt(e, "query") for e in examples])
-        return RankBatch(sequences + self.tokenizer.encode(flat, "passage", prompts), targets)
+        sequences = self.tokenizer.tokenize(queries, "query", [self._prompt(e, "query") for e in examples])
+        return RankBatch(sequences + self.tokenizer.tokenize(flat, "passage", prompts), targets)
 
     def _teachers(self, examples: list[Example], slots: int) -> dict[str, torch.Tensor]:
         """The fields of :class:`Targets` that hold a teacher's answers, as far as the loss wants them."""

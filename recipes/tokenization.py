@@ -146,8 +146,6 @@ class TextTokenizer:
 
         return tokenize_starts(ids_of, whole, length) if self._knows_borders else ids_of(whole)
 
-    encode = tokenize  # what reading and inspecting data still call it
-
 
 def _lower_case(tokenizer: Any) -> None:
     """Lower-case what a tokenizer is given, before all else that it does, as sentence-transformers does."""

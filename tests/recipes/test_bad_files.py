@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.tiny_models import save_model
 
-from megatron_embed.recipes import encode, evaluate, inspect_data, mine
+from megatron_embed.recipes import data, encode, evaluate, mine
 from megatron_embed.recipes.train import main as train_main
 
 PAIR = '{"query": "q", "positive": "p"}\n'
@@ -173,7 +173,7 @@ class Commands:
         self._tmp_path = tmp_path
 
     def data(self, path: Path) -> list[Any]:
-        return [inspect_data.main, path]
+        return [data.main, path]
 
     def train(self, path: Path, key: str = "data.train") -> list[Any]:
         sources = {"data.train": self._pairs(), key: path}

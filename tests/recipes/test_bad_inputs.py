@@ -23,7 +23,7 @@ from support.tiny_models import save_model
 
 from megatron_embed.conversion import convert_checkpoints
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.recipes import encode, evaluate, inspect_data, mine, plan, report
+from megatron_embed.recipes import data, encode, evaluate, mine, plan, report
 from megatron_embed.recipes.train import main as train_main
 
 TINY = "ministral3_tiny_embed_config"
@@ -42,7 +42,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "evaluate": evaluate.main,
     "encode": encode.main,
     "mine": mine.main,
-    "data": inspect_data.main,
+    "data": data.main,
     "report": report.main,
     "convert": lambda argv: sys.exit(convert_checkpoints.main([*argv, *["--no-progress"] * bool(argv)])),
 }
@@ -273,7 +273,7 @@ def test_the_way_out_of_a_table_converts_it(
     shutil.copy(folder / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        inspect_data.main([name])
+        data.main([name])
     convert = re.search(r'python -c "(.*)"$', capsys.readouterr().err.strip())
     assert convert is not None
     subprocess.run([sys.executable, "-c", convert[1]], check=True)

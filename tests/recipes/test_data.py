@@ -420,7 +420,7 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
 def test_the_inspector_shows_what_was_recognised(
     strict: bool, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_embed.recipes.inspect_data import main
+    from megatron_embed.recipes.data import main
 
     path = write_lines(tmp_path / "a.jsonl", [*ROWS, ROWS[0]])
     with pytest.raises(SystemExit) as ended:
@@ -436,7 +436,7 @@ def test_the_inspector_shows_what_was_recognised(
 def test_the_inspector_shows_what_a_recipe_makes_of_its_sources(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_embed.recipes.inspect_data import main
+    from megatron_embed.recipes.data import main
 
     model = save_model(tmp_path / "model")
     long = {"query": "q", "positive": "w1 " * 50, "query_prompt": "row's: "}

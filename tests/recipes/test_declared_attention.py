@@ -25,7 +25,7 @@ from megatron_embed.conversion import convert_checkpoints
 from megatron_embed.conversion.declared_attention import declares_causal
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.recipes import Encoder, encode, evaluate, inspect_data, mine, train
+from megatron_embed.recipes import Encoder, data, encode, evaluate, mine, train
 
 TEXTS = ["how do plants eat?", "one two three " * 20]
 CAUSAL = {
@@ -220,7 +220,7 @@ def test_training_from_a_base_model_needs_no_word(folder: Path, tmp_path: Path) 
 def test_its_tokenizer_can_be_looked_at(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``data --model`` computes no attention."""
     arguments = [str(folder / "train.jsonl"), "--model", str(folder / "causal")]
-    assert _status(inspect_data.main, arguments) == 0
+    assert _status(data.main, arguments) == 0
     assert "tokens" in capsys.readouterr().out
 
 

@@ -15,8 +15,9 @@ from support.tiny_models import save_model, save_vlm
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import train
 from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.data import main
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.inspect_data import look_through, main
+from megatron_embed.recipes.inspect_data import look_through
 from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch
 
 #: (query, positives, negatives)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.runs import recipe, write_pairs
 from support.tiny_models import save_model, save_vlm
 
-from megatron_embed.recipes import encode, evaluate, inspect_data, mine, train
+from megatron_embed.recipes import data, encode, evaluate, mine, train
 from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.inspect_data import _percentiles, _repeats
 from megatron_embed.recipes.mining_input import check_corpus
@@ -136,7 +136,7 @@ def test_evaluate(strict: bool, model: Path, folder: Path, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_data(strict: bool, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status_of(inspect_data.main, folder / "pairs.jsonl", *["--strict"] * strict) == strict
+    assert status_of(data.main, folder / "pairs.jsonl", *["--strict"] * strict) == strict
     out, err = capsys.readouterr()
     for remark, (count, line) in ODD_PAIRS.items():
         assert f"  remarks    {count} {remark}, first line {line}\n" in out
