@@ -10,6 +10,7 @@ from megatron_embed.bridge.quiet import expected_warnings_ignored
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from megatron_embed.bridge.config import EncoderConfig
     from megatron_embed.recipes.config import RecipeConfig
     from megatron_embed.recipes.encoder import Encoder
     from megatron_embed.recipes.llama import llama31_8b_embed_config, llama32_1b_embed_config
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_embed.recipes.training import train
 
     RECIPES: dict[str, Callable[[], RecipeConfig]]
+    SIZES: dict[str, EncoderConfig]
 
 #: recipe function → the module of its family
 _RECIPE_MODULES = {
@@ -44,6 +46,7 @@ _MODULES = {
 
 __all__ = [
     "RECIPES",
+    "SIZES",
     "Encoder",
     "RecipeConfig",
     "llama31_8b_embed_config",
@@ -62,6 +65,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "RECIPES":
         return {recipe: __getattr__(recipe) for recipe in _RECIPE_MODULES}
+    if name == "SIZES":
+        modules = [
+            importlib.import_module(f"{__name__}.{module}") for module in dict.fromkeys(_RECIPE_MODULES.values())
+        ]
+        return {model: encoder for module in modules for model, encoder in module.SIZES.items()}
     if name == "train":  # the module is callable: see train.py
         return importlib.import_module(f"{__name__}.train")
     module = f"{__name__}.{_RECIPE_MODULES[name]}" if name in _RECIPE_MODULES else _MODULES.get(name)

@@ -12,15 +12,17 @@ from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.inputs import check_inputs
 from megatron_embed.recipes.layout import layout_of, start_of, validate, validate_layout
 from megatron_embed.recipes.run_config import NO_RECIPES, Recipes, to_yaml
+from megatron_embed.recipes.sizes import NO_SIZES, Sizes, encoder_of
 
 
-def describe_run(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RECIPES) -> str:
+def describe_run(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RECIPES, sizes: Sizes = NO_SIZES) -> str:
     """The resolved config as YAML and, as comments, the layout; nothing is built and no weight is read.
 
     A model or data that no key names may still be missing.
 
     Args:
         recipes: see :func:`megatron_embed.recipes.resume.trained_config`.
+        sizes: of models that need not be fetched to be looked at.
 
     Raises:
         UserError: a layout that cannot hold; data, a model, a checkpoint or an evaluation folder that is not there or
@@ -29,7 +31,7 @@ def describe_run(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RE
     validate(cfg, world_size, inputs=False)
     check_inputs(cfg)
     asked, cfg = cfg, cfg.resolved()
-    encoder = _encoder(cfg)
+    encoder = _encoder(cfg, sizes)
     if encoder is not None:
         validate_layout(cfg, encoder)
     _check_resume(asked, Path(cfg.train.save_dir or ""), recipes)
@@ -58,17 +60,15 @@ def _stages(cfg: RecipeConfig, layout: Layout, encoder: EncoderConfig | None) ->
     return f"{', '.join(map(str, split))} of {encoder.num_hidden_layers}"
 
 
-def _encoder(cfg: RecipeConfig) -> EncoderConfig | None:
+def _encoder(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig | None:
     """The model that training would start from, its weights' names and shapes checked; None: no key names one, or it
     lies on the hub, is there, and says its sizes only once it is fetched."""
-    from megatron_embed.recipes.sizes import SIZES, encoder_of
-
     if not (cfg.model.hf_model or cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load):
         return None
     key, path = start_of(cfg)
     if key == "model.hf_model" and not Path(path).expanduser().exists():
-        if path in SIZES:
-            return encoder_of(cfg)
+        if path in sizes:
+            return encoder_of(cfg, sizes)
         if _may_be_fetched(path):
             return None
     from megatron_embed.recipes.source import open_model

@@ -33,7 +33,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_YARN, "rope_theta": 1e9},
     },
 }
-#: Hub id → encoder, see :mod:`megatron_embed.recipes.sizes`.
+#: Hub id → encoder, see :data:`megatron_embed.recipes.SIZES`.
 SIZES: dict[str, EncoderConfig] = {
     f"mistralai/Ministral-3-{size}-{kind}-2512": EncoderConfig(**{**_COMMON, **own})
     for size, own in _SIZES.items()

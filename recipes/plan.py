@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_embed.conversion.arguments import positive, whole
+from megatron_embed.recipes import SIZES
 from megatron_embed.recipes.cli import FirstRankParser, read_words, run_program
 from megatron_embed.recipes.config import LAYOUT_KEYS, RecipeConfig
 
@@ -96,7 +97,7 @@ def _report(args: PlanArguments) -> None:
     from megatron_embed.recipes.planning import choose_recompute, plan_layout, plan_world
     from megatron_embed.recipes.sizes import encoder_of
 
-    config = encoder_of(args.cfg)
+    config = encoder_of(args.cfg, SIZES)
     own: Plan | None = None
     if args.given:
         of_layout = plan_layout(args.cfg, config, args.world_size, gpus_per_node=args.gpus_per_node)

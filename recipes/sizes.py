@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UsageError, UserError
-from megatron_embed.recipes import llama, ministral3, qwen3
 from megatron_embed.recipes.config import RecipeConfig
 
-#: Hub id → encoder. For arithmetic only: what is computed with is always read from the model's own config.json.
-SIZES: dict[str, EncoderConfig] = {**ministral3.SIZES, **llama.SIZES, **qwen3.SIZES}
+#: Hub id → encoder: commands hand in :data:`megatron_embed.recipes.SIZES`. For arithmetic only: what is computed with is
+#: always read from the model's own config.json.
+Sizes = Mapping[str, EncoderConfig]
+NO_SIZES: Sizes = MappingProxyType({})
 
 
-def encoder_of(cfg: RecipeConfig) -> EncoderConfig:
+def encoder_of(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig:
     """The encoder that a recipe trains: from its folder or checkpoint, or by its hub id. No weight, no network.
 
     Raises:
-        UserError: no model is named, its folder holds none, or its hub id is not in :data:`SIZES`.
+        UserError: no model is named, its folder holds none, or its hub id is not in ``sizes``.
     """
     stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
     checkpoint = cfg.checkpoint.pretrained_checkpoint or (None if cfg.model.hf_model else cfg.checkpoint.load)
@@ -35,9 +38,9 @@ def encoder_of(cfg: RecipeConfig) -> EncoderConfig:
     folder = Path(name).expanduser()
     if folder.exists():
         return EncoderConfig.from_hf(folder).replace(**stated)
-    if name not in SIZES:
+    if name not in sizes:
         raise UserError(
             f"model.hf_model: {name!r} is no folder, and its sizes are not known; wanted a folder with config.json, "
-            f"or one of {', '.join(SIZES)}"
+            f"or one of {', '.join(sizes)}"
         )
-    return SIZES[name].replace(**stated)
+    return sizes[name].replace(**stated)

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from megatron_embed.bridge import environment
-from megatron_embed.recipes import RECIPES
+from megatron_embed.recipes import RECIPES, SIZES
 from megatron_embed.recipes.cli import parse_train_arguments, recipe_table, run_program
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.inputs import check_inputs
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if args.dry_run:
             from megatron_embed.recipes.dry_run import describe_run
 
-            print(describe_run(args.cfg, args.world_size, recipes=RECIPES))
+            print(describe_run(args.cfg, args.world_size, recipes=RECIPES, sizes=SIZES))
             return
         validate(args.cfg, args.world_size)  # both before the imports that take seconds
         check_inputs(args.cfg)

@@ -12,7 +12,7 @@ from support.tiny_models import save_model, tiny_config
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.recipes import RECIPES
+from megatron_embed.recipes import RECIPES, SIZES
 from megatron_embed.recipes.batching import BatchingPlan
 from megatron_embed.recipes.config import RecipeConfig
 from megatron_embed.recipes.overrides import apply_overrides
@@ -21,7 +21,7 @@ from megatron_embed.recipes.plan_activations import Shape, in_flight
 from megatron_embed.recipes.plan_state import chunks_of, states
 from megatron_embed.recipes.plan_step import bubble, step_of, traffic
 from megatron_embed.recipes.planning import GIB, layouts, plan_layout, plan_world, recommend
-from megatron_embed.recipes.sizes import SIZES, encoder_of
+from megatron_embed.recipes.sizes import encoder_of
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "hf_configs"
 FIXTURES = {
@@ -69,7 +69,7 @@ def test_known_sizes_are_the_models_own(name: str) -> None:
 def test_every_recipe_names_a_known_model() -> None:
     for name in RECIPES:
         if name != TINY:
-            assert encoder_of(RECIPES[name]()).num_hidden_layers > 10
+            assert encoder_of(RECIPES[name](), SIZES).num_hidden_layers > 10
 
 
 def test_an_8b_rank_by_hand() -> None:

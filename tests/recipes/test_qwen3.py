@@ -12,6 +12,7 @@ from support.runs import read_metrics, write_pairs
 from support.tiny_qwen3 import save_qwen3_causal_lm
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
+from megatron_embed import recipes
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.conversion.convert_checkpoints import main as convert
 from megatron_embed.recipes import RECIPES, Encoder, train
@@ -79,7 +80,7 @@ def test_the_planner_counts_every_parameter_of_the_real_sizes(size: str, tp: int
     raw = json.loads((CONFIGS / f"qwen3-{SIZES[size]}.json").read_text())
     with torch.device("meta"):
         model = Qwen3Model(Qwen3Config(**raw))
-    config, layout = encoder_of(RECIPES[size]()), Layout(tp=tp)
+    config, layout = encoder_of(RECIPES[size](), recipes.SIZES), Layout(tp=tp)
     assert model.layers[0].self_attn.q_norm.weight.shape == (128,)
     (chunk,) = chunks_of(config, layout, 0)
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
