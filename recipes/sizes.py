@@ -10,8 +10,8 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes.config import RecipeConfig
 
-#: Hub id → encoder: commands hand in :data:`megatron_embed.recipes.SIZES`. For arithmetic only: what is computed with is
-#: always read from the model's own config.json.
+#: Hub id → encoder: commands hand in :data:`megatron_embed.recipes.SIZES`. For arithmetic only: what is computed with
+#: is always read from the model's own config.json.
 Sizes = Mapping[str, EncoderConfig]
 NO_SIZES: Sizes = MappingProxyType({})
 
