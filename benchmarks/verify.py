@@ -140,7 +140,7 @@ def main() -> None:
     settings = {
         "sizes": ", ".join(args.size),
         "source": "the whole VLM in bf16, 5 GB shards, random values; checkpoints without the vision tower",
-        "texts": "3, in fp32 on both sides, tolerance 1e-4 of the largest value",
+        "texts": "3, in fp32 on both sides, tolerance 1e-5 of the largest value",
         "limit": f"{LIMIT} GiB that are not page cache",
         "load average": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end",
         "page cache": "the files that a step reads are dropped from it first",

@@ -29,7 +29,7 @@ def explain_unwritten(error: BaseException, folder: Path, needed: int | None = N
         return f"cannot be written ({reason})"
     while not folder.exists():
         folder = folder.parent
-    wanted = "" if needed is None else f"{_size(needed)} needed, "
+    wanted = "" if needed is None else f"at least {_size(needed)} needed, "
     return f"{reason}: {wanted}{_size(shutil.disk_usage(folder).free)} free; make room, or take another folder"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,19 @@ class TrainState:
         return [stage.module for stage in self.stages]
 
 
+class _DDP(DistributedDataParallel):
+    """megatron-core's, freed with its last reference.
+
+    Its hooks hang on autograd's nodes and refer to it, it refers to the nodes, and so do the optimizer's shards. No
+    garbage collector sees a circle that runs through autograd: model, buffers and process groups (with threads that
+    poll) would stay for as long as the process lives.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        hook: Callable[..., None] = DistributedDataParallel._make_backward_post_hook(weakref.proxy(self), param)
+        return hook
+
+
 def wrap_ddp(
     encoders: list[Encoder], *, distributed_optimizer: bool = False, overlap: bool = False
 ) -> list[DistributedDataParallel]:
@@ -127,7 +141,7 @@ def wrap_ddp(
         bucket_size=bucket_size(parallel_state.get_data_parallel_world_size()) if overlap else None,
     )
     stages = [
-        DistributedDataParallel(config=transformer, ddp_config=ddp_config, module=encoder, disable_bucketing=i > 0)
+        _DDP(config=transformer, ddp_config=ddp_config, module=encoder, disable_bucketing=i > 0)
         for i, encoder in enumerate(encoders)
     ]
     syncs = [stage.no_sync for stage in stages]

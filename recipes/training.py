@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import shlex
@@ -69,6 +70,8 @@ def train(cfg: RecipeConfig, *, recipes: Recipes = NO_RECIPES) -> Path:
         own, of_another = may_fall_back(cfg, older) if older is not None else (False, False)
         if not own and not of_another:
             raise
+    finally:
+        gc.collect()  # a model refers to its process groups and is a circle: until it goes, their threads stay
     if parallel.rank() == 0:
         _LOG.warning(f"{damage}; going on from {older} instead (checkpoint.allow_fallback)")
     cfg = cfg.model_copy(deep=True)

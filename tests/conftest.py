@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# One thread a process, before torch is imported: several processes share the cores, and threads that wait for one
+# another on a busy core spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from support.runs import make_inputs, recipe
 from support.tiny_models import tiny_config
 from support.worlds import run_world
 
 from megatron_embed.bridge import EncoderConfig
-from megatron_embed.bridge.encoder import build_stages, transformer_config
+from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
+from megatron_embed.recipes import train
 from megatron_embed.recipes.optimizer import wrap_ddp
 
 LAYOUTS = [
@@ -56,6 +60,16 @@ def _enter(count: int) -> tuple[int, list[int], int]:
     dist.all_reduce(total, group=other)
     assert total.item() == dist.get_world_size()
     return before, after, len(dist.distributed_c10d._world.pg_map)
+
+
+def test_training_leaves_no_thread_and_no_model(tmp_path: Path) -> None:
+    make_inputs(tmp_path)
+    threads = []
+    for number in range(3):
+        train(recipe(tmp_path, f"run{number}", "train.train_iters=2"))
+        threads.append(_threads())
+        assert not [each for each in gc.get_objects() if type(each) is Encoder]
+    assert threads[1:] == threads[:1] * 2  # the first message of a process starts threads of the backend's own
 
 
 @pytest.mark.slow
