@@ -11,7 +11,7 @@ from support import oracle
 from support.megatron import collect, filled_stages, forbid_questions, merge_world
 from support.tiny_models import tiny_config
 
-from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge import EncoderConfig, layer_spec
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.layer_spec import choose_layers
 from megatron_embed.bridge.layers import LayerKind
@@ -78,3 +78,31 @@ def test_only_what_chooses_asks_for_the_device() -> None:
             of_device = node.attr == "type" and isinstance(node.value, ast.Attribute) and node.value.attr == "device"
             if of_device or node.attr in QUESTIONS:
                 assert path.name in CHOOSING, f"{path.name}:{node.lineno} asks for the device"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "transformer_engine", "kind"),
+    [(True, True, "transformer_engine"), (True, False, "cuda"), (False, True, "cpu"), (False, False, "cpu")],
+)
+def test_the_kind_is_chosen_by_what_the_process_has(
+    cuda: bool, transformer_engine: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.run_on_cpu()
+    monkeypatch.setattr(host, "cuda_is_hidden", lambda: not cuda)
+    found = object() if transformer_engine else None
+    monkeypatch.setattr(layer_spec.importlib.util, "find_spec", lambda name, *_: found)
+    chosen: list[str] = []
+    for name in ("cuda_layers", "cpu_layers", "_transformer_engine_layers"):
+        monkeypatch.setattr(layer_spec, name, lambda name=name: chosen.append(name))
+    choose_layers()
+    assert chosen == [{"cuda": "cuda_layers", "cpu": "cpu_layers"}.get(kind, "_transformer_engine_layers")]
+
+
+def test_layers_of_cuda_are_megatron_cores_own_and_none_of_a_cpus() -> None:
+    layers = choose_layers("cuda")
+    assert layers.kind == "cuda"
+    for of_megatron in (layers.column, layers.row, layers.table):
+        assert of_megatron.__module__.startswith("megatron.core.")
+    for chosen in (layers.attention, layers.activation, layers.norm):
+        assert not any(".cpu." in base.__module__ for base in chosen.__mro__)
+    assert layers.norm.forward is torch.nn.RMSNorm.forward
