@@ -10,6 +10,7 @@ import torch
 from support import oracle
 from support.megatron import collect, filled_stages, forbid_questions, merge_world
 from support.tiny_models import tiny_config
+from support.tiny_qwen3 import tiny_qwen3_config
 
 from megatron_embed.bridge import EncoderConfig, layer_spec
 from megatron_embed.bridge.cpu import host
@@ -23,12 +24,16 @@ from megatron_embed.bridge.sequences import TokenBatch
 TEXTS = [list(range(12, 12 + n)) for n in (70, 3, 9, 9, 31)]  # beyond 64 positions the Llama-4 scale acts
 
 
+CONFIGS = {"ministral3": tiny_config, "qwen3": tiny_qwen3_config}
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-def test_vectors_and_every_gradient_equal_hugging_face(kind: LayerKind, packed: bool) -> None:
+@pytest.mark.parametrize("family", CONFIGS)
+def test_vectors_and_every_gradient_equal_hugging_face(family: str, kind: LayerKind, packed: bool) -> None:
     host.run_on_cpu()
-    config = EncoderConfig.from_hf(tiny_config())
-    model = oracle.hf_model(tiny_config(), dtype=torch.float64, exact_norms=True)
+    config = EncoderConfig.from_hf(CONFIGS[family]())
+    model = oracle.hf_model(CONFIGS[family](), dtype=torch.float64, exact_norms=True)
     weights = torch.randn(len(TEXTS), config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
     with parallel_world(Layout()):
         (encoder,) = filled_stages(config, Layout(), model.state_dict(), torch.float64, layers=kind)
