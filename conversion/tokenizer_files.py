@@ -33,10 +33,11 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     """Copy a tokenizer with the edits that an embedder needs.
 
     ``model_max_length`` is set; control tokens inside a text (``[INST]``) stay text, as in training; every text gets
-    ``<s> … </s>`` (a file that does so already stays as it is, and so does a ready embedder's: it was trained so); the
-    chat template goes, since sentence-transformers 6 would read every text as a chat message; so do the keys that name
-    a processor, remote code or a path of this machine; one without a padding token, as Llama's, gets one, else no batch
-    can be made; the class is the one that reads ``tokenizer.json`` and nothing else, which training uses too.
+    ``<s> … </s>``, or ``… </s>`` where there is no BOS (a file that does so already stays as it is, and so does a ready
+    embedder's: it was trained so); the chat template goes, since sentence-transformers 6 would read every text as a
+    chat message; so do the keys that name a processor, remote code or a path of this machine; one without a padding
+    token, as Llama's, gets one, else no batch can be made; the class is the one that reads ``tokenizer.json`` and
+    nothing else, which training uses too.
 
     Raises:
         UserError: no ``tokenizer.json``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,26 @@ def test_pure_modules_import_neither_megatron_nor_distributed(name: str) -> None
 def test_only_layer_spec_knows_transformer_engine(path: Path) -> None:
     if path.name != "layer_spec.py":
         assert not any("transformer_engine" in name for name in imported(path))
+
+
+#: module of bridge/cpu → who may import it; anyone may ask ``host`` where tensors live
+OF_CPUS = {"layers": {"bridge/layer_spec.py"}, "packed_weights": {"recipes/encode.py"}}
+
+
+def test_what_only_cpus_need_is_reached_through_the_choice_of_layers() -> None:
+    prefix = "megatron_embed.bridge.cpu."
+    for package in ALLOWED:
+        for path in (ROOT / package).rglob("*.py"):
+            place = path.relative_to(ROOT).as_posix()
+            if place.startswith("bridge/cpu/"):
+                continue
+            for module in {
+                name.removeprefix(prefix).split(".")[0] for name in imported(path) if name.startswith(prefix)
+            }:
+                assert module == "host" or place in OF_CPUS.get(module, ()), f"{place} imports bridge.cpu.{module}"
+
+
+def test_every_folder_with_modules_is_a_package_that_gets_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py")}
+    assert sorted(listed) == sorted("megatron_embed." + ".".join(folder.parts) for folder in folders)

@@ -10,8 +10,9 @@ import torch
 from support import oracle
 from support.megatron import collect, filled_stages, forbid_questions, merge_world
 from support.tiny_models import tiny_config
+from support.tiny_qwen3 import tiny_qwen3_config
 
-from megatron_embed.bridge import EncoderConfig
+from megatron_embed.bridge import EncoderConfig, layer_spec
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.layer_spec import choose_layers
 from megatron_embed.bridge.layers import LayerKind
@@ -23,12 +24,16 @@ from megatron_embed.bridge.sequences import TokenBatch
 TEXTS = [list(range(12, 12 + n)) for n in (70, 3, 9, 9, 31)]  # beyond 64 positions the Llama-4 scale acts
 
 
+CONFIGS = {"ministral3": tiny_config, "qwen3": tiny_qwen3_config}
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-def test_vectors_and_every_gradient_equal_hugging_face(kind: LayerKind, packed: bool) -> None:
+@pytest.mark.parametrize("family", CONFIGS)
+def test_vectors_and_every_gradient_equal_hugging_face(family: str, kind: LayerKind, packed: bool) -> None:
     host.run_on_cpu()
-    config = EncoderConfig.from_hf(tiny_config())
-    model = oracle.hf_model(tiny_config(), dtype=torch.float64, exact_norms=True)
+    config = EncoderConfig.from_hf(CONFIGS[family]())
+    model = oracle.hf_model(CONFIGS[family](), dtype=torch.float64, exact_norms=True)
     weights = torch.randn(len(TEXTS), config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
     with parallel_world(Layout()):
         (encoder,) = filled_stages(config, Layout(), model.state_dict(), torch.float64, layers=kind)
@@ -78,3 +83,31 @@ def test_only_what_chooses_asks_for_the_device() -> None:
             of_device = node.attr == "type" and isinstance(node.value, ast.Attribute) and node.value.attr == "device"
             if of_device or node.attr in QUESTIONS:
                 assert path.name in CHOOSING, f"{path.name}:{node.lineno} asks for the device"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "transformer_engine", "kind"),
+    [(True, True, "transformer_engine"), (True, False, "cuda"), (False, True, "cpu"), (False, False, "cpu")],
+)
+def test_the_kind_is_chosen_by_what_the_process_has(
+    cuda: bool, transformer_engine: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.run_on_cpu()
+    monkeypatch.setattr(host, "cuda_is_hidden", lambda: not cuda)
+    found = object() if transformer_engine else None
+    monkeypatch.setattr(layer_spec.importlib.util, "find_spec", lambda name, *_: found)
+    chosen: list[str] = []
+    for name in ("cuda_layers", "cpu_layers", "_transformer_engine_layers"):
+        monkeypatch.setattr(layer_spec, name, lambda name=name: chosen.append(name))
+    choose_layers()
+    assert chosen == [{"cuda": "cuda_layers", "cpu": "cpu_layers"}.get(kind, "_transformer_engine_layers")]
+
+
+def test_layers_of_cuda_are_megatron_cores_own_and_none_of_a_cpus() -> None:
+    layers = choose_layers("cuda")
+    assert layers.kind == "cuda"
+    for of_megatron in (layers.column, layers.row, layers.table):
+        assert of_megatron.__module__.startswith("megatron.core.")
+    for chosen in (layers.attention, layers.activation, layers.norm):
+        assert not any(".cpu." in base.__module__ for base in chosen.__mro__)
+    assert layers.norm.forward is torch.nn.RMSNorm.forward

@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from support import oracle
 from support.megatron import forbid_questions
 from support.tiny_models import tiny_config
+from support.tiny_qwen3 import tiny_qwen3_config
 from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
@@ -83,8 +84,11 @@ class StandInAttention(torch.nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).permute(2, 0, 1, 3).flatten(2)
 
 
-@pytest.fixture
-def encoder(monkeypatch: pytest.MonkeyPatch) -> Any:
+CONFIGS = {"ministral3": tiny_config, "qwen3": tiny_qwen3_config}
+
+
+@pytest.fixture(params=CONFIGS)
+def encoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     host.run_on_cpu()
     import megatron.core.extensions.transformer_engine as te
 
@@ -98,7 +102,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Any:
         assert hasattr(te, name)
         monkeypatch.setattr(te, name, stand_in)
     StandInAttention.seen.clear()
-    config = EncoderConfig.from_hf(tiny_config())
+    config = EncoderConfig.from_hf(CONFIGS[request.param]())
     with parallel_world(Layout()):
         yield Encoder(config, transformer_config(config, Layout(), dtype=torch.float32), layers="transformer_engine")
 
@@ -109,7 +113,7 @@ def test_every_parameter_has_its_row_and_shape(encoder: Encoder) -> None:
 
 
 def test_padded_and_packed_equal_hugging_face(encoder: Encoder) -> None:
-    model = oracle.hf_model(tiny_config())
+    model = oracle.hf_model(CONFIGS[encoder.encoder_config.family]())
     state, config = model.state_dict(), encoder.encoder_config
     table = {weight.megatron: weight for weight in weights(config)}
     with torch.no_grad():
