@@ -74,8 +74,8 @@ class Corpus:
         kind: of a BEIR folder, ``passage`` means its corpus and ``query`` its queries.
 
     Raises:
-        UserError: nothing there, or none of these forms. All but the constructor: no rows, or one that holds no id or
-            no text; file and line are named.
+        UserError: there is nothing, or it has none of these forms. Reading it raises one, too: it holds no rows, or a
+            row has no id or no text; file and line are named.
     """
 
     _keys: Sequence[str] = _ID_KEYS

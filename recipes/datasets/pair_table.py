@@ -70,6 +70,14 @@ def _passages(texts: list[str]) -> tuple[list[str] | None, list[int] | None]:
     return (None, numbers) if numbers and len(numbers) == len(texts) else (texts, None)
 
 
+def _keep(numbers: array[int], row: int, number: int) -> None:
+    """Append a row's number; nothing is kept while all are those that count the rows from 1."""
+    if numbers or number != row + 1:
+        if not numbers:
+            numbers.extend(range(1, row + 1))
+        numbers.append(number)
+
+
 def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
     """Write all rows, and find what :class:`megatron_embed.recipes.datasets.pairs.PairSource` has to know of them.
 
@@ -98,8 +106,8 @@ def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
         for text in pair.positives:
             ids.add(query, text_id(text))
         examples += len(pair.positives)
-        ends.append(examples)
-        lines.append(row.line)
+        _keep(ends, index, examples)
+        _keep(lines, index, row.line)
         most = max(most, len(pair.negatives))
         if pair.passage_prompt is not None:
             prompts.add(pair.passage_prompt)
@@ -114,12 +122,12 @@ def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
         more = f" ({unusable - 1} more cannot be used)" if unusable > 1 else ""
         raise UserError(f"{rows.path}, {first_problem}{more}")
     arrays = {}
-    if examples != len(ends):
+    if ends:
         arrays["ends"] = np.frombuffer(ends, dtype=np.int64)
     if (groups := ids.groups()) is not None:
         arrays["groups"] = groups
         if len(again := repeated_pairs(groups)):
-            of_again = int(np.searchsorted(np.frombuffer(ends, dtype=np.int64), again[0], side="right"))
-            odd.add(REPEATED_PAIRS, lines[of_again], len(again))
+            of_again = int(np.searchsorted(arrays["ends"], again[0], side="right")) if ends else int(again[0])
+            odd.add(REPEATED_PAIRS, lines[of_again] if lines else of_again + 1, len(again))
     facts = {"max_negatives": most, "no_scores": no_scores, "no_vectors": no_vectors, "vector_widths": sorted(widths)}
     return Found(arrays, {**facts, "passage_prompts": sorted(prompts), "odd": odd.found})
