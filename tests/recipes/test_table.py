@@ -128,7 +128,7 @@ def nothing_is_read() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "parse_json", fail)
-        patch.setattr(json_lists, "_Cut", fail)
+        patch.setattr(json_lists.JsonList, "entries", fail)
         patch.setattr(forms, "form_of", fail)
         patch.setattr(beir_rows, "read_qrels", fail)
         patch.setattr(table, "TableWriter", fail)
