@@ -166,13 +166,14 @@ class Corpus:
         return open_table(Recipe(kind, self.path, self._rows.files, _SCHEMA, self._build))[0]
 
     def _build(self, writer: TableWriter) -> Found:
+        row = None
         for row in read_rows(self._rows):
             try:
                 id_, text, alone = self._parse(row)
             except RowError as error:
                 raise UserError(f"{self.path}, {row.place}: {error}") from None
             writer.add((row.line, id_, text, None if alone == text else alone), len(text))
-        if not writer.count:
+        if row is None:
             raise UserError(f"{self.path}: holds no rows; wanted {self._wanted}")
         return Found()
 

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,7 +36,9 @@ VERSION = 6
 #: Smaller files are read in less than a second: small runs and tests leave nothing behind in a home folder.
 LEAST_BYTES = 16 << 20
 
-_ROWS, _CHARACTERS = 4096, 2 << 20  # of a record batch: what is held in memory while a table is written
+#: Of a record batch at most: small, so that the columns of a row lie near each other and one is read with the others.
+_ROWS, _CHARACTERS = 1024, 1 << 18
+_OPEN = 64  # record batches whose columns are kept at hand
 _BLOCK = 1 << 16  # bytes at either end of a file that are part of its stamp
 _complained: set[Path] = set()
 _TABLE, _FACTS, _DIGESTS = "rows.arrow", "facts.json", "digests.json"
@@ -48,13 +50,14 @@ class TableWriter:
     """Writes rows as record batches of an Arrow file.
 
     Attributes:
-        count: rows so far.
+        ends: rows up to and with each record batch.
     """
 
     def __init__(self, file: Any, schema: pyarrow.Schema) -> None:
         self._schema, self._writer = schema, pyarrow.ipc.new_file(file, schema)
         self._rows: list[Sequence[Any]] = []
-        self.count = self._characters = 0
+        self._characters = 0
+        self.ends: list[int] = []
 
     def add(self, row: Sequence[Any], characters: int) -> None:
         """The next row.
@@ -64,7 +67,6 @@ class TableWriter:
             characters: of all its texts, about.
         """
         self._rows.append(row)
-        self.count += 1
         self._characters += characters
         if len(self._rows) >= _ROWS or self._characters >= _CHARACTERS:
             self._flush()
@@ -79,6 +81,7 @@ class TableWriter:
             columns = zip(self._schema, zip(*self._rows, strict=True), strict=True)
             arrays = [pyarrow.array(values, column.type) for column, values in columns]
             self._writer.write_batch(pyarrow.record_batch(arrays, schema=self._schema))
+            self.ends.append((self.ends[-1] if self.ends else 0) + len(self._rows))
             self._rows, self._characters = [], 0
 
 
@@ -87,14 +90,13 @@ class Table:
 
     Args:
         content: an Arrow file.
+        ends: rows up to and with each record batch; without them all batches would be looked at.
     """
 
-    def __init__(self, content: Any) -> None:
-        reader = pyarrow.ipc.open_file(pyarrow.py_buffer(content))
-        self.names: list[str] = reader.schema.names
-        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
-        self._columns: dict[int, list[Any]] = {}
+    def __init__(self, content: Any, ends: list[int]) -> None:
+        self._reader, self._ends = pyarrow.ipc.open_file(pyarrow.py_buffer(content)), ends
+        self.names: list[str] = self._reader.schema.names
+        self._columns = lru_cache(_OPEN)(lambda number: self._reader.get_batch(number).columns)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -111,7 +113,8 @@ class Table:
 
     def values(self, *names: str) -> Iterator[tuple[Any, ...]]:
         """These columns' values of every row."""
-        for batch in self._batches:
+        for number in range(len(self._ends)):
+            batch = self._reader.get_batch(number)
             yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
 
     def _find(self, index: int) -> tuple[list[Any], int]:
@@ -119,9 +122,7 @@ class Table:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._ends, index)
-        if (columns := self._columns.get(number)) is None:
-            columns = self._columns[number] = self._batches[number].columns
-        return columns, index - (self._ends[number] - self._batches[number].num_rows)
+        return self._columns(number), index - (self._ends[number - 1] if number else 0)
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def open_table(recipe: Recipe) -> tuple[Table, Found]:
     if not before or sum(path.stat().st_size for path in read) < LEAST_BYTES:
         memory = io.BytesIO()
         built = _built(recipe, memory, before)
-        return Table(memory.getbuffer()), built
+        return Table(memory.getbuffer(), built.facts["batches"]), built
     with _turn(place.parent):
         if (found := _load(place, recipe)) is not None:
             return found
@@ -204,7 +205,7 @@ def _built(recipe: Recipe, file: Any, before: list[Stamp]) -> Found:
         check_unchanged()  # then nothing else that was found matters
         raise
     check_unchanged()
-    return Found(built.arrays, {**built.facts, "others": of_others})
+    return Found(built.arrays, {**built.facts, "others": of_others, "batches": writer.ends})
 
 
 def _unkept(recipe: Recipe, before: list[Stamp]) -> tuple[Table, Found]:
@@ -213,7 +214,7 @@ def _unkept(recipe: Recipe, before: list[Stamp]) -> tuple[Table, Found]:
         with tempfile.TemporaryFile() as file:
             built = _built(recipe, file, before)
             file.flush()
-            return Table(_mapped(file)), built
+            return Table(_mapped(file), built.facts["batches"]), built
     except OSError as error:
         raise UserError(
             f"{recipe.path}: no room for its table in {cache_folder()} nor in {tempfile.gettempdir()} ({error}); name "
@@ -300,7 +301,7 @@ def _load(place: Path, recipe: Recipe) -> tuple[Table, Found] | None:
             if name.endswith(".npy")
         }
         with (place / _TABLE).open("rb") as file:
-            table = Table(_mapped(file))
+            table = Table(_mapped(file), facts["batches"])
         return (table, Found(arrays, facts)) if table.names == recipe.schema.names else None
     except (OSError, ValueError):  # Arrow's errors are ValueErrors
         return None

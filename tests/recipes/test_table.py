@@ -457,7 +457,7 @@ def test_rows_of_many_batches_are_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(table, "_CHARACTERS", 40)
     values = [{"query": f"q{i}", "positive": f"p{i} " * (i % 7 + 1), "negatives": ["n"] * (i % 3)} for i in range(50)]
     source = start(write(tmp_path / "a.jsonl", values)).sources[0]
-    assert len(source._table._batches) > 12
+    assert len(source._table._ends) > 12
     for row in random.Random(0).sample(range(50), 50):
         pair = source.pair(row)
         assert (pair.query, pair.positives, pair.negatives) == (
