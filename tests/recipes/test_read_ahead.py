@@ -55,6 +55,18 @@ def run(folder: Path, name: str, *overrides: str) -> list[list[float]]:
     return [[record[key] for key in EXACT] for record in read_metrics(folder / name)]
 
 
+def failing_from(first: int) -> Callable[[BatchBuilder, int], RankBatch]:
+    """A builder that cannot read the batches from this one on (from 0)."""
+    build = BatchBuilder.build
+
+    def fail(self: BatchBuilder, step: int) -> RankBatch:
+        if step >= first:
+            raise UserError("train.jsonl, line 77: cannot be read")
+        return build(self, step)
+
+    return fail
+
+
 def test_steps_come_in_their_order_and_at_most_two_are_ahead() -> None:
     prepared: list[int] = []
     taken = threading.Semaphore(0)
@@ -128,8 +140,11 @@ def test_training_is_the_same_with_and_without_and_goes_on_the_same(
 ) -> None:
     overrides = ("train.train_iters=6", "train.save_interval=3", "train.global_batch_size=4")
     ahead = run(folder, "ahead", *overrides)
-    run(folder, "again", *overrides[1:], "train.train_iters=3")
-    again = run(folder, "again", *overrides, "checkpoint.resume=true")
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchBuilder, "build", failing_from(3))
+        with pytest.raises(UserError, match="cannot be read"):
+            run(folder, "again", *overrides)
+    again = run(folder, "again", *overrides)  # goes on from the checkpoint of step 3
     assert not own_threads()
     monkeypatch.setattr(training, "ReadAhead", AtOnce)
     at_once = run(folder, "at-once", *overrides)
@@ -144,14 +159,7 @@ def test_training_is_the_same_with_and_without_and_goes_on_the_same(
 def test_what_is_wrong_with_a_row_ends_its_step_and_no_earlier_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = BatchBuilder.build
-
-    def fail(self: BatchBuilder, step: int) -> RankBatch:
-        if step == 3:
-            raise UserError("train.jsonl, line 77: cannot be read")
-        return build(self, step)
-
-    monkeypatch.setattr(BatchBuilder, "build", fail)
+    monkeypatch.setattr(BatchBuilder, "build", failing_from(3))
     with pytest.raises(UserError, match=r"^train.jsonl, line 77: cannot be read$"):
         run(folder, "fails", "train.train_iters=6")
     assert [record["step"] for record in read_metrics(folder / "fails")] == [1, 2, 3]
