@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
+# two files of tests at a time, each with one thread a process
+WORKERS := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-all lint clean
 
@@ -17,11 +19,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not exhaustive"
+	$(BIN)/python -m pytest $(WORKERS) -m "not exhaustive"
 
 # with the whole matrices and the repeated runs
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

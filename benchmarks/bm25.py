@@ -17,9 +17,9 @@ import pytrec_eval
 import Stemmer
 from common import write_result
 
-from megatron_embed.recipes.beir import load_beir
-from megatron_embed.recipes.bm25 import bm25_run
-from megatron_embed.recipes.evaluation import METRICS, metrics
+from megatron_embed.recipes.datasets.beir import load_beir
+from megatron_embed.recipes.retrieval.bm25 import bm25_run
+from megatron_embed.recipes.retrieval.evaluation import METRICS, metrics
 
 #: nDCG@10 of bm25s with method lucene, k1 0.9, b 0.4, English stop words and Snowball, over title and text
 KNOWN = {"scifact": 0.676, "nfcorpus_proc": 0.328, "liveqa_medquad": 0.552}

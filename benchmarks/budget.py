@@ -17,9 +17,10 @@ from unittest import mock
 
 from quality import load_theirs, train_theirs
 
-from megatron_embed.recipes import train, training
-from megatron_embed.recipes.config import DataSource, RecipeConfig
+from megatron_embed.recipes import train
+from megatron_embed.recipes.config.schema import DataSource, RecipeConfig
 from megatron_embed.recipes.datasets.pairs import PairDataset
+from megatron_embed.recipes.training import loop as training
 
 
 @dataclass

@@ -45,8 +45,8 @@ def make_embedder(
     from transformers import Ministral3Config, Ministral3Model
 
     from megatron_embed.bridge import EncoderConfig
-    from megatron_embed.conversion.sentence_files import SentenceSettings, write_sentence_files
-    from megatron_embed.conversion.tokenizer_files import write_tokenizer
+    from megatron_embed.conversion.hf.sentence_files import SentenceSettings, write_sentence_files
+    from megatron_embed.conversion.hf.tokenizer_files import write_tokenizer
 
     torch.manual_seed(seed)
     config = Ministral3Config(**{**SMALL, **overrides})

@@ -49,8 +49,8 @@ def make_source(folder: Path, size: str) -> int:
     """A whole VLM of random bf16 values in 5 GB shards, from one random block. Returns the bytes of its tensors."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    from megatron_embed.conversion.hf_folder import INDEX
-    from megatron_embed.conversion.safetensors_writer import TensorSpec, _header, _plan
+    from megatron_embed.conversion.hf.folder import INDEX
+    from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, _header, _plan
 
     raw = json.loads((CONFIGS / f"{SIZES[size]}.json").read_text())
     if size == "tiny":
@@ -290,7 +290,7 @@ def run_size(size: str, work: Path, repeats: int) -> tuple[list[Row], list[str]]
 
 def _same_files(source: Path, out: Path) -> list[str]:
     """The VLM that went there and back against its source, tensor by tensor."""
-    from megatron_embed.conversion.hf_folder import HFFolder
+    from megatron_embed.conversion.hf.folder import HFFolder
 
     a, b = HFFolder(source), HFFolder(out)
     assert a.names() == b.names()
@@ -344,8 +344,8 @@ def _direct_rank(rank: int, folder: str, source: str) -> None:
     from megatron_embed.bridge.encoder import build_stages, transformer_config
     from megatron_embed.bridge.layout import Layout
     from megatron_embed.bridge.parallel import parallel_world
-    from megatron_embed.conversion.direct import load_hf_weights
-    from megatron_embed.conversion.hf_folder import HFFolder
+    from megatron_embed.conversion.hf.folder import HFFolder
+    from megatron_embed.conversion.megatron.direct import load_hf_weights
 
     torch.set_num_threads(1)
     host.run_on_cpu()

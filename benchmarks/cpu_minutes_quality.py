@@ -40,10 +40,10 @@ from quality import load_theirs, recipe, scores
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.conversion.exporting import export_hf
-from megatron_embed.recipes.beir import load_beir
-from megatron_embed.recipes.bm25 import bm25_run
-from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.evaluation import metrics
+from megatron_embed.recipes.config.schema import RecipeConfig
+from megatron_embed.recipes.datasets.beir import load_beir
+from megatron_embed.recipes.retrieval.bm25 import bm25_run
+from megatron_embed.recipes.retrieval.evaluation import metrics
 
 STAGES = ("start", "theirs", "ours", "mine", "mined", "more-mined", "more-none")
 #: what a result depends on; a work folder holds results of one setting of these

@@ -25,13 +25,13 @@ from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world, select_device
 from megatron_embed.bridge.sequences import TokenBatch
-from megatron_embed.recipes.batching import BatchingPlan
-from megatron_embed.recipes.config import LossSection, OptimizerSection
-from megatron_embed.recipes.loss import ContrastiveLoss
-from megatron_embed.recipes.metrics import model_flops, peak_memory_bytes
-from megatron_embed.recipes.optimizer import set_up_training
-from megatron_embed.recipes.step import contrastive_step
-from megatron_embed.recipes.targets import Targets
+from megatron_embed.recipes.config.schema import LossSection, OptimizerSection
+from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
+from megatron_embed.recipes.training.loss import ContrastiveLoss
+from megatron_embed.recipes.training.metrics import model_flops, peak_memory_bytes
+from megatron_embed.recipes.training.optimizer import set_up_training
+from megatron_embed.recipes.training.step import contrastive_step
+from megatron_embed.recipes.training.targets import Targets
 
 
 def texts(options: argparse.Namespace, vocab: int) -> list[list[int]]:

@@ -25,9 +25,9 @@ def measure(width: int) -> tuple[float, float]:
     """(bytes of growth, the loss) on this rank."""
     import torch.distributed as dist
 
-    from megatron_embed.recipes.config import LossSection
-    from megatron_embed.recipes.loss import ContrastiveLoss
-    from megatron_embed.recipes.targets import Targets
+    from megatron_embed.recipes.config.schema import LossSection
+    from megatron_embed.recipes.training.loss import ContrastiveLoss
+    from megatron_embed.recipes.training.targets import Targets
 
     mine = QUERIES // WORLD
     generator = torch.Generator().manual_seed(dist.get_rank())

@@ -24,7 +24,7 @@ from quality import OPTIMIZER, load_theirs, recipe, scores, train_theirs
 from megatron_embed.bridge.cpu import host
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.recipes import train
-from megatron_embed.recipes.beir import load_beir
+from megatron_embed.recipes.datasets.beir import load_beir
 
 
 def run_side(options: argparse.Namespace, seed: int, side: str) -> dict[str, float]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.config.overrides import apply_overrides
+from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
-from megatron_embed.recipes.evaluation import evaluate
 from megatron_embed.recipes.ministral3 import ministral3_tiny_embed_config
-from megatron_embed.recipes.overrides import apply_overrides
+from megatron_embed.recipes.retrieval.evaluation import evaluate
 
 #: the same on both sides, as the result files say it
 OPTIMIZER = "AdamW 0.9/0.999, no weight decay, clipping at 1.0, 10 % warm-up, linear decay to 0"

@@ -21,10 +21,10 @@ from common import make_embedder, timed, write_result
 from train_step import Ours, builder_of
 
 from megatron_embed.bridge.parallel import Layout, parallel_world, select_device
-from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.rank_batch import PackedBatch, pack
-from megatron_embed.recipes.read_ahead import ReadAhead
+from megatron_embed.recipes.training.rank_batch import PackedBatch, pack
+from megatron_embed.recipes.training.read_ahead import ReadAhead
 
 COST = 0.03
 

@@ -65,7 +65,7 @@ def memory() -> dict[str, float]:
 
 def start(path: str, batch: int) -> None:
     """One start, in a process of its own: prints what it measured."""
-    from megatron_embed.recipes.config import DataSource
+    from megatron_embed.recipes.config.schema import DataSource
 
     try:
         from megatron_embed.recipes.datasets.pairs import PairDataset

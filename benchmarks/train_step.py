@@ -21,17 +21,17 @@ import torch
 from common import SMALL, make_embedder, matmul_flops, resident, timed, write_result
 
 from megatron_embed.bridge.parallel import Layout, parallel_world, select_device
-from megatron_embed.recipes.batching import BatchingPlan, MicroBatch
-from megatron_embed.recipes.config import DataSource, LossSection, OptimizerSection
+from megatron_embed.recipes.config.schema import DataSource, LossSection, OptimizerSection
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
-from megatron_embed.recipes.loss import ContrastiveLoss
-from megatron_embed.recipes.metrics import model_flops
-from megatron_embed.recipes.optimizer import set_up_training
-from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch, micro_batches
-from megatron_embed.recipes.source import ModelSource
-from megatron_embed.recipes.step import contrastive_step
-from megatron_embed.recipes.tokenization import TextTokenizer
+from megatron_embed.recipes.datasets.tokenization import TextTokenizer
+from megatron_embed.recipes.encoding.micro_batches import BatchingPlan, MicroBatch
+from megatron_embed.recipes.encoding.source import ModelSource
+from megatron_embed.recipes.training.loss import ContrastiveLoss
+from megatron_embed.recipes.training.metrics import model_flops
+from megatron_embed.recipes.training.optimizer import set_up_training
+from megatron_embed.recipes.training.rank_batch import BatchBuilder, RankBatch, micro_batches
+from megatron_embed.recipes.training.step import contrastive_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

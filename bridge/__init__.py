@@ -13,7 +13,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_embed.bridge.bidirectional import (
+    from megatron_embed.bridge.hf_bidirectional import (
         LlamaBidirectionalConfig,
         LlamaBidirectionalModel,
         Ministral3BidirectionalConfig,
@@ -32,5 +32,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("megatron_embed.bridge.bidirectional"), name)
+        return getattr(importlib.import_module("megatron_embed.bridge.hf_bidirectional"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

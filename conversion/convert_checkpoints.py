@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from megatron_embed.bridge import environment
 from megatron_embed.conversion.arguments import Parser, positive, run_command
-from megatron_embed.conversion.page_cache import begin_reading
+from megatron_embed.conversion.io.page_cache import begin_reading
 
 DTYPES = ("bfloat16", "float16", "float32")
 BIDIRECTIONAL_HELP = "take a ready embedder with causal attention as a base model, to be trained bidirectionally"
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _size(text: str) -> str:
     from megatron_embed.bridge.errors import UserError
-    from megatron_embed.conversion.safetensors_writer import parse_size
+    from megatron_embed.conversion.hf.safetensors_writer import parse_size
 
     try:
         parse_size(text)

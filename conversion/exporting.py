@@ -10,25 +10,25 @@ from typing import Any, Literal, get_args
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion import checkpoint_folder
-from megatron_embed.conversion.atomic import atomic_output
-from megatron_embed.conversion.casts import Casts, torch_option
-from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
-from megatron_embed.conversion.declared_attention import made_bidirectional
-from megatron_embed.conversion.hf_folder import HFFolder, read_json
-from megatron_embed.conversion.importing import TEMPERATURE, torch_dtype_of
-from megatron_embed.conversion.model_card import model_card
-from megatron_embed.conversion.progress import Converted, byte_bar
-from megatron_embed.conversion.safetensors_writer import TensorSpec, parse_size, write_sharded
-from megatron_embed.conversion.sentence_files import (
+from megatron_embed.conversion.hf.declared_attention import made_bidirectional
+from megatron_embed.conversion.hf.folder import HFFolder, read_json
+from megatron_embed.conversion.hf.model_card import model_card
+from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, parse_size, write_sharded
+from megatron_embed.conversion.hf.sentence_files import (
     SentenceSettings,
     note_on_lengths,
     read_sentence_settings,
     write_json,
     write_sentence_files,
 )
-from megatron_embed.conversion.tensor_stream import CheckpointReader
-from megatron_embed.conversion.tokenizer_files import has_tokenizer, write_tokenizer
+from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer, write_tokenizer
+from megatron_embed.conversion.importing import TEMPERATURE, torch_dtype_of
+from megatron_embed.conversion.io.atomic import atomic_output
+from megatron_embed.conversion.io.casts import Casts, torch_option
+from megatron_embed.conversion.io.progress import Converted, byte_bar
+from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.megatron.tensors import CheckpointReader
+from megatron_embed.conversion.megatron.weights import CheckpointWeights
 from megatron_embed.conversion.vlm import find_vlm_source, write_vlm
 
 Target = Literal["embedder", "vlm"]

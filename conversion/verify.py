@@ -14,33 +14,39 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.bridge.mapping import Weight
-from megatron_embed.conversion import checkpoint_folder
-from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
-from megatron_embed.conversion.checksums import DamagedCheckpoint
-from megatron_embed.conversion.compare_configs import (
+from megatron_embed.conversion.compare.configs import (
     compare_attention,
     compare_configs,
     compare_encoders,
     compare_processors,
     stated_causality,
 )
-from megatron_embed.conversion.compare_settings import compare_folder_settings, compare_settings
-from megatron_embed.conversion.compare_tensors import (
+from megatron_embed.conversion.compare.differences import ComparedSection, Difference
+from megatron_embed.conversion.compare.embeddings import (
+    SENTENCES,
+    checkpoint_layers,
+    compare_layers,
+    hf_layers,
+    token_ids,
+)
+from megatron_embed.conversion.compare.settings import compare_folder_settings, compare_settings
+from megatron_embed.conversion.compare.tensors import (
     Pair,
     compare_tensors,
     missing_tensors,
     with_checkpoint,
     with_folder,
 )
-from megatron_embed.conversion.compare_tokenizers import compare_tokenizers, reads_control_tokens
-from megatron_embed.conversion.comparison import ComparedSection, Difference
-from megatron_embed.conversion.declared_attention import declares_causal
-from megatron_embed.conversion.embedding import SENTENCES, checkpoint_layers, compare_layers, hf_layers, token_ids
-from megatron_embed.conversion.hf_folder import HFFolder, read_json
-from megatron_embed.conversion.progress import byte_bar
-from megatron_embed.conversion.sentence_files import read_sentence_settings
-from megatron_embed.conversion.tensor_stream import CheckpointReader
-from megatron_embed.conversion.tokenizer_files import has_tokenizer
+from megatron_embed.conversion.compare.tokenizers import compare_tokenizers, reads_control_tokens
+from megatron_embed.conversion.hf.declared_attention import declares_causal
+from megatron_embed.conversion.hf.folder import HFFolder, read_json
+from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
+from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
+from megatron_embed.conversion.io.checksums import DamagedCheckpoint
+from megatron_embed.conversion.io.progress import byte_bar
+from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.megatron.tensors import CheckpointReader
+from megatron_embed.conversion.megatron.weights import CheckpointWeights
 
 #: Of the largest value. Both sides compute in fp32, and rounding grows with depth: 3e-6 at 26 layers. What changes the
 #: function changes vectors by far more, or is a key that is compared by itself.

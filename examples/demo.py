@@ -149,7 +149,7 @@ def compare(run: Path, export: Path, held_out: Path, device: str) -> tuple[dict[
     from sentence_transformers import SentenceTransformer
 
     from megatron_embed.recipes import Encoder
-    from megatron_embed.recipes.beir import load_beir
+    from megatron_embed.recipes.datasets.beir import load_beir
 
     console.print(
         f'>>> SentenceTransformer("{export}").encode_query(…)  against  Encoder.from_pretrained("{run}").encode(…)',
@@ -180,7 +180,7 @@ def report(
 ) -> None:
     """The HTML page: scores, similarities before and after, the training curves."""
     from megatron_embed.recipes import Encoder
-    from megatron_embed.recipes.run_report import heat_map, read_run, table, write_report
+    from megatron_embed.recipes.training.run_report import heat_map, read_run, table, write_report
 
     shown = 10
     queries, passages = pairs["queries"][:shown], pairs["passages"][:shown]

@@ -23,7 +23,7 @@ from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
-from megatron_embed.recipes.beir import load_beir
+from megatron_embed.recipes.datasets.beir import load_beir
 
 
 def local_task(folder: Path, split: str = "test") -> AbsTaskRetrieval:

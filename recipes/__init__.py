@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from megatron_embed.bridge.config import EncoderConfig
-    from megatron_embed.recipes.config import RecipeConfig
-    from megatron_embed.recipes.encoder import Encoder
+    from megatron_embed.recipes.config.schema import RecipeConfig
+    from megatron_embed.recipes.encoding.encoder import Encoder
     from megatron_embed.recipes.llama import llama31_8b_embed_config, llama32_1b_embed_config
     from megatron_embed.recipes.ministral3 import (
         ministral3_3b_embed_config,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         ministral3_tiny_embed_config,
     )
     from megatron_embed.recipes.qwen3 import qwen3_0p6b_embed_config, qwen3_4b_embed_config, qwen3_8b_embed_config
-    from megatron_embed.recipes.training import train
+    from megatron_embed.recipes.training.loop import train
 
     RECIPES: dict[str, Callable[[], RecipeConfig]]
     SIZES: dict[str, EncoderConfig]
@@ -40,8 +40,8 @@ _RECIPE_MODULES = {
 }
 #: other exported name → its module
 _MODULES = {
-    "Encoder": "megatron_embed.recipes.encoder",
-    "RecipeConfig": "megatron_embed.recipes.config",
+    "Encoder": "megatron_embed.recipes.encoding.encoder",
+    "RecipeConfig": "megatron_embed.recipes.config.schema",
 }
 
 __all__ = [

@@ -17,12 +17,12 @@ from megatron_embed.bridge import environment, liveness
 from megatron_embed.bridge.errors import UsageError, UserError, explain
 from megatron_embed.conversion.arguments import Parser, positive, run_command
 from megatron_embed.recipes import RECIPES
-from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.config_errors import nearest
-from megatron_embed.recipes.layout import layout_of
+from megatron_embed.recipes.config.checks import layout_of
+from megatron_embed.recipes.config.messages import nearest
+from megatron_embed.recipes.config.overrides import apply_overrides
+from megatron_embed.recipes.config.run_config import load_run_config
+from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.logs import shown_log
-from megatron_embed.recipes.overrides import apply_overrides
-from megatron_embed.recipes.run_config import load_run_config
 
 if TYPE_CHECKING:
     from rich.table import Table

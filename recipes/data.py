@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import FirstRankParser, run_program
-from megatron_embed.recipes.config import DataSection, DataSource
-from megatron_embed.recipes.inspect_data import findings_as_text, look_through
-from megatron_embed.recipes.odd_rows import report
-from megatron_embed.recipes.run_config import load_run_config
+from megatron_embed.recipes.config.run_config import load_run_config
+from megatron_embed.recipes.config.schema import DataSection, DataSource
+from megatron_embed.recipes.datasets.inspection import findings_as_text, look_through
+from megatron_embed.recipes.datasets.odd_rows import report
 
 if TYPE_CHECKING:
-    from megatron_embed.recipes.tokenization import TextTokenizer
+    from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 
 
 def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
     """A model's tokenizer with the prompts and lengths that training would give it."""
-    from megatron_embed.recipes.source import ModelSource
-    from megatron_embed.recipes.tokenization import TextTokenizer
+    from megatron_embed.recipes.datasets.tokenization import TextTokenizer
+    from megatron_embed.recipes.encoding.source import ModelSource
 
     source = ModelSource.open(model, bidirectional=True)  # no attention is computed
     return TextTokenizer.from_folder(

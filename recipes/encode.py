@@ -15,11 +15,11 @@ from typing import NoReturn
 
 from megatron_embed.bridge.errors import named
 from megatron_embed.conversion.arguments import positive
-from megatron_embed.conversion.disk_errors import check_writable
+from megatron_embed.conversion.io.disk_errors import check_writable
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
-from megatron_embed.recipes.vectors import DTYPES
+from megatron_embed.recipes.retrieval.vectors import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> None:
     with named("--output"):
         check_writable(args.output)
     texts = Corpus(args.input, args.kind)
-    from megatron_embed.recipes.encode_corpus import encode_texts, report_oddities
+    from megatron_embed.recipes.retrieval.encode_corpus import encode_texts, report_oddities
 
     with open_encoder(args) as encoder:
         if args.prompt_name is not None:

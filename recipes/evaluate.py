@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_embed.bridge.errors import named
-from megatron_embed.conversion.declared_attention import HELP
-from megatron_embed.conversion.disk_errors import check_writable
-from megatron_embed.recipes.beir import load_collections
+from megatron_embed.conversion.hf.declared_attention import HELP
+from megatron_embed.conversion.io.disk_errors import check_writable
 from megatron_embed.recipes.cli import FirstRankParser, run_program
-from megatron_embed.recipes.evaluation import evaluate, markdown_table
-from megatron_embed.recipes.odd_rows import report
-from megatron_embed.recipes.vectors import write_file
+from megatron_embed.recipes.datasets.beir import load_collections
+from megatron_embed.recipes.datasets.odd_rows import report
+from megatron_embed.recipes.retrieval.evaluation import evaluate, markdown_table
+from megatron_embed.recipes.retrieval.vectors import write_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
     collections = load_collections(args.data, args.split)
     if first_rank or args.strict:  # an error ends all ranks
         report([odd for collection in collections for odd in collection.odd], strict=args.strict)
-    from megatron_embed.recipes.encoder import Encoder
+    from megatron_embed.recipes.encoding.encoder import Encoder
 
     with Encoder.from_pretrained(
         args.model, device=args.device, bidirectional=args.bidirectional, scores=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.recipes.config import ModelSection, OptimizerSection, RecipeConfig, TrainSection
+from megatron_embed.recipes.config.schema import ModelSection, OptimizerSection, RecipeConfig, TrainSection
 
 _KINDS = ("", "-Instruct")
 _COMMON: dict[str, Any] = {

@@ -15,13 +15,13 @@ from typing import NoReturn
 
 from megatron_embed.bridge.errors import UserError, named
 from megatron_embed.conversion.arguments import positive
-from megatron_embed.conversion.disk_errors import check_writable
+from megatron_embed.conversion.io.disk_errors import check_writable
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.datasets.corpus import Corpus
-from megatron_embed.recipes.inputs import check_source
-from megatron_embed.recipes.mining import MiningRules
-from megatron_embed.recipes.mining_report import audit_as_text, beside, write_audit
+from megatron_embed.recipes.datasets.inputs import check_source
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
+from megatron_embed.recipes.retrieval.mining import MiningRules
+from megatron_embed.recipes.retrieval.mining_report import audit_as_text, beside, write_audit
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> None:
         check_writable(args.output.parent)
     check_source(args.data)
     corpus = Corpus(args.corpus)
-    from megatron_embed.recipes.miner import mine
+    from megatron_embed.recipes.retrieval.miner import mine
 
     with open_encoder(args, scores=True) as encoder:
         audit = mine(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.recipes.config import DataSection, ModelSection, OptimizerSection, RecipeConfig, TrainSection
+from megatron_embed.recipes.config.schema import DataSection, ModelSection, OptimizerSection, RecipeConfig, TrainSection
 
 _YARN: dict[str, Any] = {
     "rope_type": "yarn",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from megatron_embed.bridge.errors import UsageError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.conversion.arguments import positive
-from megatron_embed.conversion.declared_attention import HELP
+from megatron_embed.conversion.hf.declared_attention import HELP
 
 if TYPE_CHECKING:
-    from megatron_embed.recipes.encoder import Encoder
+    from megatron_embed.recipes.encoding.encoder import Encoder
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def open_encoder(args: argparse.Namespace, *, scores: bool = False) -> Encoder:
             f"--tp {args.tp} --pp {args.pp}: their product does not divide {world} ranks; change one of them, or start "
             f"so many processes with torchrun --nproc-per-node"
         )
-    from megatron_embed.recipes.encoder import Encoder
+    from megatron_embed.recipes.encoding.encoder import Encoder
 
     return Encoder.from_pretrained(
         args.model,

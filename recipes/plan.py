@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_embed.conversion.arguments import positive, whole
 from megatron_embed.recipes import SIZES
 from megatron_embed.recipes.cli import FirstRankParser, read_words, run_program
-from megatron_embed.recipes.config import LAYOUT_KEYS, RecipeConfig
+from megatron_embed.recipes.config.schema import LAYOUT_KEYS, RecipeConfig
 
 if TYPE_CHECKING:
-    from megatron_embed.recipes.planning import Plan
+    from megatron_embed.recipes.planning.layouts import Plan
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _report(args: PlanArguments) -> None:
     from rich.console import Console
 
-    from megatron_embed.recipes import plan_tables
-    from megatron_embed.recipes.planning import choose_recompute, plan_layout, plan_world
-    from megatron_embed.recipes.sizes import encoder_of
+    from megatron_embed.recipes.planning import tables as plan_tables
+    from megatron_embed.recipes.planning.layouts import choose_recompute, plan_layout, plan_world
+    from megatron_embed.recipes.planning.model_sizes import encoder_of
 
     config = encoder_of(args.cfg, SIZES)
     own: Plan | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_embed.recipes.cli import FirstRankParser, run_program
-from megatron_embed.recipes.run_report import read_run, write_report
+from megatron_embed.recipes.training.run_report import read_run, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -1,6 +1,6 @@
 """Fine-tune an embedding model: ``torchrun --nproc-per-node N -m megatron_embed.recipes.train RECIPE …``.
 
-The work is in :mod:`megatron_embed.recipes.training`. The module itself is callable: imports bind the name
+The work is in :mod:`megatron_embed.recipes.training.loop`. The module itself is callable: imports bind the name
 ``train`` of the package to this module, and ``from megatron_embed.recipes import train; train(cfg)`` must work
 whatever was imported before.
 """
@@ -15,16 +15,16 @@ from typing import Any, NoReturn
 from megatron_embed.bridge import environment
 from megatron_embed.recipes import RECIPES, SIZES
 from megatron_embed.recipes.cli import parse_train_arguments, recipe_table, run_program
-from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.inputs import check_inputs
-from megatron_embed.recipes.layout import validate
+from megatron_embed.recipes.config.checks import validate
+from megatron_embed.recipes.config.schema import RecipeConfig
+from megatron_embed.recipes.datasets.inputs import check_inputs
 
 
 class _CallableModule(ModuleType):
     def __call__(self, cfg: RecipeConfig) -> Any:
-        """Run the training that ``cfg`` describes; see :func:`megatron_embed.recipes.training.train`."""
+        """Run the training that ``cfg`` describes; see :func:`megatron_embed.recipes.training.loop.train`."""
         environment.set_defaults()
-        from megatron_embed.recipes.training import train
+        from megatron_embed.recipes.training.loop import train
 
         return train(cfg, recipes=RECIPES)
 
@@ -46,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             return
         assert args.cfg is not None
         if args.dry_run:
-            from megatron_embed.recipes.dry_run import describe_run
+            from megatron_embed.recipes.planning.dry_run import describe_run
 
             print(describe_run(args.cfg, args.world_size, recipes=RECIPES, sizes=SIZES))
             return
         validate(args.cfg, args.world_size)  # both before the imports that take seconds
         check_inputs(args.cfg)
-        from megatron_embed.recipes.training import train
+        from megatron_embed.recipes.training.loop import train
 
         train(args.cfg, recipes=RECIPES)
 

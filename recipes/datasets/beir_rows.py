@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import qrels_path, read_qrels
+from megatron_embed.recipes.datasets.beir import qrels_path, read_qrels
 from megatron_embed.recipes.datasets.corpus import BeirTexts
 from megatron_embed.recipes.datasets.documents import DocumentIds, Documents
 from megatron_embed.recipes.datasets.rows import Row
-from megatron_embed.recipes.text_ids import exact_id
+from megatron_embed.recipes.datasets.text_ids import exact_id
 
 
 class BeirRows:

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import WANTED, document_text, is_beir, text_file, text_row
+from megatron_embed.recipes.datasets.beir import WANTED, document_text, is_beir, text_file, text_row
+from megatron_embed.recipes.datasets.duplicates import repeats
+from megatron_embed.recipes.datasets.json_text import RowError
+from megatron_embed.recipes.datasets.odd_rows import JSON_LOOKING, NO_TEXT, OddRows, of_text
 from megatron_embed.recipes.datasets.rows import JsonLineRows, PlainLineRows, Row, Rows, open_rows, place, read_rows
 from megatron_embed.recipes.datasets.table import Found, Recipe, Table, TableWriter, open_table
-from megatron_embed.recipes.duplicates import repeats
-from megatron_embed.recipes.json_text import RowError
-from megatron_embed.recipes.odd_rows import JSON_LOOKING, NO_TEXT, OddRows, of_text
-from megatron_embed.recipes.text_ids import exact_id, text_id
+from megatron_embed.recipes.datasets.text_ids import exact_id, text_id
 
 _ID_KEYS = ("_id", "id", "docid")
 _WANTED = f"texts: {WANTED}, a row, or plain lines"
@@ -36,7 +36,7 @@ _SCHEMA = pyarrow.schema(
 
 
 class Texts(Protocol):
-    """What :func:`megatron_embed.recipes.encode_corpus.encode_texts` encodes. Rows are read when they are needed."""
+    """Texts to be embedded, see :mod:`megatron_embed.recipes.retrieval.encode_corpus`; read when they are needed."""
 
     path: str
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.datasets.corpus import Corpus
-from megatron_embed.recipes.duplicates import repeats
-from megatron_embed.recipes.json_text import RowError
-from megatron_embed.recipes.text_ids import exact_id
+from megatron_embed.recipes.datasets.duplicates import repeats
+from megatron_embed.recipes.datasets.json_text import RowError
+from megatron_embed.recipes.datasets.text_ids import exact_id
 
 
 class Document(str):

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import document_text
+from megatron_embed.recipes.datasets.beir import document_text
 from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.datasets.documents import DocumentIds, Documents
+from megatron_embed.recipes.datasets.json_text import RowError, read_json
+from megatron_embed.recipes.datasets.pair import Pair, kind_of, parse_pair
 from megatron_embed.recipes.datasets.rows import JsonObjectRows, Row, Rows
-from megatron_embed.recipes.json_text import RowError, read_json
-from megatron_embed.recipes.pairs import Pair, kind_of, parse_pair
 
 #: (corpus id or None, document id) → text
 Lookup = Callable[[Any, Any], str]

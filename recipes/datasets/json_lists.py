@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.json_text import BOM, RowError, parse_file, parse_json, read_json
+from megatron_embed.recipes.datasets.json_text import BOM, RowError, parse_file, parse_json, read_json
 
 BLOCK = 1 << 20  # bytes read at once; an entry that is longer is read in blocks of growing size
 AROUND = 4 << 20  # bytes that a file may hold before its list, and as many after it

@@ -11,14 +11,14 @@ import pyarrow
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.datasets.documents import Document
+from megatron_embed.recipes.datasets.duplicates import TextIds, repeated_pairs
 from megatron_embed.recipes.datasets.forms import PairReader
+from megatron_embed.recipes.datasets.json_text import RowError
+from megatron_embed.recipes.datasets.odd_rows import REPEATED_PAIRS, OddRows, of_pair
+from megatron_embed.recipes.datasets.pair import Pair, Teacher
 from megatron_embed.recipes.datasets.rows import Row, Rows, read_rows
 from megatron_embed.recipes.datasets.table import Found, TableWriter
-from megatron_embed.recipes.duplicates import TextIds, repeated_pairs
-from megatron_embed.recipes.json_text import RowError
-from megatron_embed.recipes.odd_rows import REPEATED_PAIRS, OddRows, of_pair
-from megatron_embed.recipes.pairs import Pair, Teacher
-from megatron_embed.recipes.text_ids import text_id
+from megatron_embed.recipes.datasets.text_ids import text_id
 
 _TEXT, _VECTOR = pyarrow.large_string(), pyarrow.list_(pyarrow.float64())
 #: Passages are texts, or the numbers of documents; of a row's positives, as of its negatives, all are one or the other.
@@ -81,8 +81,9 @@ def _keep(numbers: array[int], row: int, number: int) -> None:
 def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
     """Write all rows, and find what :class:`megatron_embed.recipes.datasets.pairs.PairSource` has to know of them.
 
-    Arrays: ``groups``, see :meth:`megatron_embed.recipes.duplicates.TextIds.groups`; ``ends``, ``[rows]`` int64, the
-    examples up to and with each row, where any has several positives. Facts: the attributes of ``PairSource``.
+    Arrays: ``groups``, see :meth:`megatron_embed.recipes.datasets.duplicates.TextIds.groups`; ``ends``, ``[rows]``
+    int64, the examples up to and with each row, where any has several positives. Facts: the attributes of
+    ``PairSource``.
 
     Raises:
         UserError: a row that cannot be used; the first is named, the others are counted.

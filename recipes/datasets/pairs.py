@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets.beir_rows import BeirRows
 from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.datasets.documents import Documents
 from megatron_embed.recipes.datasets.forms import NamedCorpora, PairReader, corpora_of
+from megatron_embed.recipes.datasets.inputs import check_source
+from megatron_embed.recipes.datasets.odd_rows import OddRows
+from megatron_embed.recipes.datasets.pair import Pair, Teacher
 from megatron_embed.recipes.datasets.pair_table import SCHEMA, pair_of, write_pairs
 from megatron_embed.recipes.datasets.rows import JsonObjectRows, Rows, open_rows, place
 from megatron_embed.recipes.datasets.table import Found, Recipe, TableWriter, open_table
-from megatron_embed.recipes.inputs import check_source
-from megatron_embed.recipes.odd_rows import OddRows
-from megatron_embed.recipes.pairs import Pair, Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class PairSource:
         self.passage_prompts: list[str] = found.facts["passage_prompts"]
         #: rows that can be used and look odd
         self.odd = OddRows.again(rows.path, found.facts["odd"])
-        #: examples that share a text, see :meth:`megatron_embed.recipes.duplicates.TextIds.groups`
+        #: examples that share a text, see :meth:`megatron_embed.recipes.datasets.duplicates.TextIds.groups`
         self.groups = found.arrays.get("groups")
         # Only where some row has several positives does an example need more than its row's number.
         self._ends = found.arrays.get("ends")

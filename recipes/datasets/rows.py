@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.io.long_work import progress
+from megatron_embed.recipes.datasets.foreign_files import refuse_foreign
 from megatron_embed.recipes.datasets.json_lists import JsonList, is_object
-from megatron_embed.recipes.foreign_files import refuse_foreign
-from megatron_embed.recipes.json_text import BOM, RowError, decode, parse_json
-from megatron_embed.recipes.progress import progress
+from megatron_embed.recipes.datasets.json_text import BOM, RowError, decode, parse_json
 
 _SLOW = 64 << 20  # bytes whose reading takes some seconds, so that it is shown how far it is
 _TOGETHER = 1000  # rows after which this is shown; rows of a table that are made Python's together

@@ -13,8 +13,8 @@ from itertools import accumulate
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.datasets.duplicates import spread
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.duplicates import spread
 
 
 class GlobalBatchSampler:
@@ -22,13 +22,14 @@ class GlobalBatchSampler:
 
     Every batch comes from one source. Within a source the examples are shuffled anew each epoch, and the tail that
     does not fill a batch is dropped (other examples in each epoch). Examples with the same query or the same positive
-    come into different batches (:func:`megatron_embed.recipes.duplicates.spread`). Without weights an epoch takes
-    every source through once; with weights each step draws its source by weight.
+    come into different batches (:func:`megatron_embed.recipes.datasets.duplicates.spread`). Without weights an epoch
+    takes every source through once; with weights each step draws its source by weight.
 
     Args:
         dataset: a :class:`PairDataset`, or the sizes of its sources.
         weights: one a source; default: the dataset's.
-        groups: one a source; default: the dataset's. See :meth:`megatron_embed.recipes.duplicates.TextIds.groups`.
+        groups: one a source; default: the dataset's. See
+            :meth:`megatron_embed.recipes.datasets.duplicates.TextIds.groups`.
 
     Raises:
         UserError: a source with fewer examples than a batch.

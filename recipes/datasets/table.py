@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.atomic import atomic_output, save_array
+from megatron_embed.conversion.io.atomic import atomic_output, save_array
 
 #: raised whenever other things are kept, or rows are understood in another way
 VERSION = 6

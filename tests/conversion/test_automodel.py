@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from megatron_embed import bridge
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
-from megatron_embed.conversion.hf_folder import HFFolder
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.verify import verify
 

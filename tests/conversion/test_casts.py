@@ -24,10 +24,10 @@ from support.hf_files import (
 from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.casts import Casts
 from megatron_embed.conversion.convert_checkpoints import main
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
+from megatron_embed.conversion.io.casts import Casts
 
 Capture = pytest.CaptureFixture[str]
 UP, NORM, EMBED = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"

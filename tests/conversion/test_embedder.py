@@ -15,9 +15,9 @@ from support.hf_files import Source, edit_json, without_checksums
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, Mistral3ForConditionalGeneration
 
-from megatron_embed.conversion.checkpoint_folder import RUN_CONFIG
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
+from megatron_embed.conversion.megatron.folder import RUN_CONFIG
 
 QUERIES = ["how do plants eat?", "a  b [INST]</s> c", "ünïcödé 漢字"]
 LONG = "one two three four " * 60
@@ -84,7 +84,7 @@ def test_the_last_token_moves_the_first_state(source: Source, tmp_path: Path) ->
 
 def test_tokens_are_the_training_ones(source: Source, tmp_path: Path) -> None:
     """Prompt, BOS, EOS, control tokens as text, truncation: what training feeds is what the export reads."""
-    recipes = pytest.importorskip("megatron_embed.recipes.tokenization")
+    recipes = pytest.importorskip("megatron_embed.recipes.datasets.tokenization")
     folder = source("vlm")
     out = exported(folder, tmp_path, data={"query_prompt": " q:\t", "query_max_length": 40, "passage_max_length": 40})
     training = recipes.TextTokenizer.from_folder(
@@ -204,7 +204,7 @@ def test_model_card(source: Source, tmp_path: Path) -> None:
 
 def test_a_learned_temperature_is_exported(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_embed.conversion import importing
-    from megatron_embed.conversion.tensor_stream import Chunk
+    from megatron_embed.conversion.megatron.tensors import Chunk
 
     learned = Chunk("log_temperature", (), (), (), torch.float32, 0, lambda: torch.tensor(math.log(0.05)))
     monkeypatch.setattr(importing, "kept_chunks", lambda *_: [learned])

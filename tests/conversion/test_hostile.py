@@ -14,11 +14,12 @@ from support.hf_files import Source, edit_json, without_checksums
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion import checkpoint_folder, safe_loading
 from megatron_embed.conversion.exporting import export_hf
-from megatron_embed.conversion.hf_folder import HFFolder
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.tensor_stream import CheckpointReader
+from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.megatron import safe_loading
+from megatron_embed.conversion.megatron.tensors import CheckpointReader
 
 
 class Bomb:

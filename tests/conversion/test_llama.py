@@ -78,7 +78,7 @@ def test_vectors_are_the_source_models(source: Source, tmp_path: Path) -> None:
 
 
 def test_tokens_are_the_training_ones(source: Source, tmp_path: Path) -> None:
-    recipes = pytest.importorskip("megatron_embed.recipes.tokenization")
+    recipes = pytest.importorskip("megatron_embed.recipes.datasets.tokenization")
     folder = source("llama_model")
     out = there_and_back(folder, tmp_path)
     training = recipes.TextTokenizer.from_folder(

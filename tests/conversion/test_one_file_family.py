@@ -27,7 +27,7 @@ from megatron_embed.bridge.sequences import TokenBatch
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.verify import verify
-from megatron_embed.recipes.plan_state import chunk_parameters, chunks_of
+from megatron_embed.recipes.planning.state import chunk_parameters, chunks_of
 
 QWEN2 = Family(
     name="qwen2",

@@ -16,7 +16,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.verify import verify
-from megatron_embed.recipes.tokenization import TextTokenizer
+from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 
 TEXTS = ["query: how do plants eat?", "passage: a  b <|im_end|> c", "ünïcödé 漢字"]
 

@@ -68,7 +68,7 @@ def test_it_comes_back_as_it_was(pooling: str, normalize: bool, source: Source, 
 
 def test_its_tokenizer_stays_as_it_was_trained(source: Source, tmp_path: Path) -> None:
     """One that adds no EOS gets none: neither in training nor in the export."""
-    recipes = pytest.importorskip("megatron_embed.recipes.tokenization")
+    recipes = pytest.importorskip("megatron_embed.recipes.datasets.tokenization")
     folder = ready(source("model"), tmp_path / "ready", post_processor=None)
     import_hf(folder, tmp_path / "m", progress=False)
     export_hf(tmp_path / "m", tmp_path / "hf", progress=False)

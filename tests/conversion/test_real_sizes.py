@@ -27,11 +27,11 @@ from transformers import (
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.families import FAMILIES
-from megatron_embed.conversion.checkpoint_weights import chunks
-from megatron_embed.conversion.compare_configs import compare_encoders
-from megatron_embed.conversion.hf_folder import HFFolder
-from megatron_embed.conversion.safetensors_writer import TensorSpec, _header, _plan
-from megatron_embed.conversion.sentence_files import write_json
+from megatron_embed.conversion.compare.configs import compare_encoders
+from megatron_embed.conversion.hf.folder import HFFolder
+from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, _header, _plan
+from megatron_embed.conversion.hf.sentence_files import write_json
+from megatron_embed.conversion.megatron.weights import chunks
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "hf_configs"
 #: (config, model, prefix of the encoder on disk, tensors on disk, of them the encoder's, the encoder's parameters)

@@ -16,8 +16,7 @@ from support.ready import make_ready
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.sentence_files import (
+from megatron_embed.conversion.hf.sentence_files import (
     SentenceSettings,
     beside_the_recipe,
     default_settings,
@@ -25,6 +24,7 @@ from megatron_embed.conversion.sentence_files import (
     with_the_recipes,
     write_sentence_files,
 )
+from megatron_embed.conversion.importing import import_hf
 
 BERT, MODEL, POOLING = "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"
 FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}

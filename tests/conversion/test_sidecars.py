@@ -10,8 +10,8 @@ import pytest
 from support.hf_files import Source, edit_json, without_checksums
 
 from megatron_embed.conversion.exporting import export_hf
+from megatron_embed.conversion.hf.sidecars import sidecars
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.sidecars import sidecars
 
 OWN = (
     ".gitattributes",

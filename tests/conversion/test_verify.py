@@ -13,12 +13,12 @@ import torch
 from support.hf_files import Source, edit_json, edit_tensors
 from support.run_files import edit_encoder
 
-from megatron_embed.conversion import embedding
-from megatron_embed.conversion.checkpoint_weights import CheckpointWeights
+from megatron_embed.conversion.compare import embeddings as embedding
 from megatron_embed.conversion.exporting import export_hf
-from megatron_embed.conversion.hf_folder import HFFolder
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.tensor_stream import CheckpointReader
+from megatron_embed.conversion.megatron.tensors import CheckpointReader
+from megatron_embed.conversion.megatron.weights import CheckpointWeights
 from megatron_embed.conversion.verify import verify
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.runs import make_inputs, recipe
 
-from megatron_embed.conversion.checkpoint_folder import resolve
+from megatron_embed.conversion.megatron.folder import resolve
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(folder: Path, name: str, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """``torchrun`` (or a single process) with the recipe of :func:`support.runs.recipe`; the limit is for hangs."""
     config = folder / f"{name}.yaml"
-    from megatron_embed.recipes.run_config import save_run_config
+    from megatron_embed.recipes.config.run_config import save_run_config
 
     save_run_config(recipe(folder, name), config)
     program = ["-m", "megatron_embed.recipes.train", "--config", str(config), "device=cpu", *overrides]

@@ -122,13 +122,13 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
     from megatron.core import parallel_state
 
     from megatron_embed.bridge.cpu import linear
-    from megatron_embed.recipes import gradient_buckets
-    from megatron_embed.recipes.batching import BatchingPlan
-    from megatron_embed.recipes.config import LossSection
-    from megatron_embed.recipes.loss import ContrastiveLoss
-    from megatron_embed.recipes.optimizer import gradients, wrap_ddp
-    from megatron_embed.recipes.step import contrastive_step
-    from megatron_embed.recipes.targets import Targets
+    from megatron_embed.recipes.config.schema import LossSection
+    from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
+    from megatron_embed.recipes.training import gradient_buckets
+    from megatron_embed.recipes.training.loss import ContrastiveLoss
+    from megatron_embed.recipes.training.optimizer import gradients, wrap_ddp
+    from megatron_embed.recipes.training.step import contrastive_step
+    from megatron_embed.recipes.training.targets import Targets
 
     encoder_config = EncoderConfig.from_hf(config(case.family), temperature=TEMPERATURE)
     with parallel_world(case.layout):

@@ -145,10 +145,10 @@ def compute(kinds: list[str], chunked: bool) -> dict[tuple[str, str], tuple[Tens
     """Every case on this rank's part: loss share, gradients of queries, slots and log temperature."""
     import torch.distributed as dist
 
-    from megatron_embed.recipes import loss as loss_module
-    from megatron_embed.recipes.config import LossSection
-    from megatron_embed.recipes.loss import ContrastiveLoss
-    from megatron_embed.recipes.targets import Targets, identify
+    from megatron_embed.recipes.config.schema import LossSection
+    from megatron_embed.recipes.training import loss as loss_module
+    from megatron_embed.recipes.training.loss import ContrastiveLoss
+    from megatron_embed.recipes.training.targets import Targets, identify
 
     loss_module.CHUNK_BYTES = 3000 if chunked else 64 << 20
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -227,9 +227,9 @@ def sentence_transformers_loss(name: str, q: Tensor, slots: list[Tensor], scores
 
 @pytest.mark.parametrize("name", ["symmetric", "gte", "matryoshka", "scores"])
 def test_losses_equal_sentence_transformers(name: str) -> None:
-    from megatron_embed.recipes.config import LossSection
-    from megatron_embed.recipes.loss import ContrastiveLoss
-    from megatron_embed.recipes.targets import Targets
+    from megatron_embed.recipes.config.schema import LossSection
+    from megatron_embed.recipes.training.loss import ContrastiveLoss
+    from megatron_embed.recipes.training.targets import Targets
 
     data = batch("distinct")
     leaves = [data[key].clone().requires_grad_() for key in ("query_vectors", "slot_vectors")]

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
-from megatron_embed.recipes import gradient_buckets
+from megatron_embed.recipes.training import gradient_buckets
 
 LAYOUTS = [Layout(pp=2), Layout(pp=2, vpp=2), Layout(pp=4), Layout(pp=4, vpp=2), Layout(tp=2, pp=2), Layout(cp=2, pp=2)]
 QUERIES = 16
@@ -96,13 +96,13 @@ def three_steps(layout: Layout) -> Ledger:
     from megatron.core import parallel_state
 
     from megatron_embed.bridge.encoder import build_stages, transformer_config
-    from megatron_embed.recipes.batching import BatchingPlan
-    from megatron_embed.recipes.config import LossSection
-    from megatron_embed.recipes.loss import ContrastiveLoss
-    from megatron_embed.recipes.optimizer import wrap_ddp
-    from megatron_embed.recipes.schedule import encode_micro_batches
-    from megatron_embed.recipes.step import contrastive_step
-    from megatron_embed.recipes.targets import Targets
+    from megatron_embed.recipes.config.schema import LossSection
+    from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
+    from megatron_embed.recipes.encoding.schedule import encode_micro_batches
+    from megatron_embed.recipes.training.loss import ContrastiveLoss
+    from megatron_embed.recipes.training.optimizer import wrap_ddp
+    from megatron_embed.recipes.training.step import contrastive_step
+    from megatron_embed.recipes.training.targets import Targets
 
     config = EncoderConfig.from_hf(tiny_config(num_hidden_layers=8), temperature=0.05)
     gradient_buckets.BUCKET = (2000, 0)  # many buckets

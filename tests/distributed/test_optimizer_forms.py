@@ -12,7 +12,7 @@ import torch
 from support.runs import make_inputs, recipe
 from support.worlds import run_world
 
-from megatron_embed.conversion.checkpoint_folder import iteration_folder
+from megatron_embed.conversion.megatron.folder import iteration_folder
 
 TP2 = "model.tensor_model_parallel_size=2"
 #: name → (overrides, where the main parameters are)
@@ -41,7 +41,8 @@ def save_and_save_again(folder: str, pairs: list[tuple[str, str]]) -> None:
 
     Another precision is taken with ``checkpoint.load`` only.
     """
-    from megatron_embed.recipes import train, training
+    from megatron_embed.recipes import train
+    from megatron_embed.recipes.training import loop as training
 
     root = Path(folder)
     short = ["train.train_iters=2", "optimizer.warmup_iters=0"]

@@ -18,10 +18,10 @@ from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
-from megatron_embed.recipes import gradient_buckets
-from megatron_embed.recipes.config import OptimizerSection
-from megatron_embed.recipes.plan_activations import Activations, Shape, in_flight
-from megatron_embed.recipes.plan_state import State, chunks_of, states
+from megatron_embed.recipes.config.schema import OptimizerSection
+from megatron_embed.recipes.planning.activations import Activations, Shape, in_flight
+from megatron_embed.recipes.planning.state import State, chunks_of, states
+from megatron_embed.recipes.training import gradient_buckets
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: What activations may be off by. Context-parallel ranks differ in the keys that they look at: the plan is that of the
@@ -122,7 +122,7 @@ def allocated(case: Case) -> tuple[int, int, State]:
     from megatron.core import parallel_state
 
     from megatron_embed.bridge.encoder import build_stages, transformer_config
-    from megatron_embed.recipes.optimizer import set_up_training
+    from megatron_embed.recipes.training.optimizer import set_up_training
 
     transformer = transformer_config(config(case.family), case.layout, dtype=DTYPES[case.precision])
     encoders = build_stages(config(case.family), transformer, learn_temperature=case.learn_temperature)
@@ -253,12 +253,12 @@ def in_a_step(layout: Layout) -> tuple[int, int]:
     from megatron.core import parallel_state
 
     from megatron_embed.bridge.encoder import build_stages, transformer_config
-    from megatron_embed.recipes.batching import BatchingPlan
-    from megatron_embed.recipes.config import LossSection
-    from megatron_embed.recipes.loss import ContrastiveLoss
-    from megatron_embed.recipes.optimizer import wrap_ddp
-    from megatron_embed.recipes.step import contrastive_step
-    from megatron_embed.recipes.targets import Targets
+    from megatron_embed.recipes.config.schema import LossSection
+    from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
+    from megatron_embed.recipes.training.loss import ContrastiveLoss
+    from megatron_embed.recipes.training.optimizer import wrap_ddp
+    from megatron_embed.recipes.training.step import contrastive_step
+    from megatron_embed.recipes.training.targets import Targets
 
     case = in_a_step_case(layout)
     encoder_config = of_activations(case)

@@ -20,7 +20,7 @@ from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_con
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.recipes import train
-from megatron_embed.recipes.optimizer import wrap_ddp
+from megatron_embed.recipes.training.optimizer import wrap_ddp
 
 LAYOUTS = [
     layout

@@ -17,7 +17,7 @@ from support.worlds import run_world
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.recipes import train
-from megatron_embed.recipes.config import OptimizerSection, RecipeConfig
+from megatron_embed.recipes.config.schema import OptimizerSection, RecipeConfig
 
 STEPS, WARMUP, HALF = 12, 2, 6
 LEARN = [
@@ -51,7 +51,7 @@ def by_torch(cfg: RecipeConfig, rate: Callable[[int], float]) -> list[float]:
 
     from megatron_embed.recipes.datasets.pairs import PairDataset
     from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
-    from megatron_embed.recipes.tokenization import TextTokenizer
+    from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 
     data, opt = cfg.data, cfg.optimizer
     config = AutoConfig.from_pretrained(cfg.model.hf_model)
@@ -124,7 +124,7 @@ def test_a_fixed_temperature_is_not_logged(tmp_path: Path) -> None:
 
 def test_groups_that_are_empty_on_the_first_rank_get_the_count_and_rates_again() -> None:
     """As Transformer Engine's optimizer leaves them: it counts nothing for an empty group."""
-    from megatron_embed.recipes.optimizer import reset_groups
+    from megatron_embed.recipes.training.optimizer import reset_groups
 
     old = {"max_lr": 9.0, "min_lr": 9.0}
     groups: list[dict[str, Any]] = [
@@ -157,7 +157,7 @@ def cut(root: Path, name: str, again: str) -> None:
 
 
 def runs_and_resumed_runs(folder: str, names: list[str]) -> None:
-    from megatron_embed.recipes import optimizer
+    from megatron_embed.recipes.training import optimizer
 
     root, group = Path(folder), optimizer.temperature_group
     for name in names:

@@ -33,8 +33,8 @@ def texts() -> list[list[int]]:
 
 
 def encode_all(layouts: list[Layout], state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    from megatron_embed.recipes.batching import BatchingPlan
-    from megatron_embed.recipes.encoder import encode_sequences
+    from megatron_embed.recipes.encoding.encoder import encode_sequences
+    from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
 
     found = {}
     for layout in layouts:

@@ -22,13 +22,14 @@ from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
+from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.sentence_files import read_sentence_settings
-from megatron_embed.recipes import Encoder, encode, mine, miner, train
+from megatron_embed.recipes import Encoder, encode, mine, train
 from megatron_embed.recipes import evaluate as evaluate_module
 from megatron_embed.recipes.datasets.corpus import Corpus
-from megatron_embed.recipes.mining import MiningRules
-from megatron_embed.recipes.vectors import VectorFolder
+from megatron_embed.recipes.retrieval import miner
+from megatron_embed.recipes.retrieval.mining import MiningRules
+from megatron_embed.recipes.retrieval.vectors import VectorFolder
 
 TEXTS = ["How do PLANTS eat?", "ÄÖÜ Schön LONG words " * 20, "one two three four five six seven eight nine ten", "A"]
 
@@ -129,7 +130,7 @@ def test_what_no_recipe_states_is_kept_through_training(name: str, tmp_path: Pat
 
 def test_training_reads_lower_cased_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ids of a step are those that the export will give."""
-    from megatron_embed.recipes import rank_batch
+    from megatron_embed.recipes.training import rank_batch
 
     make_ready(tmp_path / "model", transformer={"do_lower_case": True})
     (tmp_path / "train.jsonl").write_text(

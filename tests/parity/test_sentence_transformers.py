@@ -17,7 +17,7 @@ from megatron_embed.bridge.cpu import host
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.recipes import Encoder, train
-from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 

@@ -286,7 +286,7 @@ def test_the_way_out_of_a_table_converts_it(
 
 def test_a_folder_called_wandb_is_no_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """W&B itself leaves one in the working folder, where ``python -m`` looks for packages."""
-    from megatron_embed.recipes.inputs import _is_installed
+    from megatron_embed.recipes.datasets.inputs import _is_installed
 
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)

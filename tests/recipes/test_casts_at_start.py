@@ -38,7 +38,7 @@ def overflow(folder: Path) -> None:
 
 
 def one_step(folder: Path, name: str, *overrides: str) -> Path:
-    from megatron_embed.recipes.training import train
+    from megatron_embed.recipes.training.loop import train
 
     return train(recipe(folder, name, "train.train_iters=1", *overrides))
 

@@ -14,8 +14,8 @@ from support.tiny_models import save_model
 from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import parse_train_arguments, run_program
-from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.run_config import load_run_config, save_run_config
+from megatron_embed.recipes.config.run_config import load_run_config, save_run_config
+from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.train import main
 
 TINY = "ministral3_tiny_embed_config"
@@ -212,7 +212,7 @@ def _python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "before",
-    ["", "import megatron_embed.recipes.train", "import megatron_embed.recipes.training"],
+    ["", "import megatron_embed.recipes.train", "import megatron_embed.recipes.training.loop"],
 )
 def test_train_is_callable_whatever_was_imported_before(before: str) -> None:
     done = _python(

@@ -10,10 +10,10 @@ import yaml
 
 from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes import RECIPES
-from megatron_embed.recipes.config import DataSource, OptimizerSection, RecipeConfig, keys
-from megatron_embed.recipes.config_errors import ALIASES
-from megatron_embed.recipes.overrides import apply_overrides
-from megatron_embed.recipes.run_config import changed_keys, load_run_config, save_run_config
+from megatron_embed.recipes.config.messages import ALIASES
+from megatron_embed.recipes.config.overrides import apply_overrides
+from megatron_embed.recipes.config.run_config import changed_keys, load_run_config, save_run_config
+from megatron_embed.recipes.config.schema import DataSource, OptimizerSection, RecipeConfig, keys
 
 # What users rely on: adding a key is a feature, renaming one or changing a default is a break.
 DEFAULTS = {

@@ -12,14 +12,16 @@ import pytest
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import Encoder, encode, encode_corpus, miner, odd_rows
-from megatron_embed.recipes.beir import load_beir, read_texts
-from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes import Encoder, encode
+from megatron_embed.recipes.config.schema import DataSource
+from megatron_embed.recipes.datasets import odd_rows
+from megatron_embed.recipes.datasets.beir import load_beir, read_texts
 from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.inspection import look_through
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.inspect_data import look_through
-from megatron_embed.recipes.mining import MiningRules
-from megatron_embed.recipes.vectors import VectorFolder
+from megatron_embed.recipes.retrieval import encode_corpus, miner
+from megatron_embed.recipes.retrieval.mining import MiningRules
+from megatron_embed.recipes.retrieval.vectors import VectorFolder
 
 LONG = 100_000_000
 ODD = ["plain", "a\0b", "</s> [INST] <pad> inside", "﻿ a BOM inside", "\u2028 line separators \u0085 stay"]

@@ -14,12 +14,19 @@ from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion import checkpoint_folder
-from megatron_embed.conversion.checksums import BLOCK, CHECKSUMS, Checksums, DamagedCheckpoint, Summing, write_checksums
 from megatron_embed.conversion.exporting import export_hf
+from megatron_embed.conversion.io.checksums import (
+    BLOCK,
+    CHECKSUMS,
+    Checksums,
+    DamagedCheckpoint,
+    Summing,
+    write_checksums,
+)
+from megatron_embed.conversion.megatron import folder as checkpoint_folder
 from megatron_embed.conversion.verify import verify
 from megatron_embed.recipes import Encoder
-from megatron_embed.recipes.training import train
+from megatron_embed.recipes.training.loop import train
 
 EXACT = ("step", "loss", "grad_norm", "learning_rate")
 #: one of every kind that a checkpoint of a training run holds

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import load_beir
-from megatron_embed.recipes.config import DataSection, DataSource
+from megatron_embed.recipes.config.schema import DataSection, DataSource
 from megatron_embed.recipes.datasets import table
+from megatron_embed.recipes.datasets.beir import load_beir
 from megatron_embed.recipes.datasets.beir_rows import BeirRows
+from megatron_embed.recipes.datasets.inspection import look_through
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
-from megatron_embed.recipes.inspect_data import look_through
 
 ROWS: list[dict[str, Any]] = [
     {"query": f"query {i} “ü”", "positive": f"passage {i}", "negatives": [f"wrong {i}.{j}" for j in range(i % 3)]}
@@ -400,7 +400,7 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "big.jsonl", [{"query": f"q {i}", "positive": "word " * 400} for i in range(20_000)])
     code = (
         "import pyarrow\n"
-        "from megatron_embed.recipes.config import DataSource\n"
+        "from megatron_embed.recipes.config.schema import DataSource\n"
         "from megatron_embed.recipes.datasets.pairs import PairDataset\n"
         "from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler\n"
         "def memory():  # what is mapped of the table is the page cache's\n"

@@ -22,8 +22,8 @@ from transformers import AutoModel
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import BIDIRECTIONAL
 from megatron_embed.conversion import convert_checkpoints
-from megatron_embed.conversion.declared_attention import declares_causal
 from megatron_embed.conversion.exporting import export_hf
+from megatron_embed.conversion.hf.declared_attention import declares_causal
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.recipes import Encoder, data, encode, evaluate, mine, train
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.config.schema import DataSource
+from megatron_embed.recipes.datasets.duplicates import REACH, TextIds, repeated_pairs, spread
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
-from megatron_embed.recipes.duplicates import REACH, TextIds, repeated_pairs, spread
 
 
 def groups_of(queries: list[int], positives: list[int]) -> np.ndarray | None:

@@ -15,11 +15,12 @@ from support.full_disk import files_of_at_most
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import Encoder, encode, encode_corpus, vectors
+from megatron_embed.recipes import Encoder, encode
 from megatron_embed.recipes.datasets.corpus import Corpus
-from megatron_embed.recipes.encode_corpus import encode_texts
-from megatron_embed.recipes.odd_rows import NO_TEXT
-from megatron_embed.recipes.vectors import MANIFEST, Manifest, VectorFolder, plan_shards, quantize
+from megatron_embed.recipes.datasets.odd_rows import NO_TEXT
+from megatron_embed.recipes.retrieval import encode_corpus, vectors
+from megatron_embed.recipes.retrieval.encode_corpus import encode_texts
+from megatron_embed.recipes.retrieval.vectors import MANIFEST, Manifest, VectorFolder, plan_shards, quantize
 
 ROWS = [
     {

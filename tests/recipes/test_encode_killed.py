@@ -13,12 +13,12 @@ from support.killing import call_in_fresh_process, run_killed
 from support.tiny_models import save_model
 from test_encode_corpus import ROWS, files_of, write_corpus
 
-from megatron_embed.conversion.atomic import atomic_file
+from megatron_embed.conversion.io.atomic import atomic_file
 from megatron_embed.recipes import encode as command
-from megatron_embed.recipes import encode_corpus, writer_lock
-from megatron_embed.recipes.encode_corpus import encode_texts
-from megatron_embed.recipes.tokenization import TextTokenizer
-from megatron_embed.recipes.vectors import Manifest, VectorFolder, plan_shards
+from megatron_embed.recipes.datasets.tokenization import TextTokenizer
+from megatron_embed.recipes.retrieval import encode_corpus, writer_lock
+from megatron_embed.recipes.retrieval.encode_corpus import encode_texts
+from megatron_embed.recipes.retrieval.vectors import Manifest, VectorFolder, plan_shards
 
 SHARDS = plan_shards(len(ROWS), 4)
 

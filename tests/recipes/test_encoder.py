@@ -14,7 +14,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.recipes import Encoder
-from megatron_embed.recipes import encoder as module
+from megatron_embed.recipes.encoding import encoder as module
 
 TEXTS = ["w1 w2", "w3 " * 300, "w4", "w5 " * 200, "w6 w7 w8"]
 

@@ -15,11 +15,11 @@ from support.full_disk import files_of_at_most
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.beir import ABSENT, load_beir, load_collections
-from megatron_embed.recipes.bm25 import bm25_run
+from megatron_embed.recipes.datasets.beir import ABSENT, load_beir, load_collections
 from megatron_embed.recipes.evaluate import main
-from megatron_embed.recipes.evaluation import evaluate, markdown_table, metrics, rank_passages, score
-from megatron_embed.recipes.vectors import write_file
+from megatron_embed.recipes.retrieval.bm25 import bm25_run
+from megatron_embed.recipes.retrieval.evaluation import evaluate, markdown_table, metrics, rank_passages, score
+from megatron_embed.recipes.retrieval.vectors import write_file
 
 WORDS = ["apple", "river", "stone", "cloud", "engine", "violin", "harbor", "lantern", "meadow", "copper"]
 DOCUMENTS = [f"{a} {b}" for i, a in enumerate(WORDS) for b in WORDS[i + 1 :]]  # 45

@@ -16,7 +16,7 @@ from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.recipes.evaluate import main
-from megatron_embed.recipes.training import train
+from megatron_embed.recipes.training.loop import train
 
 
 def write_collection(folder: Path, seed: int) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from support.mining import write
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.conversion.sentence_files import SentenceSettings, write_sentence_files
+from megatron_embed.conversion.hf.sentence_files import SentenceSettings, write_sentence_files
 from megatron_embed.recipes import Encoder
 from megatron_embed.recipes.datasets.corpus import Corpus
-from megatron_embed.recipes.fingerprints import fingerprint, model_fingerprint
-from megatron_embed.recipes.miner import key
-from megatron_embed.recipes.source import ModelSource
-from megatron_embed.recipes.vectors import DTYPES
+from megatron_embed.recipes.encoding.source import ModelSource
+from megatron_embed.recipes.retrieval.fingerprints import fingerprint, model_fingerprint
+from megatron_embed.recipes.retrieval.miner import key
+from megatron_embed.recipes.retrieval.vectors import DTYPES
 
 ROWS = [{"_id": str(i), "title": "t", "text": f"text {i}"} for i in range(3)]
 #: no prompts: nothing but their kind tells queries from passages

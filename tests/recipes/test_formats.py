@@ -14,11 +14,11 @@ from support.tiny_models import save_model, save_vlm
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import train
-from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.data import main
+from megatron_embed.recipes.datasets.inspection import look_through
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.inspect_data import look_through
-from megatron_embed.recipes.rank_batch import BatchBuilder, RankBatch
+from megatron_embed.recipes.training.rank_batch import BatchBuilder, RankBatch
 
 #: (query, positives, negatives)
 ROWS = [(f"query {i} “ü”", [f"title {i} passage {i}"], [f"wrong {i}.{j}" for j in range(i % 3)]) for i in range(10)]

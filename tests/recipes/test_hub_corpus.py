@@ -12,9 +12,10 @@ from support.mining import make_data, make_parts_small, read, run
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import Encoder, encode_corpus
+from megatron_embed.recipes import Encoder
 from megatron_embed.recipes.datasets.corpus import Corpus
-from megatron_embed.recipes.vectors import VectorFolder
+from megatron_embed.recipes.retrieval import encode_corpus
+from megatron_embed.recipes.retrieval.vectors import VectorFolder
 
 HUB = "hf://org/name"
 Publish = Callable[[list[dict[str, Any]]], None]

@@ -14,10 +14,10 @@ from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder, train
-from megatron_embed.recipes.config import DataSection, DataSource
+from megatron_embed.recipes.config.schema import DataSection, DataSource
 from megatron_embed.recipes.data import main
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.rank_batch import BatchBuilder
+from megatron_embed.recipes.training.rank_batch import BatchBuilder
 
 #: corpus → what its metadata says beside the id
 METADATA: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.datasets import json_lists
+from megatron_embed.recipes.datasets.json_text import RowError
 from megatron_embed.recipes.datasets.rows import (
     JsonArrayRows,
     JsonLineRows,
@@ -21,7 +22,6 @@ from megatron_embed.recipes.datasets.rows import (
     open_rows,
     read_rows,
 )
-from megatron_embed.recipes.json_text import RowError
 
 PIECES = [
     '"',

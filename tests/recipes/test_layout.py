@@ -11,9 +11,9 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import pipeline_split
 from megatron_embed.recipes import RECIPES
-from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.layout import validate, validate_layout
-from megatron_embed.recipes.overrides import apply_overrides
+from megatron_embed.recipes.config.checks import validate, validate_layout
+from megatron_embed.recipes.config.overrides import apply_overrides
+from megatron_embed.recipes.config.schema import RecipeConfig
 
 
 def recipe(*overrides: str) -> RecipeConfig:

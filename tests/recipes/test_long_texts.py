@@ -13,9 +13,9 @@ from support.tiny_models import make_tiny_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_embed.recipes import long_texts
-from megatron_embed.recipes.long_texts import knows_borders, tokenize_starts
-from megatron_embed.recipes.tokenization import TextTokenizer
+from megatron_embed.recipes.datasets import long_texts
+from megatron_embed.recipes.datasets.long_texts import knows_borders, tokenize_starts
+from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 
 
 def split_by(regex: str) -> Any:

@@ -7,7 +7,7 @@ import resource
 
 import numpy as np
 
-from megatron_embed.recipes.metrics import peak_memory_bytes
+from megatron_embed.recipes.training.metrics import peak_memory_bytes
 
 MIB = 2**20
 

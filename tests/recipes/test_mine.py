@@ -20,11 +20,12 @@ from support.worlds import run_world
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.recipes import Encoder, encode_corpus, mine, miner, train
-from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes import Encoder, mine, train
+from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.mining import REASONS, MiningRules
-from megatron_embed.recipes.writer_lock import LOCK, writing
+from megatron_embed.recipes.retrieval import encode_corpus, miner
+from megatron_embed.recipes.retrieval.mining import REASONS, MiningRules
+from megatron_embed.recipes.retrieval.writer_lock import LOCK, writing
 
 RULES = {
     "default": MiningRules(),

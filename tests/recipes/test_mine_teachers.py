@@ -21,12 +21,12 @@ from transformers import BertModel
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder, mine
-from megatron_embed.recipes.config import DataSource, LossSection
+from megatron_embed.recipes.config.schema import DataSource, LossSection
+from megatron_embed.recipes.datasets.pair import Pair, Teacher, parse_pair
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.mining import Audit, MiningRules, still_said
-from megatron_embed.recipes.mining_report import audit_as_text, write_audit
-from megatron_embed.recipes.pairs import Pair, Teacher, parse_pair
-from megatron_embed.recipes.rank_batch import check_teachers
+from megatron_embed.recipes.retrieval.mining import Audit, MiningRules, still_said
+from megatron_embed.recipes.retrieval.mining_report import audit_as_text, write_audit
+from megatron_embed.recipes.training.rank_batch import check_teachers
 
 FEW = MiningRules(negatives=2, ranks=(0, 60))  # some queries get none
 

@@ -16,8 +16,8 @@ from megatron_embed.bridge.cpu import host
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.recipes import Encoder
-from megatron_embed.recipes.beir import load_beir
-from megatron_embed.recipes.evaluation import evaluate
+from megatron_embed.recipes.datasets.beir import load_beir
+from megatron_embed.recipes.retrieval.evaluation import evaluate
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "mteb_local_task.py"
 

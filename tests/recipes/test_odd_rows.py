@@ -18,8 +18,8 @@ from support.tiny_models import save_model, save_vlm
 
 from megatron_embed.recipes import data, encode, evaluate, mine, train
 from megatron_embed.recipes.datasets.corpus import Corpus
-from megatron_embed.recipes.inspect_data import _percentiles, _repeats
-from megatron_embed.recipes.mining_input import check_corpus
+from megatron_embed.recipes.datasets.inspection import _percentiles, _repeats
+from megatron_embed.recipes.retrieval.mining_input import check_corpus
 
 DOCUMENTS = ["one", "a\0b", "", "one", " ", "caf\ufffd", "seven"]
 ODD_CORPUS = {

@@ -13,15 +13,15 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes import RECIPES, SIZES
-from megatron_embed.recipes.batching import BatchingPlan
-from megatron_embed.recipes.config import RecipeConfig
-from megatron_embed.recipes.overrides import apply_overrides
+from megatron_embed.recipes.config.overrides import apply_overrides
+from megatron_embed.recipes.config.schema import RecipeConfig
+from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
 from megatron_embed.recipes.plan import main
-from megatron_embed.recipes.plan_activations import Shape, in_flight
-from megatron_embed.recipes.plan_state import chunks_of, states
-from megatron_embed.recipes.plan_step import bubble, step_of, traffic
-from megatron_embed.recipes.planning import GIB, layouts, plan_layout, plan_world, recommend
-from megatron_embed.recipes.sizes import encoder_of
+from megatron_embed.recipes.planning.activations import Shape, in_flight
+from megatron_embed.recipes.planning.layouts import GIB, layouts, plan_layout, plan_world, recommend
+from megatron_embed.recipes.planning.model_sizes import encoder_of
+from megatron_embed.recipes.planning.state import chunks_of, states
+from megatron_embed.recipes.planning.step import bubble, step_of, traffic
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "hf_configs"
 FIXTURES = {

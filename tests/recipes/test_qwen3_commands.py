@@ -16,9 +16,9 @@ from megatron_embed import recipes
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.conversion.convert_checkpoints import main as convert
 from megatron_embed.recipes import RECIPES, Encoder, train
-from megatron_embed.recipes.overrides import apply_overrides
-from megatron_embed.recipes.plan_state import chunk_parameters, chunks_of
-from megatron_embed.recipes.sizes import encoder_of
+from megatron_embed.recipes.config.overrides import apply_overrides
+from megatron_embed.recipes.planning.model_sizes import encoder_of
+from megatron_embed.recipes.planning.state import chunk_parameters, chunks_of
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "hf_configs"
 #: recipe → its model's config; the head of the language model, tied or not, is no part of the encoder

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.report import main
-from megatron_embed.recipes.run_report import heat_map, read_run, table, write_report
+from megatron_embed.recipes.training.run_report import heat_map, read_run, table, write_report
 
 
 @pytest.fixture

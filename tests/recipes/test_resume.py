@@ -17,9 +17,9 @@ from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.checkpoint_folder import iteration_folder, read_run_config
+from megatron_embed.conversion.megatron.folder import iteration_folder, read_run_config
 from megatron_embed.recipes.train import main
-from megatron_embed.recipes.training import train
+from megatron_embed.recipes.training.loop import train
 
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "consumed_samples", "tokens")
 
@@ -120,7 +120,7 @@ def test_a_relative_and_an_absolute_path_to_one_file_are_equal(folder: Path, mon
 
 
 def test_a_model_of_the_hub_keeps_its_name() -> None:
-    from megatron_embed.recipes.resume import _real
+    from megatron_embed.recipes.training.resume import _real
 
     assert _real("mistralai/Ministral-3-8B-Base-2512", Path.cwd()) == "mistralai/Ministral-3-8B-Base-2512"
     assert _real("hf://org/name", Path.cwd()) == "hf://org/name"

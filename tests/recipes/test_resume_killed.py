@@ -11,13 +11,14 @@ import pytest
 from support.killing import Outcome, call_in_fresh_process, run_killed
 from support.runs import make_inputs, read_metrics, recipe
 
-from megatron_embed.conversion import checkpoint_folder, model_state
-from megatron_embed.conversion.atomic import atomic_file
-from megatron_embed.recipes import checkpointing
-from megatron_embed.recipes.metrics import Reporter
-from megatron_embed.recipes.run_config import save_run_config
-from megatron_embed.recipes.run_folder import RunFolder
-from megatron_embed.recipes.training import TrainingRun, train
+from megatron_embed.conversion.io.atomic import atomic_file
+from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.megatron import model_state
+from megatron_embed.recipes.config.run_config import save_run_config
+from megatron_embed.recipes.training import checkpointing
+from megatron_embed.recipes.training.loop import TrainingRun, train
+from megatron_embed.recipes.training.metrics import Reporter
+from megatron_embed.recipes.training.run_folder import RunFolder
 
 OLD, NEW = ["loss.temperature=0.02", "train.train_iters=2"], ["loss.temperature=0.5", "train.train_iters=3"]
 AFRESH = "checkpoint.resume=false"

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 from support.runs import make_inputs, read_metrics, recipe
 
-from megatron_embed.conversion import checkpoint_folder, convert_checkpoints
+from megatron_embed.conversion import convert_checkpoints
+from megatron_embed.conversion.io.long_work import progress
+from megatron_embed.conversion.megatron import folder as checkpoint_folder
 from megatron_embed.recipes.cli import run_program
-from megatron_embed.recipes.metrics import Reporter
-from megatron_embed.recipes.progress import progress
-from megatron_embed.recipes.resume import Start, checkpoints_folder
-from megatron_embed.recipes.run_config import save_run_config
-from megatron_embed.recipes.run_folder import RunFolder
-from megatron_embed.recipes.run_report import read_run, write_report
+from megatron_embed.recipes.config.run_config import save_run_config
 from megatron_embed.recipes.train import main
+from megatron_embed.recipes.training.metrics import Reporter
+from megatron_embed.recipes.training.resume import Start, checkpoints_folder
+from megatron_embed.recipes.training.run_folder import RunFolder
+from megatron_embed.recipes.training.run_report import read_run, write_report
 
 
 class Terminal(io.StringIO):
@@ -89,8 +90,8 @@ def test_the_first_rank_speaks_and_the_others_do_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def body() -> None:
-        logging.getLogger("megatron_embed.recipes.training").info("step 1")
-        logging.getLogger("megatron_embed.recipes.training").warning("odd")
+        logging.getLogger("megatron_embed.recipes.training.loop").info("step 1")
+        logging.getLogger("megatron_embed.recipes.training.loop").warning("odd")
 
     for rank, wanted in (("0", "step 1\nodd\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
@@ -161,7 +162,7 @@ def test_a_run_from_its_first_line_to_the_export(folder: Path, capsys: pytest.Ca
 
 LIBRARY = """
 from megatron_embed.recipes import Encoder, RecipeConfig, train
-from megatron_embed.recipes.run_config import load_run_config
+from megatron_embed.recipes.config.run_config import load_run_config
 
 if __name__ == "__main__":
     cfg = load_run_config("silent.yaml")

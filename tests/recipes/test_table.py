@@ -23,7 +23,7 @@ import pytest
 from support.full_disk import files_of_at_most
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets import beir_rows, forms, json_lists, pairs, rows, table
 from megatron_embed.recipes.datasets.pairs import PairDataset, PairSource
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
@@ -438,7 +438,7 @@ def test_a_killed_first_start_leaves_nothing_that_counts(tmp_path: Path, cache: 
     code = (
         "import os\n"
         "from pathlib import Path\n"
-        "from megatron_embed.recipes.config import DataSource\n"
+        "from megatron_embed.recipes.config.schema import DataSource\n"
         "from megatron_embed.recipes.datasets import table\n"
         "from megatron_embed.recipes.datasets.pairs import PairSource\n"
         "table.LEAST_BYTES, table._ROWS = 0, 10\n"

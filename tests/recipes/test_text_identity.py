@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.recipes.config import DataSource
+from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.inspection import look_through
+from megatron_embed.recipes.datasets.odd_rows import REPEATED_PAIRS
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
-from megatron_embed.recipes.inspect_data import look_through
-from megatron_embed.recipes.mining import KnownPositives
-from megatron_embed.recipes.odd_rows import REPEATED_PAIRS
-from megatron_embed.recipes.targets import identify
+from megatron_embed.recipes.retrieval.mining import KnownPositives
+from megatron_embed.recipes.training.targets import identify
 
 
 def write(path: Path, rows: list[Any]) -> Path:

@@ -9,8 +9,8 @@ import pytest
 from support.tiny_models import make_tiny_tokenizer
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.tokenizer_files import write_tokenizer
-from megatron_embed.recipes.tokenization import TextTokenizer
+from megatron_embed.conversion.hf.tokenizer_files import write_tokenizer
+from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 
 BOS, EOS, PAD = 1, 2, 11
 TEXTS = [

@@ -18,10 +18,11 @@ from support.mining import make_data, make_parts_small, run
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes import Encoder, encode_corpus
+from megatron_embed.recipes import Encoder
 from megatron_embed.recipes.datasets.corpus import Corpus
-from megatron_embed.recipes.encode_corpus import encode_texts
-from megatron_embed.recipes.writer_lock import LOCK
+from megatron_embed.recipes.retrieval import encode_corpus
+from megatron_embed.recipes.retrieval.encode_corpus import encode_texts
+from megatron_embed.recipes.retrieval.writer_lock import LOCK
 
 #: holds a lock as another host's process would be seen to, until it is killed
 HOLDER = """

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from megatron_embed.recipes import Encoder, cross_encoder, encode_corpus, miner
+from megatron_embed.recipes import Encoder
 from megatron_embed.recipes.datasets.corpus import Corpus
-from megatron_embed.recipes.mining import Audit, MiningRules
-from megatron_embed.recipes.vectors import plan_shards
+from megatron_embed.recipes.retrieval import cross_encoder, encode_corpus, miner
+from megatron_embed.recipes.retrieval.mining import Audit, MiningRules
+from megatron_embed.recipes.retrieval.vectors import plan_shards
 from support.tiny_models import make_tiny_tokenizer, randomize
 
 

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Ministral3Model
 
-from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from support import oracle

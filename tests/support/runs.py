@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.recipes.config import RecipeConfig
+from megatron_embed.recipes.config.overrides import apply_overrides
+from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.ministral3 import ministral3_tiny_embed_config
-from megatron_embed.recipes.overrides import apply_overrides
 from support.tiny_models import save_vlm
 
 

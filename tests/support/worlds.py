@@ -23,7 +23,7 @@ PRELOADED = (
     "megatron.core.pipeline_parallel",
     "megatron_embed.bridge.encoder",
     "megatron_embed.conversion.convert_checkpoints",
-    "megatron_embed.recipes.training",
+    "megatron_embed.recipes.training.loop",
 )
 
 

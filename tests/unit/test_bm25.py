@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 import Stemmer
 
-from megatron_embed.recipes.beir import Collection
-from megatron_embed.recipes.bm25 import bm25_run
+from megatron_embed.recipes.datasets.beir import Collection
+from megatron_embed.recipes.retrieval.bm25 import bm25_run
 
 WORDS = ["running", "runs", "runner", "the", "of", "connection", "connected", "ships", "shipping", "harbour", "a", "x"]
 #: those of the words above that are no words to BM25: English stop words, and what has one letter

@@ -48,7 +48,7 @@ def test_only_layer_spec_knows_transformer_engine(path: Path) -> None:
 
 
 #: module of bridge/cpu → who may import it; anyone may ask ``host`` where tensors live
-OF_CPUS = {"layers": {"bridge/layer_spec.py"}, "packed_weights": {"recipes/encode.py"}}
+OF_CPUS = {"layers": {"bridge/layer_spec.py"}, "packed_weights": {"recipes/encoding/encoder.py"}}
 
 
 def test_what_only_cpus_need_is_reached_through_the_choice_of_layers() -> None:

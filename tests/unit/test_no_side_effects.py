@@ -138,7 +138,7 @@ def test_large_pages_are_still_to_be_had_after_every_import(clean: dict[str, str
     """torch asks for them at its first allocation, so that no import may allocate."""
     code = """
 import torch
-import megatron_embed.recipes.encode, megatron_embed.recipes.training, megatron_embed.conversion.verify
+import megatron_embed.recipes.encode, megatron_embed.recipes.training.loop, megatron_embed.conversion.verify
 from megatron_embed.bridge.parallel import select_device
 select_device("cpu")
 kept = torch.zeros(1 << 24)

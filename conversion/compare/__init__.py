@@ -1,0 +1,1 @@
+"""Configs, settings, tokenizers, tensors and embeddings of two models compared."""

@@ -1,0 +1,196 @@
+"""Configs of two models compared key by key: all that changes the function, at no cost whatever the size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.bridge.config import EncoderConfig, stock_text_config
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.families import BIDIRECTIONAL, FAMILIES, VLMS, is_vlm
+from megatron_embed.conversion.compare.differences import (
+    NOT_STATED,
+    ComparedSection,
+    Difference,
+    compare_values,
+    flatten,
+)
+from megatron_embed.conversion.hf.folder import read_json
+from megatron_embed.conversion.hf.sidecars import without_local_paths
+
+#: Keys that do not change what a model computes, with the reason; a family may name more. Every other key is compared.
+NOT_COMPARED: dict[str, str] = {
+    "architectures": "names the class around the same layers: an embedder's is the bare model",
+    "auto_map": "remote code, which is never run",
+    "transformers_version": "says who wrote the file",
+    "_name_or_path": "says where the model was loaded from",
+    "dtype": "the tensors are compared in the dtype of the other side",
+    "torch_dtype": "the tensors are compared in the dtype of the other side",
+    "quantization_config": "FP8 weights are compared as the bfloat16 values that they stand for",
+    "initializer_range": "of random weights; all of these are loaded",
+    "use_cache": "of generation",
+    "is_causal": "compared by itself: an export says false, its source need not",
+    "pooling": "compared with the sentence settings",
+    "normalize": "compared with the sentence settings",
+    "temperature": "of training",
+    "id2label": "of classification",
+    "label2id": "of classification",
+    "problem_type": "of classification",
+    "return_dict": "the form of what is returned",
+    "output_hidden_states": "the form of what is returned",
+    "output_attentions": "the form of what is returned",
+    "chunk_size_feed_forward": "the order of the same products",
+    "is_encoder_decoder": "of other architectures",
+    "rope_parameters.type": "an old name of rope_type",
+    "rope_parameters.apply_yarn_scaling": "vLLM's: compared with what the rope parameters say",
+    "llama_4_scaling": "vLLM's: compared with what the rope parameters say",
+    "vision_config.rope_parameters.rope_type": "the vision tower has one kind of rope, whatever a file calls it",
+}
+
+#: files that say how a VLM sees images
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+# ---- configs
+
+
+def compare_configs(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> ComparedSection:
+    """Compare the contents of two ``config.json``: the language towers, and where both are VLMs all the rest.
+
+    Raises:
+        UserError: one of them is of no model that is known, or no valid config.
+    """
+    try:
+        count, differences = _compare_shared(_text_values(found), _text_values(wanted), where=where)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('config: ')}") from None
+    vllm_count, vllm_differences = compare_values(*_vllm_keys(found), where=where)
+    count, differences = count + vllm_count, differences + vllm_differences
+    if is_vlm(found) and is_vlm(wanted):
+        more, different = _compare_shared(_vlm_values(found), _vlm_values(wanted), where=where)
+        count, differences = count + more, differences + different
+    return ComparedSection("config", count, differences)
+
+
+def compare_encoders(found: EncoderConfig, wanted: Mapping[str, Any], *, where: str) -> ComparedSection:
+    """Compare a checkpoint's encoder with the contents of the source's ``config.json``."""
+    return ComparedSection(
+        "config", *_compare_shared(_kept(found.to_hf().to_dict()), _text_values(wanted), where=where)
+    )
+
+
+def _compare_shared(found: dict[str, Any], wanted: dict[str, Any], *, where: str) -> tuple[int, list[Difference]]:
+    """As :func:`compare_values`, but for keys that only one side has and that transformers does not know.
+
+    The classes fill in every key of theirs. What else a file holds is no part of the function, and conversions need not
+    carry it; parameters of rope are, all of them.
+    """
+    both = found.keys() & wanted.keys() | {key for key in (*found, *wanted) if "rope_parameters." in key}
+    return compare_values(
+        {key: value for key, value in found.items() if key in both},
+        {key: value for key, value in wanted.items() if key in both},
+        where=where,
+    )
+
+
+def _text_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The language tower's config as its stock class reads it, old spellings and defaults resolved."""
+    values = _kept(stock_text_config(raw).to_dict())
+    if isinstance(eos := values.get("eos_token_id"), list):  # generation stops at any; an encoder's text has the first
+        values["eos_token_id"] = eos[0]
+    return values
+
+
+def _vlm_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """All but the language tower's: vision tower, projector, image token.
+
+    As transformers' class reads it, and above that what the file says: other programs read keys that the class derives.
+    """
+    import transformers
+
+    config_class: Any = transformers.CONFIG_MAPPING[raw["model_type"]]
+    try:
+        filled = config_class.from_dict(copy.deepcopy(dict(raw))).to_dict()
+    except Exception as error:  # its validators raise a dozen kinds
+        reason = " ".join(str(error).split())
+        raise UserError(f"config.json: not a valid {config_class.__name__} ({reason})") from None
+    values = _kept(flatten(filled) | flatten(raw))
+    beside = (key for key in values if not key.startswith("text_config.") and key != "tie_word_embeddings")
+    return {key: values[key] for key in beside}
+
+
+def _vllm_keys(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what an embedder says to vLLM, what its rope parameters say); nothing where it does not speak to vLLM."""
+    rope = raw.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return {}, {}
+    found: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
+    if "apply_yarn_scaling" in rope:
+        found["rope_parameters.apply_yarn_scaling"] = rope["apply_yarn_scaling"]
+        wanted["rope_parameters.apply_yarn_scaling"] = False
+    if "llama_4_scaling" in raw:
+        found["llama_4_scaling"] = raw["llama_4_scaling"]
+        wanted["llama_4_scaling"] = {
+            "beta": rope.get("llama_4_scaling_beta"),
+            "original_max_position_embeddings": rope.get("original_max_position_embeddings"),
+        }
+    return found, wanted
+
+
+def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat, without what is not compared, at whatever depth it stands."""
+    family = FAMILIES.get(str(values.get("model_type")))
+    names = (*NOT_COMPARED, *(family.not_compared if family else ()))
+    flat = flatten(values).items()
+    return {key: value for key, value in flat if not any(f".{name}." in f".{key}." for name in names)}
+
+
+# ---- attention
+
+
+def stated_causality(raw: Mapping[str, Any]) -> bool | None:
+    """What a ``config.json`` says of ``is_causal``; None: nothing, by which transformers computes causally."""
+    if raw.get("model_type") in BIDIRECTIONAL:
+        return False  # its class is bidirectional whatever the file says
+    text = raw.get("text_config") if raw.get("model_type") in VLMS else raw
+    value = text.get("is_causal") if isinstance(text, Mapping) else None
+    return None if value is None else bool(value)
+
+
+def compare_attention(found: bool | None, *, causal: bool, where: str) -> ComparedSection:
+    """Compare ``is_causal`` of what was made of a source.
+
+    Args:
+        found: what it states.
+        causal: whether it must be causal, as a ready embedder is that declares it. A base model is causal too, and
+            becomes bidirectional: the one difference that is expected.
+        where: the file and key that would state it.
+    """
+    if (found is not False) == causal:
+        return ComparedSection("attention", 1)
+    own = "True, as the source embeds (--bidirectional if it was taken as a base model)"
+    wanted = own if causal else "False"
+    return ComparedSection("attention", 1, [Difference(where, NOT_STATED if found is None else str(found), wanted)])
+
+
+# ---- processor
+
+
+def compare_processors(found: Path, wanted: Path) -> list[ComparedSection]:
+    """Compare how two VLMs' folders say that images are prepared, key by key; empty where neither says anything."""
+    count, differences = 0, []
+    for name in PROCESSOR_FILES:
+        if (wanted / name).is_file() and not (found / name).is_file():
+            count += 1
+            differences.append(Difference(name, "no such file", "the source's"))
+        elif (found / name).is_file():
+            left, right = (
+                flatten(without_local_paths(read_json(path / name))) if (path / name).is_file() else {}
+                for path in (found, wanted)
+            )
+            more, different = compare_values(left, right, where=name)
+            count, differences = count + more, differences + different
+    return [ComparedSection("processor", count, differences)] if count else []

@@ -1,0 +1,54 @@
+"""The settings around the encoder compared: prompts, lengths, pooling, normalisation, similarity."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.compare.differences import ComparedSection, Difference, compare_values, flatten
+from megatron_embed.conversion.hf.folder import HFFolder
+from megatron_embed.conversion.hf.sentence_files import SentenceSettings, default_settings, read_sentence_settings
+
+
+def compare_folder_settings(found: HFFolder, source: HFFolder, config: EncoderConfig) -> ComparedSection:
+    """Compare an exported embedder's sentence-transformers files with those of its source.
+
+    Args:
+        config: the source's.
+    """
+    try:
+        settings = read_sentence_settings(found.path)
+    except UserError as error:
+        return ComparedSection("sentence settings", 1, [Difference("modules.json", str(error), "modules of an export")])
+    if settings is None:
+        missing = Difference("modules.json", "no such file", "an embedder's sentence-transformers files")
+        return ComparedSection("sentence settings", 1, [missing])
+    section = compare_settings(settings, source, config, where="sentence-transformers files")
+    # the config states them too, for those who load the bare model
+    stated = {name: found.config[name] for name in ("pooling", "normalize") if found.config.get(name) is not None}
+    same = {name: getattr(settings, name) for name in stated}
+    count, differences = compare_values(stated, same, where="config.json")
+    return ComparedSection(section.name, section.compared + count, section.differences + differences)
+
+
+def compare_settings(
+    found: SentenceSettings, source: HFFolder, config: EncoderConfig, *, where: str
+) -> ComparedSection:
+    """Compare settings with the source's own, or with those that an import gives to a source that states none.
+
+    Args:
+        found: of the checkpoint or the export.
+        config: the source's encoder.
+    """
+    stated = read_sentence_settings(source.path)
+    left, right = (flatten(asdict(settings)) for settings in (found, stated or default_settings(config)))
+    if stated is None and source.config.get("pooling") is None:
+        for name in _OF_A_BASE_MODEL:  # states none of these: what is made of it may take any
+            left.pop(name, None)
+            right.pop(name, None)
+    return ComparedSection("sentence settings", *compare_values(left, right, where=where))
+
+
+#: how vectors are made and compared, on which a base model says nothing
+_OF_A_BASE_MODEL = ("pooling", "normalize", "similarity")

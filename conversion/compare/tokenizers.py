@@ -1,0 +1,148 @@
+"""Two folders' tokenizers compared: the ids of fixed texts, vocabulary and merges, the special tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.compare.differences import ComparedSection, Difference, compare_values, flatten
+from megatron_embed.conversion.hf.folder import read_json
+from megatron_embed.conversion.hf.tokenizer_files import write_tokenizer
+
+#: texts of many scripts, white space of many kinds, what looks like a control token, and a text that is cut
+PROBES: tuple[str, ...] = (
+    "",
+    "query: how do plants turn light into sugar?",
+    "The railway between the two towns was opened in 1869, and closed 97 years later.",
+    "Überraschung: ein schöner Tag in Zürich, naïve façade, smørrebrød, żółć, ČŠŽ, İstanbul ıssız",
+    "Παράδειγμα на русском и українською, ქართული, Հայերեն",
+    "こんにちは世界。漢字かな交じり文 中文文本，繁體與简体 한국어 문장",
+    "مرحبا بالعالم עברית दुनिया ไทย தமிழ் বাংলা አማርኛ",
+    "🙂👩‍👩‍👧‍👦🇺🇦 e\u0301 é ﬁ ½ ①",
+    "  two  spaces\tand a tab\nline\r\nline\n\n\n  end  ",
+    "no\u00a0break zero\u200bwidth soft\u00adhyphen \ufeffmark \u3000wide",
+    "def f(x):\n    return {'a': x**2, \"b\": [1, 2.5e-3]}  # 0xFF\n",
+    "<s> [INST] text [/INST] </s> <pad> [IMG] <unk> <|begin_of_text|> <|end_of_text|>",
+    "don't can't won't I'd you're 12345678901234567890 3.14159 1,000,000 http://example.org/a?b=c&d=%20",
+)
+_CUT = 9
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "padding_side", "truncation_side")
+
+
+def compare_tokenizers(found: Path, wanted: Path) -> ComparedSection:
+    """Compare the tokenizer of what was made with that of its source.
+
+    An embedder's folder must hold what :func:`write_tokenizer` makes of the source's tokenizer: BOS and EOS around
+    every text, control tokens inside a text left as text. Where neither is an embedder they are compared as they are.
+
+    Raises:
+        UserError: a tokenizer cannot be read.
+    """
+    if not (found / "tokenizer.json").is_file():
+        return ComparedSection("tokenizer", 1, [Difference("tokenizer.json", "no such file", "the source's")])
+    as_made = {path: (path / "modules.json").is_file() for path in (found, wanted)}
+    edited = as_made[found] or as_made[wanted]
+    left, right = load_tokenizer(found, edited=edited and not as_made[found]), load_tokenizer(wanted, edited=edited)
+    count, differences = _vocabularies(found, wanted)
+    probes = [(text, cut) for cut in (None, _CUT) for text in PROBES]
+    ids = [(_ids(left, *probe), _ids(right, *probe)) for probe in probes]
+    changed = [number for number, (a, b) in enumerate(ids) if a != b]
+    if changed:
+        differences.append(
+            _differing_ids(probes[changed[0]], *ids[changed[0]], many=f"{len(changed)} of {len(probes)}")
+        )
+    names = _SPECIAL if edited else (*_SPECIAL, "model_max_length")  # an embedder's is a sentence setting
+    values = ({name: getattr(side, name) for name in names} for side in (left, right))
+    more, special = compare_values(*values, where="tokenizer_config.json")
+    differences += special
+    unequal = len(differences) + max(len(changed) - 1, 0)  # the ids of all texts are one difference
+    return ComparedSection("tokenizer", count + len(probes) + more, differences, unequal=unequal)
+
+
+def reads_control_tokens(folder: Path) -> bool:
+    """Whether a ready embedder's own tokenizer reads ``[INST]`` inside a text as the control token."""
+    settings = folder / "tokenizer_config.json"
+    stated = read_json(settings).get("split_special_tokens") if settings.is_file() else None
+    return (folder / "modules.json").is_file() and stated is not True
+
+
+def load_tokenizer(folder: Path, *, edited: bool) -> Any:
+    """A folder's fast tokenizer, as it is or with the edits that conversion makes for an embedder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    # Not AutoTokenizer: beside a tekken.json its answer depends on whether mistral_common is installed.
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as other:
+        if edited:
+            write_tokenizer(folder, Path(other), max_length=1 << 20)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(other if edited else str(folder), local_files_only=True)
+        except Exception as error:  # tokenizers raises bare Exception for a malformed file
+            raise UserError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
+
+
+def _ids(tokenizer: Any, text: str, cut: int | None) -> list[int]:
+    ids: list[int] = tokenizer(text, truncation=cut is not None, max_length=cut)["input_ids"]
+    return ids
+
+
+def _differing_ids(probe: tuple[str, int | None], found: list[int], wanted: list[int], *, many: str) -> Difference:
+    text, cut = probe
+    at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
+    first = f"{text[:24]!r}" + (f" cut to {cut}" if cut else "") + f" from token {at} on"
+    return Difference(f"tokenizer: ids of {many} texts, {first}", _some(found[at:]), _some(wanted[at:]))
+
+
+def _some(ids: list[int]) -> str:
+    return " ".join(map(str, ids[:6])) + (" …" if len(ids) > 6 else "") if ids else "end"
+
+
+# ---- vocabulary
+
+
+def _vocabularies(found: Path, wanted: Path) -> tuple[int, list[Difference]]:
+    left, right = (read_json(path / "tokenizer.json") for path in (found, wanted))
+    count, differences = compare_values(_pipeline(left), _pipeline(right), where="tokenizer.json")
+    parts: dict[str, Callable[[Mapping[str, Any]], Mapping[int, Any]]] = {"vocabulary": _vocabulary, "merges": _merges}
+    for name, of in parts.items():
+        a, b = of(left), of(right)
+        count += 1
+        if a != b:
+            keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+            shown = (_hash(side) + ": " + ", ".join(f"{key} {side.get(key)!r}" for key in keys[:2]) for side in (a, b))
+            found_text, wanted_text = shown
+            differences.append(Difference(f"tokenizer.json: {name}, {len(keys)} places", found_text, wanted_text))
+    return count, differences
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[int, str]:
+    """id → token of the contents of a ``tokenizer.json``, added tokens among them."""
+    held = tokenizer.get("model", {}).get("vocab", {})
+    pairs = held.items() if isinstance(held, Mapping) else ((entry[0], i) for i, entry in enumerate(held))
+    found = {int(number): str(token) for token, number in pairs}
+    return found | {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
+
+
+def _merges(tokenizer: Mapping[str, Any]) -> dict[int, tuple[str, ...]]:
+    merges = tokenizer.get("model", {}).get("merges") or []
+    return {i: tuple(merge.split(" ") if isinstance(merge, str) else merge) for i, merge in enumerate(merges)}
+
+
+def _pipeline(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """What else decides on ids; the post-processor shows in those of :data:`PROBES`."""
+    model = {key: value for key, value in tokenizer.get("model", {}).items() if key not in ("vocab", "merges")}
+    added = {str(token["id"]): {**token} for token in tokenizer.get("added_tokens", [])}
+    parts = {"normalizer": tokenizer.get("normalizer"), "pre_tokenizer": tokenizer.get("pre_tokenizer")}
+    return flatten({"model": model, "added_tokens": added, **parts})
+
+
+def _hash(values: Mapping[int, Any]) -> str:
+    return hashlib.sha256(json.dumps(sorted(values.items())).encode()).hexdigest()[:12]

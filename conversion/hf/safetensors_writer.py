@@ -1,0 +1,137 @@
+"""Safetensors written tensor by tensor: headers first, from the known shapes, then the bytes as they come."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.hf.folder import DTYPES, INDEX, SINGLE
+from megatron_embed.conversion.hf.sentence_files import write_json
+from megatron_embed.conversion.io.block_writer import BlockWriter
+from megatron_embed.conversion.io.prefetch import fault_in, one_ahead
+from megatron_embed.conversion.io.stored import Values, write_values
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_size(text: str) -> int:
+    """``"5GB"``, ``"500MiB"``, ``"1000"`` → bytes (KB is 1000, KiB 1024).
+
+    Raises:
+        UserError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    unit = match[2].upper().removesuffix("B") + "B" if match and match[2] else ""
+    if match is None or unit not in {**_UNITS, "B": 1} or float(match[1]) <= 0:
+        raise UserError(f"--max-shard-size: {text!r} is not a size; wanted something like 5GB or 500MB")
+    return max(1, int(float(match[1]) * _UNITS.get(unit, 1)))
+
+
+def write_sharded(
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, Values]],
+    out: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    on_tensor: Callable[[TensorSpec], object] | None = None,
+) -> int:
+    """Write tensors into folder ``out``; each is read while the one before it is written.
+
+    Args:
+        specs: names, shapes and dtypes, in the order in which ``tensors`` yields them.
+        tensors: of the specs' dtypes.
+        max_shard_size: bytes, or such as ``"5GB"``; a larger single tensor gets a file of its own.
+        on_tensor: called after each tensor (progress).
+
+    Returns:
+        Total bytes of the tensors. One file is called ``model.safetensors``; several come with their index.
+    """
+    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    shards = _plan(specs, limit)
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    with (
+        ThreadPoolExecutor(1, "disk") as disk,
+        closing(one_ahead((name, fault_in(values)) for name, values in tensors)) as source,
+    ):
+        _write_files(out, files, shards, source, disk, on_tensor)
+    total = sum(spec.nbytes for spec in specs)
+    if len(shards) > 1:
+        weight_map = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
+        parameters = sum(math.prod(spec.shape) for spec in specs)
+        metadata = {"total_parameters": parameters, "total_size": total}
+        write_json(out / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    return total
+
+
+def _write_files(
+    out: Path,
+    files: Sequence[str],
+    shards: Sequence[Sequence[TensorSpec]],
+    source: Iterator[tuple[str, Values]],
+    disk: ThreadPoolExecutor,
+    on_tensor: Callable[[TensorSpec], object] | None,
+) -> None:
+    for file, shard in zip(files, shards, strict=True):
+        with BlockWriter(out / file, disk) as stream:
+            stream.write(_header(shard))
+            for spec in shard:
+                name, values = next(source)
+                assert name == spec.name, (name, spec.name)
+                write_values(stream, values, spec.shape, spec.dtype)
+                del values
+                if on_tensor is not None:
+                    on_tensor(spec)
+    assert next(source, None) is None, "more tensors than were announced"
+
+
+def _plan(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """Fill shards in order; each holds at least one tensor."""
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def _header(shard: Sequence[TensorSpec]) -> bytes:
+    """Length (8 bytes, little endian) and JSON, padded with spaces so that the tensors start at a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in shard:
+        offsets = [position, position + spec.nbytes]
+        entries[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        position = offsets[1]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

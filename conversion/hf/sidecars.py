@@ -1,0 +1,149 @@
+"""The files beside a model's weights: which of those in its folder are the model's own.
+
+A model folder is somebody's working folder too: notes, data, checkpoints, other programs' temporary files lie in it. So
+files are taken by name, and all others are left. The names are those that transformers, sentence-transformers and
+Mistral's and Llama's repositories give them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron_embed.conversion.hf.sentence_files import write_json
+
+_READ = ("readme", "license", "licence", "copying", "notice", "use_policy", "citation")
+#: In lower case; looked for beside the weights and in the folders that ``modules.json`` names. Code is not among them:
+#: only stock models are written here.
+_NAMES = (
+    # configs
+    "config.json",
+    "configuration.json",  # ModelScope
+    "generation_config.json",
+    "params.json",  # Mistral's own form
+    # tokenizers
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",  # Mistral's, before tekken
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
+    # chat and processors
+    "chat_template.jinja",
+    "chat_template.json",
+    "*system_prompt*.txt",  # Mistral
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    # sentence-transformers
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    # what people read
+    *(f"{name}{end}" for name in _READ for end in ("", ".md", ".txt", ".rst")),
+    "readme_*.md",
+    "license-*",
+    "citation.cff",
+    "modelcard.json",
+    ".gitattributes",
+)
+#: folders beside the weights → names in them
+_FOLDERS = {
+    "additional_chat_templates": ("*.jinja",),
+    "assets": ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp"),  # a model card's pictures
+}
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_LIMIT = 256 << 20
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """A model's own files beside its weights, relative to its folder, sorted."""
+    found = set(_matching(folder, Path(), _NAMES))
+    for name, patterns in _FOLDERS.items():
+        found.update(_matching(folder, Path(name), patterns))
+    for module in _module_folders(folder / "modules.json"):
+        found.update(_matching(folder, module, _NAMES))
+    return sorted(found)
+
+
+def others(folder: Path) -> list[str]:
+    """Names in a model's folder that are neither weights nor the model's own, folders with a ``/``; hidden ones too."""
+    own = {path.parts[0] for path in sidecars(folder)} | {".git", ".cache"}
+    entries = (entry for entry in sorted(folder.iterdir()) if entry.name not in own)
+    return [f"{entry.name}{'/' * entry.is_dir()}" for entry in entries if not entry.name.endswith(_WEIGHTS)]
+
+
+def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
+    """Copy byte for byte, folders included; a link's target is copied."""
+    for relative in files:
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, target / relative)
+
+
+def publish_files(files: Iterable[Path], source: Path, target: Path) -> None:
+    """Copy byte for byte, but for JSON files that name paths of this machine: these lose the keys that do."""
+    for relative in files:
+        copy_files([relative], source, target)
+        if relative.suffix == ".json" and (source / relative).stat().st_size < 1 << 20:
+            try:
+                before = json.loads((source / relative).read_text(encoding="utf-8"))
+            except ValueError:
+                continue  # its readers will say so
+            if (after := without_local_paths(before)) != before:
+                write_json(target / relative, after)
+
+
+def without_local_paths(value: Any) -> Any:
+    """JSON values without the keys whose value is a path of this machine, such as ``_name_or_path``.
+
+    transformers and others write where a model was loaded from into its files; nobody else can use that, and it tells
+    who made the model where.
+    """
+    if isinstance(value, dict):
+        return {key: without_local_paths(inner) for key, inner in value.items() if not _is_local_path(key, inner)}
+    return [without_local_paths(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _is_local_path(key: str, value: Any) -> bool:
+    """Whether a key's value is an absolute path that exists here, or lies in the user's home. A token is no path."""
+    token = key == "content" or key.endswith("_token")
+    if not isinstance(value, str) or token or len(value) > 4096 or "\0" in value:
+        return False
+    path, home = Path(os.path.expanduser(value)), Path.home()
+    below = path.is_absolute() and len(path.parts) > 1
+    return below and (path.exists() or (len(home.parts) > 1 and home in (path, *path.parents)))
+
+
+def _matching(folder: Path, inside: Path, patterns: Iterable[str]) -> list[Path]:
+    if not (folder / inside).is_dir():
+        return []
+    return [
+        inside / path.name
+        for path in (folder / inside).iterdir()
+        if any(fnmatchcase(path.name.lower(), pattern) for pattern in patterns)
+        and path.is_file()
+        and path.stat().st_size <= _LIMIT
+    ]
+
+
+def _module_folders(modules: Path) -> list[Path]:
+    """Folders inside the model's that its ``modules.json`` names, such as ``1_Pooling``."""
+    try:
+        entries = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    except ValueError:
+        return []
+    named = [entry.get("path") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    paths = [PurePosixPath(name) for name in named if isinstance(name, str) and name]
+    return [Path(path) for path in paths if not path.is_absolute() and ".." not in path.parts]

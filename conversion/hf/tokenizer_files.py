@@ -1,0 +1,143 @@
+"""The tokenizer of an exported embedder: the source's, but one that always adds BOS and EOS and knows no chat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.hf.folder import read_json
+from megatron_embed.conversion.hf.sentence_files import write_json
+from megatron_embed.conversion.hf.sidecars import without_local_paths
+
+#: what a fast tokenizer may consist of. tekken.json is left out on purpose: with it, what AutoTokenizer loads depends
+#: on whether mistral_common is installed
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a fast tokenizer."""
+    return (folder / "tokenizer.json").is_file()
+
+
+def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
+    """Copy a tokenizer with the edits that an embedder needs.
+
+    ``model_max_length`` is set; control tokens inside a text (``[INST]``) stay text, as in training; every text gets
+    ``<s> … </s>``, or ``… </s>`` where there is no BOS (a file that does so already stays as it is, and so does a ready
+    embedder's: it was trained so); the chat template goes, since sentence-transformers 6 would read every text as a
+    chat message; so do the keys that name a processor, remote code or a path of this machine; one without a padding
+    token, as Llama's, gets one, else no batch can be made; the class is the one that reads ``tokenizer.json`` and
+    nothing else, which training uses too.
+
+    Raises:
+        UserError: no ``tokenizer.json``.
+    """
+    if not has_tokenizer(source):
+        found = ", ".join(sorted(p.name for p in source.glob("*tok*"))) or "nothing of the kind"
+        raise UserError(
+            f"{source}: no tokenizer.json (found {found}), without which no one can use the embedder; "
+            f"give --hf-model a folder that has one"
+        )
+    for name in FILES:
+        if (source / name).is_file():
+            (out / name).write_bytes((source / name).read_bytes())
+    stated = source / "tokenizer_config.json"
+    settings = without_local_paths(read_json(stated)) if stated.is_file() else {}
+    for key in ("chat_template", "processor_class", "auto_map"):
+        settings.pop(key, None)
+    settings["model_max_length"] = max_length
+    settings["split_special_tokens"] = True
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer = read_json(source / "tokenizer.json")
+    ready = (source / "modules.json").is_file()
+    for key in ("add_bos_token", "add_eos_token"):
+        if key in settings and not ready:  # stated, they make transformers build the post-processor anew
+            settings[key] = key == "add_eos_token" or _has_bos(settings, _ids(tokenizer))
+    if (pad := _missing_pad_token(source, settings, tokenizer)) is not None:
+        settings["pad_token"] = pad
+    write_json(out / "tokenizer_config.json", settings)
+    if not ready and add_bos_eos(tokenizer, settings):
+        (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Make the contents of a ``tokenizer.json`` put BOS before and EOS behind every text.
+
+    A tokenizer that names no BOS and has no ``<s>``, as Qwen's, gets EOS alone.
+
+    Args:
+        tokenizer: changed in place.
+        settings: contents of ``tokenizer_config.json``, which name the two tokens.
+
+    Returns:
+        Whether anything had to be changed.
+    """
+    bos, eos = (_token(settings.get(key), default) for key, default in (("bos_token", "<s>"), ("eos_token", "</s>")))
+    ids = _ids(tokenizer)
+    front = [bos] if _has_bos(settings, ids) else []
+    for token in (*front, eos):
+        if token not in ids:
+            raise UserError(f"tokenizer.json: no token {token!r}, which tokenizer_config.json names")
+    post = tokenizer.get("post_processor")
+    steps = post["processors"] if post and post.get("type") == "Sequence" else [post] if post else []
+    if any(_adds(step, [*front, "A", eos]) for step in steps):
+        return False
+    before = [_special(token) for token in front]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*before, _sequence("A"), _special(eos)],
+        "pair": [*before, _sequence("A"), _special(eos), _sequence("B"), _special(eos)],
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (*front, eos)},
+    }
+    others = [step for step in steps if step["type"] == "ByteLevel"]  # trims offsets only
+    tokenizer["post_processor"] = {"type": "Sequence", "processors": [*others, template]} if others else template
+    return True
+
+
+def _missing_pad_token(source: Path, settings: dict[str, Any], tokenizer: dict[str, Any]) -> str | None:
+    """A padding token for a tokenizer that names none; padding is masked, so that any serves, EOS too."""
+    path = source / "special_tokens_map.json"
+    if settings.get("pad_token") or (path.is_file() and read_json(path).get("pad_token")):
+        return None
+    known = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]")
+    ids = _ids(tokenizer)
+    return next((token for token in known if token in ids), _token(settings.get("eos_token"), "</s>"))
+
+
+def _has_bos(settings: dict[str, Any], ids: dict[str, int]) -> bool:
+    return bool(settings.get("bos_token")) or "<s>" in ids
+
+
+def _adds(step: dict[str, Any], wanted: list[str]) -> bool:
+    if step.get("type") != "TemplateProcessing":
+        return False
+    return [next(iter(part.values()))["id"] for part in step["single"]] == wanted
+
+
+def _ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    model = tokenizer.get("model", {}).get("vocab", {})
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    return {**(model if isinstance(model, dict) else {}), **added}
+
+
+def _token(value: Any, default: str) -> str:
+    """Token names are plain, or an object with a ``content``."""
+    return str(value.get("content", default)) if isinstance(value, dict) else str(value or default)
+
+
+def _special(token: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": token, "type_id": 0}}
+
+
+def _sequence(name: str) -> dict[str, Any]:
+    return {"Sequence": {"id": name, "type_id": 0}}

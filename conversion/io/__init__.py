@@ -1,0 +1,1 @@
+"""Files and bytes, of no format in particular: atomic outputs, checksums, fast copying, casts."""

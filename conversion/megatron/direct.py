@@ -1,0 +1,106 @@
+"""Direct start: a Megatron model's parameters filled straight from an HF folder, each rank reading its own slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_embed.bridge import mapping, transforms
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.mapping import Weight
+from megatron_embed.conversion.hf.folder import HFFolder
+from megatron_embed.conversion.io.casts import Casts
+from megatron_embed.conversion.megatron.tensors import CheckpointReader
+from megatron_embed.conversion.megatron.weights import CheckpointWeights, is_ignored, pack, read_cast, read_slices
+
+
+def parameters_with_weights(
+    module: torch.nn.Module, config: EncoderConfig, *, layer_offset: int
+) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
+    """Yield each parameter of a stage by name with its row of the table, but for those that start from the recipe.
+
+    Raises:
+        UserError: a parameter has no row.
+    """
+    table = {weight.megatron: weight for weight in mapping.weights(config)}
+    for name, parameter in module.named_parameters():
+        if name in mapping.OWN_PARAMETERS:
+            continue
+        weight = table.get(mapping.checkpoint_name(name, layer_offset=layer_offset))
+        if weight is None:
+            raise UserError(f"parameter {name}: no weight of the source belongs to it")
+        yield name, parameter, weight
+
+
+def load_hf_weights(
+    encoder: torch.nn.Module | Sequence[tuple[torch.nn.Module, int]],
+    folder: HFFolder,
+    config: EncoderConfig,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    layer_offset: int = 0,
+    casts: Casts | None = None,
+) -> None:
+    """Fill every parameter of this rank's part of the model.
+
+    Only the bytes of this rank's slices are read (``folder.bytes_requested`` counts them).
+
+    Args:
+        encoder: the stage's module, or with interleaved stages a list of (module, its layer offset).
+        layer_offset: global index of the stage's first layer.
+        casts: what weights are cast to the parameters' dtype with; by default they may be rounded. A weight that every
+            tensor-parallel rank holds is counted by the first, so that the ranks' counts add up.
+
+    Raises:
+        UserError: the folder does not fit the config, a parameter has no row in the table or another shape, or
+            ``casts`` refuses a value.
+    """
+    folder.check(config)
+    casts = casts or Casts(folder.path, rounding=True)
+    stages = [(encoder, layer_offset)] if isinstance(encoder, torch.nn.Module) else list(encoder)
+    with torch.no_grad():
+        for module, offset in stages:
+            for name, parameter, weight in parameters_with_weights(module, config, layer_offset=offset):
+                counted = weight.tp_dim is not None or tp_rank == 0
+                read = partial(read_cast, folder, casts, parameter.dtype, count=counted)
+                slices = read_slices(folder, weight, config, tp_rank=tp_rank, tp_size=tp_size, read=read)
+                tensor = pack(weight, slices, config, tp_size=tp_size)
+                if weight.kind == "vocab":
+                    rows = transforms.padded_vocab_size(config.vocab_size, world=tp_size) // tp_size
+                    tensor = transforms.pad_vocab(tensor, rows=rows)
+                if tensor.shape != parameter.shape:
+                    raise UserError(
+                        f"parameter {name}: has shape {list(parameter.shape)}, but its slice of the source has "
+                        f"{list(tensor.shape)} (tensor-parallel rank {tp_rank} of {tp_size})"
+                    )
+                parameter.copy_(tensor)
+
+
+def refuse_overflow(
+    stages: Sequence[tuple[torch.nn.Module, int]], iter_dir: Path, config: EncoderConfig, casts: Casts
+) -> None:
+    """Refuse parameters that were filled from a checkpoint of a wider dtype and overflowed.
+
+    megatron-core casts while it loads, and looks at nothing.
+
+    Args:
+        stages: (module, its layer offset).
+        casts: names the weight and its value.
+
+    Raises:
+        UserError: a finite value of the checkpoint became infinite.
+    """
+    reader = CheckpointReader(iter_dir)
+    stored = {reader.dtype(name) for name in reader.names() if not is_ignored(name)}
+    for module, offset in stages:
+        for _, parameter, weight in parameters_with_weights(module, config, layer_offset=offset):
+            exact = all(torch.promote_types(dtype, parameter.dtype) == parameter.dtype for dtype in stored)
+            if exact or not parameter.isinf().any():
+                continue
+            for part, tensor in zip(weight.hf, CheckpointWeights(reader, config).hf_parts(weight), strict=True):
+                casts(part, tensor, parameter.dtype, count=False)

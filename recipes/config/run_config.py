@@ -1,0 +1,94 @@
+"""A recipe as nested plain values and as ``run_config.yaml``: read, written, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_embed.bridge.errors import UsageError
+from megatron_embed.conversion.io.atomic import atomic_file
+from megatron_embed.recipes.config.messages import refuse_unknown_keys
+from megatron_embed.recipes.config.schema import RecipeConfig, explain_refusal, keys
+
+#: recipe functions by their names: commands hand in :data:`megatron_embed.recipes.RECIPES`
+Recipes = Mapping[str, Callable[[], RecipeConfig]]
+NO_RECIPES: Recipes = MappingProxyType({})
+
+
+def config_from_dict(
+    values: Mapping[str, Any], *, base: RecipeConfig | None = None, where: str = "config"
+) -> RecipeConfig:
+    """A config from nested plain values laid over ``base``'s.
+
+    Raises:
+        UsageError: an unknown key (with the nearest known one) or a bad value, named ``where: key``.
+    """
+    refuse_unknown_keys(values, [key for key, _ in keys()], where=where)
+    merged: dict[str, Any] = (base or RecipeConfig()).to_dict()
+    for name, value in values.items():
+        merged[name] = {**merged[name], **value} if isinstance(merged[name], dict) else value
+    try:
+        return RecipeConfig.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {explain_refusal(error)}") from None
+
+
+def recipe_named(values: Mapping[str, Any], recipes: Recipes) -> RecipeConfig | None:
+    """Return the config of the recipe that ``values`` name; None where ``recipes`` have none of this name."""
+    recipe = recipes.get(values.get("recipe", ""))
+    return None if recipe is None else recipe()
+
+
+def load_run_config(
+    path: str | Path, *, base: RecipeConfig | None = None, recipes: Recipes = NO_RECIPES
+) -> RecipeConfig:
+    """Read a ``run_config.yaml``.
+
+    Args:
+        base: its values are kept for keys that the file lacks; None: those of the recipe that the file names.
+        recipes: where that recipe is looked for; one that is not there leaves the defaults.
+
+    Raises:
+        UsageError: a file that cannot be read, an unknown key or a bad value.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); wanted a run_config.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{path}: found {type(values).__name__}; wanted sections such as 'train:' with their keys")
+    return config_from_dict(values, base=base or recipe_named(values, recipes), where=str(path))
+
+
+def save_run_config(cfg: RecipeConfig, path: str | Path) -> None:
+    """Write ``cfg`` as YAML, atomically: a reader sees the old file or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(to_yaml(cfg).encode())
+
+
+def to_yaml(cfg: RecipeConfig) -> str:
+    """``cfg`` as ``run_config.yaml`` holds it."""
+    return yaml.safe_dump(cfg.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def changed_keys(a: RecipeConfig, b: RecipeConfig, prefixes: Iterable[str]) -> list[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) for every key that starts with one of ``prefixes`` and differs."""
+    flat_a, flat_b, wanted = dict(_flat(a)), dict(_flat(b)), tuple(prefixes)
+    return [(key, flat_a[key], flat_b[key]) for key in flat_a if key.startswith(wanted) and flat_a[key] != flat_b[key]]
+
+
+def _flat(cfg: RecipeConfig) -> Iterator[tuple[str, Any]]:
+    values = cfg.to_dict()
+    for key, _ in keys():
+        section, _, name = key.rpartition(".")
+        yield key, values[section][name] if section else values[name]

@@ -1,0 +1,60 @@
+"""What a recipe names, looked at before anything is read in full: data, evaluation folders, checkpoint, save_dir."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from megatron_embed.bridge.errors import UserError, named
+from megatron_embed.conversion.io.disk_errors import check_writable
+from megatron_embed.recipes.config.schema import RecipeConfig
+from megatron_embed.recipes.datasets.beir import check_folder, check_names, is_beir
+from megatron_embed.recipes.datasets.rows import check_file, hub_parts
+
+
+def check_inputs(cfg: RecipeConfig) -> None:
+    """Refuse what training would fail on later. Of files the first kilobytes are read, of a model nothing.
+
+    Raises:
+        UserError: a source of data, an evaluation folder or a checkpoint that is not there or is no such thing, a
+            ``save_dir`` that cannot be written to, Weights & Biases asked for and not installed; by its key.
+    """
+    for source in cfg.data.train or []:
+        with named("data.train"):
+            check_source(source.path)
+    with named("data.eval"):
+        check_names(cfg.data.eval or [])
+        for folder in cfg.data.eval or []:
+            check_folder(folder, "test")
+    if cfg.checkpoint.load is not None:
+        from megatron_embed.conversion.megatron import folder as checkpoint_folder
+
+        with named("checkpoint.load"):
+            checkpoint_folder.resolve(cfg.checkpoint.load)
+    with named("train.save_dir"):
+        check_writable(Path(cfg.resolved().train.save_dir or ""))
+    if cfg.logger.wandb_project is not None and not _is_installed("wandb"):
+        raise UserError(
+            f"logger.wandb_project: found {cfg.logger.wandb_project!r}, but wandb is not installed; "
+            f"pip install wandb, or leave the key out"
+        )
+
+
+def check_source(path: str) -> None:
+    """Refuse a source of training pairs that is not there, or of a kind that is not read. Hub data is not looked up."""
+    if path.startswith("hf://"):
+        hub_parts(path)
+    elif Path(path).is_dir():
+        if not is_beir(path):
+            raise UserError(
+                f"{path}: a folder, but no BEIR folder; wanted corpus.jsonl, queries.jsonl, qrels/train.tsv"
+            )
+        check_folder(path, "train")
+    else:
+        check_file(path)
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name, such as the one in which W&B keeps its runs, is no package."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -1,0 +1,123 @@
+"""What one row of training data says: a query, its positives, its hard negatives, a teacher's answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from megatron_embed.recipes.datasets.json_text import RowError
+
+_MOST = sys.float_info.max  # of JSON's whole numbers, some are greater; NaN is not at most anything
+
+
+class Teacher(NamedTuple):
+    """A teacher's answers for one query, where the data has them (README, "Distillation").
+
+    Attributes:
+        scores: of the positive (in a :class:`Pair`: of each positive) and each hard negative.
+        query: the query's vector.
+        passages: vectors of the positive and each hard negative.
+    """
+
+    scores: list[float] | None = None
+    query: list[float] | None = None
+    passages: list[list[float]] | None = None
+
+
+class Pair(NamedTuple):
+    """What one row of a source says. Prompts: in the place of the source's, where the row has its own."""
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    teacher: Teacher = Teacher()
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
+
+
+def parse_pair(row: Any, names: Mapping[str, str] = MappingProxyType({})) -> Pair:
+    """Read ``{"query": …, "positive": text or list, "negatives": list}``, and a teacher's answers if there are any.
+
+    ``scores``: a number for each positive and each negative. ``query_embedding``, ``positive_embedding``,
+    ``negative_embeddings``: vectors. Other keys are not looked at.
+
+    Args:
+        names: what ``query``, ``positive``, ``negatives`` are called in the file, for messages.
+
+    Raises:
+        RowError: a missing field, a wrong type, an empty text, no positive.
+    """
+    name = {field: names.get(field, field) for field in ("query", "positive", "negatives", "scores")}
+    wanted = f"{name['query']}, {name['positive']} and, optionally, {name['negatives']}"
+    if not isinstance(row, Mapping):
+        raise RowError(f"found {kind_of(row)}; wanted an object with {wanted}")
+    for field in ("query", "positive"):
+        if field not in row:
+            keys = ", ".join(map(str, row)) or "none"
+            raise RowError(f"no {name[field]!r}; found keys: {keys}; wanted {wanted}")
+    query, positive, negatives = row["query"], row["positive"], row.get("negatives")
+    _check_text(name["query"], query)
+    positives = positive if isinstance(positive, list) else [positive]
+    if not positives or positive is None:
+        raise RowError(f"{name['positive']!r} is empty; every query needs one")
+    negatives = [] if negatives is None else negatives
+    if not isinstance(negatives, list):
+        raise RowError(f"{name['negatives']!r}: found {kind_of(negatives)}; wanted a list of texts")
+    for text in positives:
+        _check_text(name["positive"], text)
+    for text in negatives:
+        _check_text(name["negatives"], text)
+    prompts = {key: row.get(key) for key in ("query_prompt", "passage_prompt")}
+    for key, prompt in prompts.items():
+        if prompt is not None and not isinstance(prompt, str):
+            raise RowError(f"{names.get(key, key)!r}: found {kind_of(prompt)}; wanted text")
+    return Pair(query, positives, negatives, _parse_teacher(row, positives, negatives, name["scores"]), **prompts)
+
+
+def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list[str], name: str) -> Teacher:
+    scores, query, positive = (row.get(key) for key in ("scores", "query_embedding", "positive_embedding"))
+    if scores is None and query is None and positive is None:
+        return Teacher()
+    wanted = len(positives) + len(negatives)
+    if scores is not None:
+        _check_numbers(name, scores)
+        if len(scores) != wanted:
+            each = "the positive" if len(positives) == 1 else "each positive"
+            raise RowError(f"{name!r}: found {len(scores)}; wanted {wanted}, one for {each} and each negative")
+    passages = None
+    if (query is None) != (positive is None):
+        raise RowError("'query_embedding' and 'positive_embedding' come together")
+    if positive is not None:
+        if len(positives) > 1:
+            raise RowError(f"a teacher's vectors go with one positive; found {len(positives)}")
+        of_negatives = row.get("negative_embeddings")
+        if not isinstance(of_negatives, list | None):
+            raise RowError(f"'negative_embeddings': found {kind_of(of_negatives)}; wanted a list of vectors")
+        passages = [positive, *(of_negatives or [])]
+        for vector in (query, *passages):
+            _check_numbers("…_embedding", vector)
+        if len(passages) != wanted:
+            raise RowError(f"'negative_embeddings': found {len(passages) - 1}; wanted {len(negatives)}, one a negative")
+    return Teacher(scores, query, passages)
+
+
+def _check_numbers(field: str, values: Any) -> None:
+    if not isinstance(values, list) or not all(type(x) in (int, float) and abs(x) <= _MOST for x in values):
+        raise RowError(f"{field!r}: wanted a list of finite numbers")
+
+
+def _check_text(field: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise RowError(f"{field!r}: found {kind_of(text)}; wanted text")
+    if not text or text.isspace():
+        raise RowError(f"{field!r} holds an empty text")
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
+    if type(value) in (int, float):
+        return f"the number {value}"
+    return names.get(type(value), type(value).__name__)  # what Parquet has and JSON has not: bytes, datetime, …

@@ -1,0 +1,1 @@
+"""Texts to vectors with any model, under any layout."""

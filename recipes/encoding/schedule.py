@@ -1,0 +1,56 @@
+"""Micro-batches through megatron-core's pipeline schedules, forward only or with a loss function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_embed.bridge.cpu import host
+from megatron_embed.recipes.encoding.micro_batches import MicroBatch
+
+#: (output of the last stage, micro-batch) → what the schedule wants of a loss function
+LossFunction = Callable[..., Any]
+
+
+def encode_micro_batches(stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor] | None:
+    """Forward only, no graph: each micro-batch's ``[n, hidden]`` on the last stage; None on the others."""
+
+    def collect(micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> Tensor:
+        return micro_batch.rows(output.detach())
+
+    with torch.no_grad():  # the schedule itself does not forbid a graph
+        outputs = run_schedule(stages, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+    return outputs if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+
+
+def run_schedule(
+    stages: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    loss_function: LossFunction,
+    *,
+    forward_only: bool,
+    collect_non_loss_data: bool = False,
+) -> list[Any]:
+    """megatron-core's schedule for the current layout; what the loss function reports, on the last stage."""
+
+    def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        micro_batch = next(iterator)
+        return model(micro_batch.tokens.to(host.device())), partial(loss_function, micro_batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in stages],
+        model=list(stages),
+        num_microbatches=len(micro_batches),
+        # read from the tensors themselves (variable_seq_lengths); the schedules want some number
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
+    )

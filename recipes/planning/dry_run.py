@@ -1,0 +1,106 @@
+"""``--dry-run``: the resolved config and the layout, and what could not work refused before anything is built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError, named
+from megatron_embed.bridge.layout import Layout, pipeline_split
+from megatron_embed.recipes.config.checks import layout_of, start_of, validate, validate_layout
+from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes, to_yaml
+from megatron_embed.recipes.config.schema import RecipeConfig
+from megatron_embed.recipes.datasets.inputs import check_inputs
+from megatron_embed.recipes.planning.model_sizes import NO_SIZES, Sizes, encoder_of
+
+
+def describe_run(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RECIPES, sizes: Sizes = NO_SIZES) -> str:
+    """The resolved config as YAML and, as comments, the layout; nothing is built and no weight is read.
+
+    A model or data that no key names may still be missing.
+
+    Args:
+        recipes: see :func:`megatron_embed.recipes.training.resume.trained_config`.
+        sizes: of models that need not be fetched to be looked at.
+
+    Raises:
+        UserError: a layout that cannot hold; data, a model, a checkpoint or an evaluation folder that is not there or
+            is no such thing; a ``save_dir`` that cannot be written to or holds another run. The key is named.
+    """
+    validate(cfg, world_size, inputs=False)
+    check_inputs(cfg)
+    asked, cfg = cfg, cfg.resolved()
+    encoder = _encoder(cfg, sizes)
+    if encoder is not None:
+        validate_layout(cfg, encoder)
+    _check_resume(asked, Path(cfg.train.save_dir or ""), recipes)
+    model, train = cfg.model, cfg.train
+    parallel = layout_of(cfg)
+    replicas = parallel.data_parallel_size(world_size)
+    micro = f"{train.micro_batch_size} texts" if train.micro_batch_size else f"{train.micro_batch_tokens} tokens"
+    layout = (
+        f"tensor parallel {model.tensor_model_parallel_size} × pipeline parallel {model.pipeline_model_parallel_size}"
+        f" × context parallel {model.context_parallel_size} × data parallel {replicas}"
+    )
+    lines = [
+        f"# layout of {world_size} rank{'s' if world_size > 1 else ''}: {layout}",
+        f"# layers per stage: {_stages(cfg, parallel, encoder)}",
+        f"# queries per step: {train.global_batch_size}, {train.global_batch_size // replicas} a replica",
+        f"# micro-batch: {micro}",
+    ]
+    return to_yaml(cfg) + "\n".join(lines)
+
+
+def _stages(cfg: RecipeConfig, layout: Layout, encoder: EncoderConfig | None) -> str:
+    """Layers of each stage."""
+    if encoder is None:
+        return f"known once model.hf_model is a folder (found {cfg.model.hf_model or 'none'})"
+    split = pipeline_split(encoder.num_hidden_layers, layout.pp * (layout.vpp or 1))
+    return f"{', '.join(map(str, split))} of {encoder.num_hidden_layers}"
+
+
+def _encoder(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig | None:
+    """The model that training would start from, its weights' names and shapes checked; None: no key names one, or it
+    lies on the hub, is there, and says its sizes only once it is fetched."""
+    if not (cfg.model.hf_model or cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load):
+        return None
+    key, path = start_of(cfg)
+    if key == "model.hf_model" and not Path(path).expanduser().exists():
+        if path in sizes:
+            return encoder_of(cfg, sizes)
+        if _may_be_fetched(path):
+            return None
+    from megatron_embed.recipes.encoding.source import open_model
+
+    source = open_model(cfg)
+    with named(key):
+        source.check()
+    return source.config
+
+
+def _may_be_fetched(name: str) -> bool:
+    """Whether a model is on the hub; False: to be looked for as training would, in a folder or the hub's cache.
+
+    Raises:
+        UserError: the hub does not have it, or cannot be asked.
+    """
+    from megatron_embed.conversion.hf.folder import is_hub_id, not_on_the_hub
+
+    if not is_hub_id(name) or os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # offline, no such repository, no right to it, …
+        raise UserError(f"model.hf_model: {not_on_the_hub(name, error)}") from None
+    return True
+
+
+def _check_resume(asked: RecipeConfig, save_dir: Path, recipes: Recipes) -> None:
+    """Refuse a ``save_dir`` that holds another run, as training would."""
+    if asked.checkpoint.resume and (save_dir / "checkpoints").is_dir():
+        from megatron_embed.recipes.training.resume import find_start
+
+        find_start(asked, save_dir, recipes=recipes)

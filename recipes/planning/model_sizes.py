@@ -1,0 +1,46 @@
+"""Sizes of the models that the recipes name, so that their layouts can be planned before anything is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UsageError, UserError
+from megatron_embed.recipes.config.schema import RecipeConfig
+
+#: Hub id → encoder: commands hand in :data:`megatron_embed.recipes.SIZES`. For arithmetic only: what is computed with
+#: is always read from the model's own config.json.
+Sizes = Mapping[str, EncoderConfig]
+NO_SIZES: Sizes = MappingProxyType({})
+
+
+def encoder_of(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig:
+    """The encoder that a recipe trains: from its folder or checkpoint, or by its hub id. No weight, no network.
+
+    Raises:
+        UserError: no model is named, its folder holds none, or its hub id is not in ``sizes``.
+    """
+    stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
+    checkpoint = cfg.checkpoint.pretrained_checkpoint or (None if cfg.model.hf_model else cfg.checkpoint.load)
+    if checkpoint:
+        from megatron_embed.conversion.megatron import folder as checkpoint_folder
+
+        iter_dir = checkpoint_folder.resolve(checkpoint)
+        config = checkpoint_folder.encoder_config(iter_dir)
+        if config is None:
+            raise UserError(f"{iter_dir}: says nothing of its model; wanted run_config.yaml with 'encoder:'")
+        return config.replace(**stated)
+    name = cfg.model.hf_model
+    if not name:
+        raise UsageError("model.hf_model: missing; wanted a Hugging Face model folder or id, model.hf_model=DIR_OR_ID")
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return EncoderConfig.from_hf(folder).replace(**stated)
+    if name not in sizes:
+        raise UserError(
+            f"model.hf_model: {name!r} is no folder, and its sizes are not known; wanted a folder with config.json, "
+            f"or one of {', '.join(sizes)}"
+        )
+    return sizes[name].replace(**stated)

@@ -1,0 +1,1 @@
+"""Vectors of a corpus, search, evaluation, mining of hard negatives."""

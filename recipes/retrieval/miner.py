@@ -1,0 +1,223 @@
+"""Mine hard negatives for training data from a corpus, with any model.
+
+Corpus, queries and those positives that are no documents are encoded into a cache, each under a key made of everything
+that its vectors depend on; the ranks then search the corpus together and choose negatives by the rules of
+:mod:`megatron_embed.recipes.retrieval.mining`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_embed.bridge.cpu import host
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.config.schema import DataSource
+from megatron_embed.recipes.datasets.corpus import Corpus, Texts
+from megatron_embed.recipes.datasets.odd_rows import OddRows, report
+from megatron_embed.recipes.datasets.pairs import PairSource
+from megatron_embed.recipes.datasets.tokenization import Kind
+from megatron_embed.recipes.encoding.encoder import Encoder
+from megatron_embed.recipes.encoding.rank_zero import on_first_rank
+from megatron_embed.recipes.retrieval.cross_encoder import CrossScorer
+from megatron_embed.recipes.retrieval.encode_corpus import encode_texts
+from megatron_embed.recipes.retrieval.fingerprints import fingerprint, model_fingerprint
+from megatron_embed.recipes.retrieval.mining import Audit, KnownPositives, MiningRules, choose_negatives, still_said
+from megatron_embed.recipes.retrieval.mining_input import check_corpus, check_prompts, checked_before
+from megatron_embed.recipes.retrieval.positives import PositiveVectors, find_documents
+from megatron_embed.recipes.retrieval.search import Searcher
+from megatron_embed.recipes.retrieval.training_texts import TrainingTexts
+from megatron_embed.recipes.retrieval.vectors import VectorFolder, write_file
+from megatron_embed.recipes.retrieval.writer_lock import LOCK, writing
+
+_BLOCK = 4096  # queries searched together
+
+
+def mine(
+    encoder: Encoder,
+    data: str,
+    corpus: Corpus,
+    output: Path,
+    *,
+    rules: MiningRules,
+    cache: Path,
+    with_scores: bool = False,
+    cross_encoder: str | Path | None = None,
+    faiss: str | None = None,
+    progress: bool = False,
+    strict: bool = False,
+) -> Audit:
+    """Write ``output``: the rows of ``data`` with mined negatives. Every rank must call this.
+
+    Args:
+        cache: folder for vectors, shared by all ranks; kept, so that a second run encodes nothing again.
+        with_scores: add the model's scores of the positives and negatives as a teacher's.
+        cross_encoder: add those of this cross-encoder instead, see :class:`CrossScorer`.
+        strict: what looks odd in the corpus or the training data is an error.
+
+    Raises:
+        UserError: bad input, an encoder whose scalar products are not its model's similarity, a cross-encoder that
+            cannot be used, a cache that holds other vectors under the key, or another run that is writing the output
+            or the same vectors.
+    """
+    if with_scores and cross_encoder is not None:
+        raise UserError("--scores and --cross-encoder: both write 'scores'; give one of them")
+    scorer = None if cross_encoder is None else CrossScorer(str(cross_encoder))  # what is wrong with it shows first
+    source = PairSource(DataSource(path=data))
+    assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
+    opened = encoder.source
+    if opened.for_scores().config != opened.config:
+        raise UserError(
+            f"{opened.path}: its similarity is the cosine and its vectors are not normalised; "
+            f"wanted an encoder of Encoder.from_pretrained(…, scores=True)"
+        )
+    model = on_first_rank(lambda: model_fingerprint(opened))
+
+    def encoded(texts: Texts, kind: Kind) -> VectorFolder:
+        stamp = on_first_rank(lambda: fingerprint(encoder, texts, kind, model=model))
+        return encode_texts(encoder, texts, cache / key(stamp), kind=kind, stamp=stamp, progress=progress)
+
+    with writing(output, output.with_name(f".{output.name}{LOCK}")):
+        stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
+        path = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
+        check_prompts(source, encoder.tokenizer.prompts["passage"])
+        odd = [_checked(corpus, path), source.odd]
+        on_first_rank(lambda: report(odd, strict=strict))
+        text_ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        documents = encoded(corpus, "passage")
+        found = on_first_rank(lambda: find_documents(source, corpus, text_ids))
+        others = TrainingTexts(source, "passage", "", np.flatnonzero(found < 0))
+        miner = _Miner(
+            source,
+            corpus,
+            rules,
+            text_ids=text_ids,
+            queries=encoded(TrainingTexts(source, "query", encoder.tokenizer.prompts["query"]), "query"),
+            positives=PositiveVectors(documents, found, encoded(others, "passage") if len(others) else None),
+            searcher=Searcher(documents, rules.ranks[1], faiss=faiss),
+            with_scores=with_scores,
+            scorer=scorer,
+            audit=Audit(1.0 if encoder.config.normalize else _bound(documents), odd),
+        )
+        miner.write(output)
+        return miner.total_audit()
+
+
+def _checked(corpus: Corpus, text_ids: Path) -> OddRows:
+    """:func:`check_corpus` for all ranks, and for one run at a time where there is something to write."""
+    before = on_first_rank(lambda: checked_before(corpus, text_ids))
+    if before is not None:
+        return before
+    with writing(text_ids.parent, text_ids.parent / LOCK):
+        return on_first_rank(lambda: check_corpus(corpus, text_ids))
+
+
+def key(stamp: dict[str, Any]) -> str:
+    """The cache's name for vectors of this fingerprint."""
+    return hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _bound(documents: VectorFolder) -> float:
+    """The greatest score that vectors of no fixed length are likely to have."""
+    return float(np.linalg.norm(documents.shard(0), axis=1).max() ** 2)
+
+
+class _Miner:
+    def __init__(
+        self,
+        source: PairSource,
+        corpus: Corpus,
+        rules: MiningRules,
+        *,
+        text_ids: np.ndarray,
+        queries: VectorFolder,
+        positives: PositiveVectors,
+        searcher: Searcher,
+        with_scores: bool,
+        scorer: CrossScorer | None,
+        audit: Audit,
+    ) -> None:
+        self.source, self.corpus, self.rules, self.text_ids = source, corpus, rules, text_ids
+        self.queries, self.positives, self.searcher = queries, positives, searcher
+        self.with_scores, self.scorer, self.audit = with_scores, scorer, audit
+        self.known = KnownPositives(source)
+
+    def write(self, output: Path) -> None:
+        """Rank 0 writes the rows; on the others they only take part in finding them."""
+        if dist.get_rank() == 0:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_file(output, lambda file: [file.write(_line(row)) for block in self.blocks() for row in block])
+        else:
+            for _ in self.blocks():
+                pass
+        on_first_rank(lambda: None)  # nobody leaves before the file is whole
+
+    def blocks(self) -> Iterator[list[dict[str, Any]]]:
+        """The output, block by block, on every rank; each rank has chosen for its part of a block."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for first in range(0, len(self.queries), _BLOCK):
+            vectors = self.queries.rows(first, min(first + _BLOCK, len(self.queries)))
+            scores, rows = self.searcher.search(vectors)
+            count = len(vectors)
+            own = range(count * rank // world, count * (rank + 1) // world)
+            parts: list[Any] = [None] * world
+            dist.all_gather_object(parts, [self._row(first + i, vectors[i], scores[i], rows[i]) for i in own])
+            block = [row for part in parts for row in part]
+            if self.scorer is not None:
+                self.scorer.add_scores(block)
+            yield block
+
+    def _row(self, row: int, query: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
+        pair = self.source.pair(row)
+        examples = self.source.examples(row)
+        positives = self.positives.rows(examples.start, examples.stop) @ query
+        chosen = choose_negatives(
+            self.rules,
+            scores,
+            rows,
+            query=pair.query,
+            positives=positives,
+            known=self.known.of(pair.query),
+            text_ids=self.text_ids,
+            audit=self.audit,
+        )
+        negatives = [self.corpus.text(int(rows[i])) for i in chosen]
+        found: dict[str, Any] = {
+            "query": pair.query,
+            "positive": pair.positives if len(pair.positives) > 1 else pair.positives[0],
+            "negatives": negatives,
+        }
+        teacher = still_said(pair, negatives)
+        if self.with_scores:
+            found["scores"] = [round(float(x), 6) for x in (*positives, *scores[chosen])]
+        elif self.scorer is None and teacher.scores is not None:
+            found["scores"] = teacher.scores
+        if teacher.passages is not None:
+            vectors = {"positive_embedding": teacher.passages[0], "negative_embeddings": teacher.passages[1:]}
+            found.update(query_embedding=teacher.query, **vectors)
+        if pair.query_prompt is not None:
+            found["query_prompt"] = pair.query_prompt
+        if pair.passage_prompt is not None:
+            found["passage_prompt"] = pair.passage_prompt
+        kept = teacher.scores is not None and found.get("scores") is teacher.scores
+        self.audit.scores_dropped += pair.teacher.scores is not None and not kept
+        self.audit.vectors_dropped += pair.teacher.passages is not None and teacher.passages is None
+        return found
+
+    def total_audit(self) -> Audit:
+        """The counts of all ranks."""
+        numbers = torch.from_numpy(self.audit.numbers()).to(host.device())
+        dist.all_reduce(numbers)
+        self.audit.take(numbers.cpu().numpy())
+        return self.audit
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return f"{json.dumps(row, ensure_ascii=False)}\n".encode()

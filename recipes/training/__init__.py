@@ -1,0 +1,1 @@
+"""The training run: batches, loss, step, optimizer, checkpoints, metrics, report."""

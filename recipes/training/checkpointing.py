@@ -1,0 +1,79 @@
+"""Saving a run and going on from it: weights, optimizer, position in the data."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.hf.sentence_files import SentenceSettings, beside_the_recipe, trained
+from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.megatron.model_state import NEW_GROUPS, load_model_state, save_model_state
+from megatron_embed.recipes.config.schema import OptimizerSection, RecipeConfig
+from megatron_embed.recipes.encoding.source import ModelSource
+from megatron_embed.recipes.training.optimizer import TrainState, reset_groups
+from megatron_embed.recipes.training.resume import Start, beside_the_config, checkpoints_folder
+
+
+def save(
+    asked: RecipeConfig,
+    source: ModelSource,
+    state: TrainState,
+    *,
+    step: int,
+    save_dir: Path,
+    data: dict[str, list[int]],
+    first: bool,
+) -> Path:
+    """Write the checkpoint of a step from all ranks; complete or absent, and named by the tracker when complete.
+
+    Args:
+        asked: the recipe as the user gave it: derived values are derived anew when the run goes on.
+        source: what the run started from. Those of its sentence settings that no recipe key states are kept.
+        data: what the position in the data is a position in, see :meth:`PairDataset.state`.
+
+    Returns:
+        The iteration folder.
+    """
+    root = checkpoints_folder(save_dir)
+
+    def finish(folder: Path) -> None:
+        checkpoint_folder.write_sidecars(folder, source.files)
+        sentence = beside_the_recipe(trained(source.settings or SentenceSettings(), normalize=source.config.normalize))
+        run = asked.to_dict()
+        # an export starts in another folder, and must tell a path from a hub id
+        for section, key in (("model", "hf_model"), ("checkpoint", "pretrained_checkpoint"), ("checkpoint", "load")):
+            path = Path(run[section][key] or "").expanduser()
+            if run[section][key] and path.is_dir():
+                run[section][key] = str(path.resolve())
+        own = beside_the_config(sentence=sentence, encoder=source.config.to_dict())
+        checkpoint_folder.write_run_config(folder, {**run, **own})
+
+    common = {"consumed_samples": step * asked.train.global_batch_size, "data": data}
+    iter_dir = save_model_state(root, step, state.encoders, optimizer=state.optimizer, common=common, finish=finish)
+    if first:
+        checkpoint_folder.write_tracker(root, step)
+    return iter_dir
+
+
+def restore(section: OptimizerSection, state: TrainState, start: Start) -> None:
+    """Load weights and optimizer; set the schedule to the position.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another model.
+    """
+    try:
+        loaded = load_model_state(start.iter_dir, state.encoders, optimizer=state.optimizer)
+    except UserError:
+        raise
+    except (KeyError, AssertionError) as error:
+        raise UserError(f"{start.iter_dir}: holds no optimizer state that fits ({error})") from error
+    if loaded[NEW_GROUPS] and dist.get_rank() == 0:
+        logging.getLogger(__name__).warning(
+            f"{start.iter_dir}: from before optimizer.temperature_lr: its temperature learned at the rate of "
+            f"optimizer.lr, and goes on at up to {section.temperature_lr:g}"
+        )
+    reset_groups(state.optimizer, section)
+    state.scheduler.step(increment=start.step)

@@ -1,0 +1,234 @@
+"""megatron-core's DDP, optimizer and learning-rate schedule, set up for the recipe."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import optimizer as mcore_optimizer
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    clip_grads,
+    distrib_optimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.recipes.config.schema import OptimizerSection
+from megatron_embed.recipes.training.gradient_buckets import bucket_size
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """torch's fused AdamW kernel behind the interface of Apex's and Transformer Engine's FusedAdam.
+
+    Home-made for one reason: megatron-core's checkpoints expect one step count a parameter *group*, as those two keep
+    it. torch's own AdamW keeps one a parameter, which megatron-core fails to load (or, worse, shares among all).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        **_unused: Any,
+    ):
+        assert adam_w_mode, "weight decay is decoupled"
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            # Of groups without parameters here, too: one rank's count goes into the checkpoint for all.
+            group["step"] = group.get("step", 0) + 1
+            # The distributed optimizer gives a rank empty slices of parameters that others hold.
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            step = torch.tensor(float(group["step"]), device=params[0].device)
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [step] * len(params),
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def _scale(chunk_size: int, noop_flag: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
+    """Apex's ``multi_tensor_scale``; megatron-core's stand-in for it goes over the gradients twice, via a copy."""
+    for source, into in zip(*tensors, strict=True):
+        torch.mul(source, factor, out=into)
+
+
+def _use_fused_kernels() -> None:
+    """Let megatron-core take :class:`FusedAdamW` where neither Transformer Engine nor Apex is installed."""
+    if not mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
+    mcore_optimizer.Adam = distrib_optimizer.Adam = FusedAdamW
+    clip_grads.multi_tensor_scale_impl = _scale
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+@dataclass
+class TrainState:
+    """The trained model with everything that changes it."""
+
+    stages: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """The stages without their data-parallel wrapper."""
+        return [stage.module for stage in self.stages]
+
+
+class _DDP(DistributedDataParallel):
+    """megatron-core's, freed with its last reference.
+
+    Its hooks hang on autograd's nodes and refer to it, it refers to the nodes, and so do the optimizer's shards. No
+    garbage collector sees a circle that runs through autograd: model, buffers and process groups (with threads that
+    poll) would stay for as long as the process lives.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        hook: Callable[..., None] = DistributedDataParallel._make_backward_post_hook(weakref.proxy(self), param)
+        return hook
+
+
+def wrap_ddp(
+    encoders: list[Encoder], *, distributed_optimizer: bool = False, overlap: bool = False
+) -> list[DistributedDataParallel]:
+    """Wrap this rank's stages in megatron-core's DDP: gradient buffers, reduction in fp32 or wider.
+
+    Args:
+        overlap: reduce a bucket of gradients as soon as backward has filled it.
+    """
+    transformer = encoders[0].config
+    half = transformer.params_dtype in (torch.bfloat16, torch.float16)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=half,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        bucket_size=bucket_size(parallel_state.get_data_parallel_world_size()) if overlap else None,
+    )
+    stages = [
+        _DDP(config=transformer, ddp_config=ddp_config, module=encoder, disable_bucketing=i > 0)
+        for i, encoder in enumerate(encoders)
+    ]
+    syncs = [stage.no_sync for stage in stages]
+    transformer.no_sync_func = syncs if len(stages) > 1 else syncs[0]
+    transformer.finalize_model_grads_func = finalize_model_grads
+    return stages
+
+
+#: the parameter that :func:`temperature_group` is about; the name in DDP's wrapper
+_TEMPERATURE = ParamKey(name="*.log_temperature")
+
+
+def temperature_group(section: OptimizerSection) -> dict[str, Any]:
+    """What megatron-core's parameter group of a learned temperature has of its own.
+
+    ``is_decoupled_lr`` is one of the keys by which megatron-core finds a group again in a checkpoint: without it this
+    one would pass for that of the norms, which are not decayed either.
+    """
+    # the schedule's course between min_lr and lr, scaled
+    least = section.min_lr * section.temperature_lr / section.lr
+    return {"max_lr": section.temperature_lr, "min_lr": least, "wd_mult": 0.0, "is_decoupled_lr": True}
+
+
+def reset_groups(optimizer: MegatronOptimizer, section: OptimizerSection) -> None:
+    """Give the parameter groups the recipe's rates again, where loading put the other run's; the schedule reads them.
+
+    And the one number of updates done: Transformer Engine's optimizer counts none for a group that is empty on its
+    rank, and of all ranks' groups the first rank's are in the checkpoint.
+    """
+    steps = max(group.get("step", 0) for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        rates = {"max_lr": section.lr, "min_lr": section.min_lr}
+        group.update(temperature_group(section) if group["is_decoupled_lr"] else rates)
+        if steps:
+            group["step"] = steps
+
+
+def set_up_training(encoders: list[Encoder], section: OptimizerSection, *, train_iters: int) -> TrainState:
+    """DDP, AdamW and the schedule for stages whose weights are in place (main parameters are copied from them).
+
+    Matrices are decayed, norms are not; a learned temperature is not either and has a rate of its own.
+    """
+    _use_fused_kernels()
+    transformer = encoders[0].config
+    stages = wrap_ddp(encoders, distributed_optimizer=section.distributed, overlap=section.overlap_grad_reduce)
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_eps=1e-8,
+        # 0 would also leave out the norm that is logged
+        clip_grad=section.clip_grad or float("inf"),
+        bf16=transformer.bf16,
+        fp16=transformer.fp16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=section.distributed,
+        initial_loss_scale=2.0**16,
+    )
+    overrides = {**get_standard_config_overrides(config), _TEMPERATURE: temperature_group(section)}
+    optimizer = get_megatron_optimizer(config, stages, overrides, use_gloo_process_groups=False)
+    transformer.grad_scale_func = optimizer.scale_loss
+    warmup = section.warmup_iters if section.warmup_iters is not None else train_iters // 10
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=min(warmup, max(train_iters - 1, 0)),
+        lr_decay_steps=train_iters,
+        lr_decay_style=section.lr_decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+    )
+    return TrainState(stages, optimizer, scheduler)
+
+
+def gradients(stages: list[DistributedDataParallel]) -> dict[str, Tensor]:
+    """This rank's gradients after a step, by checkpoint name: what the optimizer is about to use."""
+    from megatron_embed.bridge.mapping import checkpoint_name
+
+    return {
+        checkpoint_name(name, layer_offset=stage.module.layer_offset): parameter.main_grad
+        for stage in stages
+        for name, parameter in stage.module.named_parameters()
+    }

@@ -1,0 +1,156 @@
+"""A data-parallel rank's part of each global batch: examples → texts → token ids → micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.recipes.config.schema import LossSection
+from megatron_embed.recipes.datasets.pairs import Example, PairDataset
+from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
+from megatron_embed.recipes.datasets.tokenization import TextTokenizer
+from megatron_embed.recipes.encoding.micro_batches import BatchingPlan, MicroBatch
+from megatron_embed.recipes.training.targets import Targets, identify
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """What one rank encodes in a step: its queries, then their passages, as token ids."""
+
+    sequences: list[list[int]]
+    targets: Targets
+
+    @property
+    def real_tokens(self) -> int:
+        return sum(len(ids) for ids in self.sequences)
+
+    @property
+    def squared_lengths(self) -> int:
+        """Σ length², which the cost of attention grows with."""
+        return sum(len(ids) ** 2 for ids in self.sequences)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A rank's part of a step, ready to be computed.
+
+    Attributes:
+        mode: how its gradient is computed if the other ranks agree.
+    """
+
+    batch: RankBatch
+    mode: str
+    groups: list[MicroBatch]
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Makes the rank's part of any step from the step's number alone, so that resuming needs nothing else."""
+
+    dataset: PairDataset
+    sampler: GlobalBatchSampler
+    tokenizer: TextTokenizer
+    negatives_per_query: int
+    loss: LossSection
+    rank: int
+    world: int
+
+    def build(self, step: int) -> RankBatch:
+        """The rank's contiguous share of the global batch of a step (from 0)."""
+        indices = self.sampler.batch(step)
+        share = len(indices) // self.world
+        examples = [self.dataset[i] for i in indices[self.rank * share : (self.rank + 1) * share]]
+        # The slots are the same on every rank and step: what the data can fill at most.
+        most = max(source.max_negatives for source in self.dataset.sources)
+        slots = 1 + min(self.negatives_per_query, most)
+        passages = [[e.positive, *e.negatives[: slots - 1]] for e in examples]
+        queries = [e.query for e in examples]
+        flat = [text for group in passages for text in group]
+        prompts = [self._prompt(e, "passage") for e, group in zip(examples, passages, strict=True) for _ in group]
+        valid = torch.tensor([[slot < len(group) for slot in range(slots)] for group in passages])
+        known = [e.positives for e in examples]
+        targets = Targets(
+            len(examples),
+            valid,
+            **identify(queries, passages, known, slots),
+            **self._teachers(examples, slots),
+        )
+        sequences = self.tokenizer.tokenize(queries, "query", [self._prompt(e, "query") for e in examples])
+        return RankBatch(sequences + self.tokenizer.tokenize(flat, "passage", prompts), targets)
+
+    def _teachers(self, examples: list[Example], slots: int) -> dict[str, torch.Tensor]:
+        """The fields of :class:`Targets` that hold a teacher's answers, as far as the loss wants them."""
+        found = {}
+        if self.loss.score_distillation_weight:
+            rows = [list(e.teacher.scores or ())[:slots] for e in examples]
+            found["teacher_scores"] = torch.tensor([row + [0.0] * (slots - len(row)) for row in rows])
+        if self.loss.embedding_distillation_weight:
+            vectors = [e.teacher.query for e in examples]
+            vectors += [vector for e in examples for vector in (e.teacher.passages or ())[:slots]]
+            found["teacher_embeddings"] = torch.tensor(vectors)
+            found["has_teacher_embedding"] = torch.ones(len(vectors), dtype=torch.bool)
+        return found
+
+    def _prompt(self, example: object, kind: str) -> str:
+        return getattr(example, f"{kind}_prompt")
+
+    def lines(self, step: int) -> str:
+        """Where the examples of a step stand, for messages: ``file lines 3, 17; other lines 4``."""
+        found: dict[str, list[int]] = {}
+        for index in self.sampler.batch(step):
+            example = self.dataset[index]
+            found.setdefault(example.source, []).append(example.line)
+        return "; ".join(f"{path} lines {', '.join(map(str, sorted(lines)))}" for path, lines in found.items())
+
+
+def check_teachers(dataset: PairDataset, loss: LossSection, hidden_size: int) -> None:
+    """Refuse data without the teacher's answers that the loss wants, before any weight is read."""
+    for source in dataset.sources:
+        wanted = {
+            "loss.score_distillation_weight": (source.no_scores, "scores"),
+            "loss.embedding_distillation_weight": (source.no_vectors, "query_embedding and positive_embedding"),
+        }
+        for key, (row, fields) in wanted.items():
+            if getattr(loss, key.removeprefix("loss.")) and row >= 0:
+                where = f"{source.path}, {source.place(row)}"
+                raise UserError(f"{where}: no {fields}, which {key} above 0 wants")
+        if loss.embedding_distillation_weight and source.vector_widths != {hidden_size}:
+            widths = ", ".join(map(str, sorted(source.vector_widths)))
+            raise UserError(
+                f"{source.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}"
+            )
+
+
+def pack(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> PackedBatch:
+    """Cut a rank's batch; ``auto`` is ``direct`` where it fits into one micro-batch, and otherwise ``cached``.
+
+    Raises:
+        UserError: as :func:`micro_batches`.
+    """
+    if mode == "auto":
+        mode = "direct" if plan.holds(batch.sequences) else "cached"
+    return PackedBatch(batch, mode, micro_batches(plan, batch, mode=mode))
+
+
+def micro_batches(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> list[MicroBatch]:
+    """Cut a rank's batch; ``direct`` wants it whole.
+
+    Raises:
+        UserError: ``direct`` where the batch does not fit into one micro-batch.
+    """
+    if mode == "cached":
+        return plan.split(batch.sequences)
+    if not plan.holds(batch.sequences):
+        limit = (
+            f"train.micro_batch_size {plan.max_texts}"
+            if plan.max_texts is not None
+            else f"train.micro_batch_tokens {plan.max_tokens}"
+        )
+        raise UserError(
+            f"loss.mode: direct needs a rank's whole batch in one micro-batch, but its {len(batch.sequences)} texts "
+            f"({batch.real_tokens} tokens) are more than {limit} holds; use loss.mode=cached (the same gradient), "
+            f"or raise the limit"
+        )
+    return plan.join(batch.sequences)

@@ -1,0 +1,229 @@
+"""What a run goes on from, and whether it is still the same run: decided before anything is built or loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.megatron.safe_loading import load_common
+from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes, changed_keys, config_from_dict, recipe_named
+from megatron_embed.recipes.config.schema import RecipeConfig
+
+#: what a run that goes on must not have changed
+RESUME_KEYS = (
+    "model.hf_model",
+    "model.pooling",
+    "model.normalize",
+    "model.precision",
+    "data.",
+    "loss.",
+    "optimizer.",
+    "train.seed",
+    "train.global_batch_size",
+)
+#: of these, the ones that change nothing that was trained
+_HARMLESS = ("data.eval", "data.packing", "loss.mode", "optimizer.distributed", "optimizer.overlap_grad_reduce")
+
+#: in a checkpoint's run_config.yaml beside the recipe: where its relative paths start, and what exports read
+_DIRECTORY, _OF_EXPORTS = "directory", ("encoder", "sentence")
+
+
+def checkpoints_folder(save_dir: Path) -> Path:
+    """``save_dir/checkpoints``."""
+    return save_dir / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+        iter_dir: the checkpoint.
+        step: the steps that it stands for, in batches of this run.
+        own: it is the run's own of that step, so that metrics and checkpoints up to it are this run's past.
+        before: the recipe that it was trained with; None where that may differ, with ``checkpoint.load``.
+        data: what a position in its data is a position in, see :meth:`PairDataset.state`.
+    """
+
+    iter_dir: Path
+    step: int
+    own: bool
+    before: RecipeConfig | None
+    data: dict[str, list[int]]
+
+    def check_data(self, now: dict[str, list[int]]) -> None:
+        """The order of the examples follows from their number: a position among others would mean others.
+
+        Raises:
+            UserError: the same run, in data that changed since.
+        """
+        if self.before is None or len(self.data) != len(now):
+            return
+        changed = [
+            f"{path} had {was[0]:,} examples in {was[1]:,} bytes, now {found[0]:,} in {found[1]:,}"
+            for was, (path, found) in zip(self.data.values(), now.items(), strict=True)
+            if was != found
+        ]
+        if changed:
+            root = self.iter_dir.parent
+            raise UserError(
+                f"{self.iter_dir}: the training data changed since ({'; '.join(changed)}), so that the run cannot go "
+                f"on where it stood; put it back, take another train.save_dir with "
+                f"checkpoint.pretrained_checkpoint={root}, "
+                f"or go on in the new order with checkpoint.load={root} checkpoint.resume=false"
+            )
+
+    def nothing_to_do(self, train_iters: int) -> str | None:
+        """One line about a run that has all its steps; None where there are steps to come."""
+        if self.step < train_iters:
+            return None
+        return (
+            f"nothing to do: {self.iter_dir} has {self.step} steps, train.train_iters is {train_iters}; "
+            f"a larger one goes on"
+        )
+
+    def news(self, cfg: RecipeConfig) -> str | None:
+        """One line about a run whose length changed; None where it did not."""
+        if self.before is None or self.before.train.train_iters == cfg.train.train_iters:
+            return None
+        return (
+            f"train.train_iters: {self.before.train.train_iters} before, {cfg.train.train_iters} now; from step "
+            f"{self.step + 1} on the learning rate is that of a run of {cfg.train.train_iters} steps "
+            f"(optimizer.warmup_iters {cfg.optimizer.warmup_iters})"
+        )
+
+
+def find_start(
+    asked: RecipeConfig, save_dir: Path, *, instead: Path | None = None, recipes: Recipes = NO_RECIPES
+) -> Start | None:
+    """The checkpoint to go on from, if there is one and the run is the same.
+
+    Args:
+        asked: the recipe as the user gave it, with nothing derived.
+        instead: go on from this one of ``save_dir``, as the newest is damaged.
+        recipes: see :func:`trained_config`.
+
+    Raises:
+        DamagedCheckpoint: a file of the checkpoint is not as it was written.
+        UserError: ``save_dir`` holds a run with other data, loss, optimizer, seed or model; the checkpoint is not of a
+            training run, or of one with a batch size that this one cannot count in.
+    """
+    root = checkpoints_folder(save_dir)
+    resumes = asked.checkpoint.resume and (root / checkpoint_folder.TRACKER).is_file()
+    if resumes:
+        iter_dir = instead or checkpoint_folder.resolve(root)
+    elif asked.checkpoint.load is not None:
+        iter_dir = checkpoint_folder.resolve(asked.checkpoint.load)
+    else:
+        _refuse_to_replace_source(asked, root)
+        return None
+    common = load_common(iter_dir)
+    samples, batch = common.get("consumed_samples"), asked.train.global_batch_size
+    if samples is None:
+        raise UserError(
+            f"{iter_dir}: holds weights only, no training run to continue; start from its weights with "
+            f"checkpoint.pretrained_checkpoint={iter_dir.parent}{' and another train.save_dir' if resumes else ''}"
+        )
+    before = None
+    if resumes:
+        before, directory = trained_config(iter_dir, recipes)
+        _refuse_changes(before, directory, asked, save_dir)
+    if samples % batch:
+        raise UserError(
+            f"{iter_dir}: {samples} samples were trained on, which is no multiple of train.global_batch_size {batch}; "
+            f"continue with the batch size that it was trained with"
+        )
+    step = samples // batch
+    own = os.path.realpath(iter_dir) == os.path.realpath(checkpoint_folder.iteration_folder(root, step))
+    if not own:
+        _refuse_to_replace_source(asked, root)
+    return Start(iter_dir, step, own, before, common.get("data", {}))
+
+
+def may_fall_back(asked: RecipeConfig, older: Path) -> tuple[bool, bool]:
+    """Whether checkpoint.allow_fallback allows to go on from ``older`` as the run's own, or as what it loads."""
+    checkpoint, root = asked.checkpoint, os.path.realpath(older.parent)
+    own = checkpoints_folder(Path(asked.resolved().train.save_dir or ""))
+    load = Path(checkpoint.load or "").expanduser()
+    loaded = [load, checkpoints_folder(load), load.parent] if checkpoint.load is not None else []
+    allowed = checkpoint.allow_fallback
+    return allowed and root == os.path.realpath(own), allowed and root in map(os.path.realpath, loaded)
+
+
+def beside_the_config(*, sentence: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's ``run_config.yaml`` holds beside the recipe; :func:`trained_config` reads past it."""
+    return {_DIRECTORY: os.getcwd(), "sentence": sentence, "encoder": encoder}
+
+
+def trained_config(iter_dir: Path, recipes: Recipes = NO_RECIPES) -> tuple[RecipeConfig, Path]:
+    """(the recipe as its user gave it, the folder where its relative paths start) of a training run's checkpoint.
+
+    Args:
+        recipes: the one that the checkpoint names says the keys that an earlier version did not write.
+
+    Raises:
+        UserError: it is missing or damaged, or has keys that this version does not know.
+    """
+    values = checkpoint_folder.read_run_config(iter_dir)
+    path = iter_dir / checkpoint_folder.RUN_CONFIG
+    if "train" not in values:
+        raise UserError(
+            f"{path}: missing, damaged, or not of a training run, so that nobody can say whether this is the same run; "
+            f"go on all the same with checkpoint.load={iter_dir} checkpoint.resume=false"
+        )
+    directory = values.pop(_DIRECTORY, None)
+    values = {key: value for key, value in values.items() if key not in _OF_EXPORTS}
+    cfg = config_from_dict(values, base=recipe_named(values, recipes), where=str(path))
+    if directory is None and cfg.optimizer.warmup_iters == cfg.train.train_iters // 10:
+        # earlier versions wrote the derived value there, as if it had been asked for
+        cfg.optimizer.warmup_iters = None
+    return cfg, Path(directory or os.getcwd())
+
+
+def _refuse_to_replace_source(asked: RecipeConfig, root: Path) -> None:
+    """A run that starts afresh moves what is in its folder: not what it reads from, nor reads again if it is killed."""
+    for key in ("pretrained_checkpoint", "load"):
+        path = getattr(asked.checkpoint, key)
+        if path is not None and Path(os.path.realpath(checkpoint_folder.resolve(path))).is_relative_to(
+            os.path.realpath(root)
+        ):
+            raise UserError(
+                f"checkpoint.{key}: {path} is in the run's own train.save_dir, where a run that starts afresh takes "
+                f"its place; choose another train.save_dir"
+            )
+
+
+def _refuse_changes(before: RecipeConfig, directory: Path, asked: RecipeConfig, save_dir: Path) -> None:
+    """A key is changed if it was given otherwise, and means something else too.
+
+    So a derived value, given by neither, may follow from other keys, and a file may be named in another way.
+    """
+    given = {key for key, _, _ in changed_keys(before, asked, RESUME_KEYS)}
+    meant = changed_keys(_meaning(before, directory), _meaning(asked, Path.cwd()), RESUME_KEYS)
+    changed = [each for each in meant if each[0] in given and not each[0].startswith(_HARMLESS)]
+    if changed:
+        listed = "; ".join(f"{key}: {was!r} before, {now!r} now" for key, was, now in changed)
+        raise UserError(
+            f"{save_dir} holds a checkpoint of a different run ({listed}); "
+            f"set these back, choose another train.save_dir, or start afresh with checkpoint.resume=false"
+        )
+
+
+def _meaning(cfg: RecipeConfig, directory: Path) -> RecipeConfig:
+    """``cfg`` with every value that it means in effect."""
+    cfg = cfg.resolved()
+    if cfg.model.hf_model is not None:
+        cfg.model.hf_model = _real(cfg.model.hf_model, directory)
+    for source in cfg.data.train or []:
+        source.path = _real(source.path, directory)
+    return cfg
+
+
+def _real(path: str, directory: Path) -> str:
+    """The one name of a file or folder; what is neither, such as a hub's id, keeps its own."""
+    full = directory / Path(path).expanduser()
+    return os.path.realpath(full) if full.exists() else path

@@ -1,0 +1,94 @@
+"""``train.save_dir`` in the hands of a new process: as it was until the process has something of its own to write."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+from megatron_embed.conversion.io.atomic import atomic_file
+from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.recipes.config.run_config import save_run_config
+from megatron_embed.recipes.config.schema import RecipeConfig
+from megatron_embed.recipes.training.resume import Start, checkpoints_folder
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+
+class RunFolder:
+    """The run's folder; on the first rank, which alone writes beside the checkpoints.
+
+    Args:
+        asked: the recipe as the user gave it, but for ``train.save_dir``.
+        start: where the run goes on, or None.
+    """
+
+    def __init__(self, asked: RecipeConfig, save_dir: Path, start: Start | None) -> None:
+        self.path = save_dir
+        self.asked, self._start, self._claimed = asked, start, False
+
+    def claim(self) -> str | None:
+        """Make the folder this run's. Called before whatever the run writes; all but the first call do nothing.
+
+        What the run goes on from stays. A run that was there before and is not continued is moved, whole, into
+        ``replaced-1`` (or the next number), where it is a run's folder like any other.
+
+        Returns:
+            One line about what was moved.
+        """
+        if self._claimed:
+            return None
+        moved = None
+        self.path.mkdir(parents=True, exist_ok=True)
+        step = self._start.step if self._start is not None and self._start.own else 0
+        if step:
+            moved = self._put_later_checkpoints_aside(step)
+        elif any(checkpoints_folder(self.path).glob("iter_*")):
+            # the checkpoints last: as long as they are here, there is a run to put aside
+            aside = self._put_aside(
+                [METRICS, TENSORBOARD, checkpoint_folder.RUN_CONFIG, checkpoints_folder(Path()).name]
+            )
+            moved = f"the run that was in {self.path} is in {aside} now"
+        self._cut_metrics(step)
+        save_run_config(self.asked, self.path / checkpoint_folder.RUN_CONFIG)
+        self._claimed = True
+        return moved
+
+    def _put_aside(self, names: list[str]) -> Path:
+        there = [name for name in names if os.path.lexists(self.path / name)]
+        targets = (self.path / f"replaced-{number}" for number in itertools.count(1))
+        # a process killed in here left a folder that lacks what is still to come
+        target = next(each for each in targets if not any(os.path.lexists(each / name) for name in there))
+        for name in there:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).rename(target / name)
+        return target
+
+    def _put_later_checkpoints_aside(self, step: int) -> str | None:
+        """Where ``checkpoint.load`` named one of the run's own that is not the newest."""
+        root = checkpoints_folder(self.path)
+        tracker = root / checkpoint_folder.TRACKER  # missing where the first save was cut short before it was written
+        if tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace").strip() == str(step):
+            return None
+        checkpoint_folder.write_tracker(root, step)
+        newest = checkpoint_folder.iteration_folder(root, step).name
+        later = [each for each in sorted(root.glob("iter_*")) if each.name > newest]
+        if not later:
+            return None
+        aside = self._put_aside([str(each.relative_to(self.path)) for each in later])
+        return f"the checkpoints after step {step} are in {aside} now"
+
+    def _cut_metrics(self, step: int) -> None:
+        """Keep the lines up to ``step``: those after the checkpoint that a run goes on from did not happen."""
+        path = self.path / METRICS
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # cut short when the run was killed
+                continue
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        with atomic_file(path) as file:
+            file.write("".join(kept).encode())
