@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.hf_files import Source, edit_json, edit_tensors, without_checksums
+from support.places import ROOT
 from torch import Tensor
 
 from megatron_embed.conversion.convert_checkpoints import main
@@ -326,7 +327,7 @@ def test_verify_exits_1_on_a_difference(source: Source, checkpoint: Path, capsys
 
 def test_as_a_script_it_is_quiet(source: Source, tmp_path: Path) -> None:
     """``python conversion/convert_checkpoints.py``: the commands in fresh processes, nothing on stderr."""
-    script = Path(__file__).parents[2] / "conversion" / "convert_checkpoints.py"
+    script = ROOT / "conversion" / "convert_checkpoints.py"
     folder, megatron, out = source("vlm", dtype="bfloat16"), tmp_path / "m", tmp_path / "hf"
     for args in (
         ["import", "--hf-model", folder, "--megatron-path", megatron],

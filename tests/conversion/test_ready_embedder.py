@@ -12,6 +12,7 @@ import yaml
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Normalize, Pooling, Transformer
 from support.hf_files import Source, assert_same_bits, edit_json, encoder_tensors_of, tensors_of
+from support.places import HF_CONFIGS
 from transformers import AutoTokenizer
 
 from megatron_embed.bridge.errors import UserError
@@ -96,7 +97,7 @@ def test_modules_that_would_change_the_vectors(source: Source, tmp_path: Path) -
 def test_the_shipped_shape_is_understood() -> None:
     from megatron_embed.bridge.config import EncoderConfig
 
-    path = Path(__file__).parents[1] / "fixtures" / "hf_configs" / "nemotron-3-embed-1b-like.json"
+    path = HF_CONFIGS / "nemotron-3-embed-1b-like.json"
     config = EncoderConfig.from_hf(json.loads(path.read_text()))
     assert (config.hidden_size, config.num_attention_heads, config.head_dim) == (2048, 24, 128)
     assert (config.pooling, config.normalize, config.dtype) == ("avg", True, "bfloat16")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.places import HF_CONFIGS
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -33,7 +34,6 @@ from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, _header,
 from megatron_embed.conversion.hf.sentence_files import write_json
 from megatron_embed.conversion.megatron.weights import chunks
 
-CONFIGS = Path(__file__).parents[1] / "fixtures" / "hf_configs"
 #: (config, model, prefix of the encoder on disk, tensors on disk, of them the encoder's, the encoder's parameters)
 SIZES: dict[str, tuple[type, type, str, int, int, float]] = {
     "ministral-3-3b": (Mistral3Config, Mistral3ForConditionalGeneration, "language_model.model.", 458, 236, 3.43e9),
@@ -64,7 +64,7 @@ ON_DISK = (
 
 
 def raw_config(name: str) -> dict[str, Any]:
-    return json.loads((CONFIGS / f"{name}.json").read_text())
+    return json.loads((HF_CONFIGS / f"{name}.json").read_text())
 
 
 def meta_model(model_class: type, config: Any) -> nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.fp8 import fp8_source
 from support.hf_files import (
     Source,
     assert_same_bits,
@@ -17,7 +18,6 @@ from support.hf_files import (
     tensors_of,
     without_checksums,
 )
-from support.tiny_models import save_vlm
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
@@ -100,28 +100,6 @@ def test_an_export_can_be_imported_again(source: Source, tmp_path: Path) -> None
     assert len(files) == 9  # no 2_Normalize, one weights file, six of configuration, README
     settings = json.loads((tmp_path / "hf2" / "config_sentence_transformers.json").read_text())
     assert settings["prompts"] == {"query": " q:  ", "document": "passage: "}
-
-
-def fp8_source(path: Path, **kw: object) -> tuple[Path, dict[str, torch.Tensor]]:
-    """An Instruct-like source: float8 linears with scales. Returns it and its encoder's dequantised tensors."""
-    save_vlm(path, dtype="bfloat16", **kw)
-    wanted: dict[str, torch.Tensor] = {}
-
-    def quantize(tensors: dict[str, torch.Tensor]) -> None:
-        for name in list(tensors):
-            if name.startswith("language_model.model.layers") and "_proj" in name:
-                scale = (tensors[name].float().abs().max() / 448).bfloat16()
-                tensors[name] = (tensors[name].float() / scale.float()).to(torch.float8_e4m3fn)
-                wanted[name] = (tensors[name].float() * scale.float()).bfloat16()
-                tensors[name + "_scale_inv"] = scale
-                tensors[name.removesuffix("weight") + "activation_scale"] = torch.tensor(0.5, dtype=torch.bfloat16)
-            elif name.startswith("language_model.model."):
-                wanted[name] = tensors[name]
-
-    edit_tensors(path, quantize)
-    settings = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False}
-    edit_json(path / "config.json", lambda config: config.update(quantization_config=settings))
-    return path, {name.removeprefix("language_model.model."): tensor for name, tensor in wanted.items()}
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])

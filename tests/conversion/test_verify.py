@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fp8 import fp8_source
 from support.hf_files import Source, edit_json, edit_tensors
 from support.run_files import edit_encoder
 
@@ -55,8 +56,6 @@ def test_a_converted_dtype_is_no_difference(source: Source, tmp_path: Path) -> N
 
 
 def test_fp8_against_megatron(tmp_path: Path) -> None:
-    from test_round_trip import fp8_source
-
     folder, _ = fp8_source(tmp_path / "fp8")
     import_hf(folder, tmp_path / "m", progress=False)
     outcome = verify(folder, megatron_path=tmp_path / "m", progress=False)
@@ -92,8 +91,6 @@ def test_every_conversion_verifies(
     kind: str, imported: str | None, exported: str | None, source: Source, tmp_path: Path
 ) -> None:
     """Source against checkpoint, embedder, VLM, with casts that were asked for; each export against the checkpoint."""
-    from test_round_trip import fp8_source
-
     if kind == "fp8":
         folder, _ = fp8_source(tmp_path / "fp8")
     else:

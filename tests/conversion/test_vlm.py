@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.fp8 import fp8_source
 from support.hf_files import Source, assert_same_bits, edit_json, edit_tensors, encoder_tensors_of, tensors_of
 from transformers import Mistral3ForConditionalGeneration
 
@@ -96,8 +97,6 @@ def test_changed_weights_reach_tower_and_tied_head(source: Source, tmp_path: Pat
 
 
 def test_from_fp8_without_scales(tmp_path: Path) -> None:
-    from test_round_trip import fp8_source
-
     folder, wanted = fp8_source(tmp_path / "fp8")
     for with_vision in (False, True):
         megatron, out = tmp_path / f"m{with_vision}", tmp_path / f"hf{with_vision}"

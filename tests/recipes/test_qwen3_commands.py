@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from support.places import HF_CONFIGS
 from support.runs import read_metrics, write_pairs
 from support.tiny_qwen3 import save_qwen3_causal_lm
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
@@ -20,7 +21,6 @@ from megatron_embed.recipes.config.overrides import apply_overrides
 from megatron_embed.recipes.planning.model_sizes import encoder_of
 from megatron_embed.recipes.planning.state import chunk_parameters, chunks_of
 
-CONFIGS = Path(__file__).parents[1] / "fixtures" / "hf_configs"
 #: recipe → its model's config; the head of the language model, tied or not, is no part of the encoder
 SIZES = {"qwen3_0p6b_embed_config": "0.6b", "qwen3_4b_embed_config": "4b", "qwen3_8b_embed_config": "8b"}
 OVERRIDES = [
@@ -77,7 +77,7 @@ def test_imported_trained_exported_and_loaded_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_planner_counts_every_parameter_of_the_real_sizes(size: str, tp: int) -> None:
-    raw = json.loads((CONFIGS / f"qwen3-{SIZES[size]}.json").read_text())
+    raw = json.loads((HF_CONFIGS / f"qwen3-{SIZES[size]}.json").read_text())
     with torch.device("meta"):
         model = Qwen3Model(Qwen3Config(**raw))
     config, layout = encoder_of(RECIPES[size](), recipes.SIZES), Layout(tp=tp)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.places import ROOT
 from support.runs import read_metrics, recipe
 from support.tiny_models import save_model, save_vlm
 
@@ -387,7 +388,7 @@ def test_samples_are_what_the_model_will_see(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = [block.split("```")[0].strip() for block in text.split("```json\n")[1:]]
     lines(tmp_path / "corpus.jsonl", [{"docid": "d3", "text": "It was …"}, {"docid": "d7", "text": "no"}])
     (tmp_path / "books").mkdir()

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from support.places import ROOT
 from support.tiny_models import save_vlm
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def load(name: str) -> ModuleType:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.hf_files import Source, edit_json, without_checksums
+from support.places import FIXTURES
 from support.run_files import edit_encoder, edit_run
 
 from megatron_embed.conversion.exporting import export_hf
@@ -22,7 +23,7 @@ def made(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VLM with a processor in ``source``; of it the checkpoint ``m``, the embedder ``hf`` and the VLM ``vlm``."""
     root = tmp_path_factory.mktemp("made")
     shutil.copytree(source("vlm", dtype="bfloat16"), root / "source")
-    shutil.copy(Path(__file__).parents[1] / "fixtures" / "processor_config.json", root / "source")
+    shutil.copy(FIXTURES / "processor_config.json", root / "source")
     import_hf(root / "source", root / "m", with_vision=True, progress=False)
     export_hf(root / "m", root / "hf", progress=False)
     export_hf(root / "m", root / "vlm", target="vlm", progress=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.places import HF_CONFIGS
 from support.tiny_models import save_model, tiny_config
 
 from megatron_embed.bridge.config import EncoderConfig
@@ -23,7 +24,6 @@ from megatron_embed.recipes.planning.model_sizes import encoder_of
 from megatron_embed.recipes.planning.state import chunks_of, states
 from megatron_embed.recipes.planning.step import bubble, step_of, traffic
 
-CONFIGS = Path(__file__).parents[1] / "fixtures" / "hf_configs"
 FIXTURES = {
     "mistralai/Ministral-3-3B-Base-2512": "ministral-3-3b",
     "mistralai/Ministral-3-3B-Instruct-2512": "ministral-3-3b-instruct-fp8",
@@ -55,7 +55,7 @@ def run(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_known_sizes_are_the_models_own(name: str) -> None:
-    read = EncoderConfig.from_hf(json.loads((CONFIGS / f"{FIXTURES[name]}.json").read_text()))
+    read = EncoderConfig.from_hf(json.loads((HF_CONFIGS / f"{FIXTURES[name]}.json").read_text()))
     for key in (
         *("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.places import HF_CONFIGS
 from transformers import Ministral3Config, Ministral3Model, Mistral3Config, Mistral3ForConditionalGeneration
 
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 
-CONFIGS = Path(__file__).parent.parent / "fixtures" / "hf_configs"
 VLMS = {"ministral-3-3b": 458, "ministral-3-8b": 531, "ministral-3-14b": 585}
 
 
 def raw_config(name: str) -> dict[str, Any]:
-    return json.loads((CONFIGS / f"{name}.json").read_text())
+    return json.loads((HF_CONFIGS / f"{name}.json").read_text())
 
 
 def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 import torch
 from support import oracle
 from support.megatron import collect, filled_stages, forbid_questions, merge_world
+from support.places import ROOT
 from support.tiny_models import tiny_config
 from support.tiny_qwen3 import tiny_qwen3_config
 
@@ -76,7 +76,7 @@ CHOOSING = {"layer_spec.py", "parallel.py", "encoder.py"}
 
 
 def test_only_what_chooses_asks_for_the_device() -> None:
-    for path in sorted((Path(__file__).parents[2] / "bridge").glob("*.py")):
+    for path in sorted((ROOT / "bridge").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Attribute):
                 continue

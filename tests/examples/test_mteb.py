@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.places import ROOT
 from support.tiny_models import save_vlm
 
 from megatron_embed.bridge.cpu import host
@@ -19,7 +20,7 @@ from megatron_embed.recipes import Encoder
 from megatron_embed.recipes.datasets.beir import load_beir
 from megatron_embed.recipes.retrieval.evaluation import evaluate
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "mteb_local_task.py"
+SCRIPT = ROOT / "examples" / "mteb_local_task.py"
 
 #: runs a script with every way to another host closed, and says so where one was tried
 OFFLINE = """

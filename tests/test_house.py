@@ -11,8 +11,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from support.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 NAME = "megatron_embed"
 
 #: From the lowest to the highest. A module of bridge/ that is named here is a room of its own: pure modules stand below

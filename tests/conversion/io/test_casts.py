@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.fp8 import fp8_source
 from support.hf_files import (
     Source,
     assert_same_bits,
@@ -158,8 +159,6 @@ def test_export_refuses_a_cast_that_overflows(
 
 
 def test_an_fp8_scale_beyond_bfloat16_is_refused(tmp_path: Path) -> None:
-    from test_round_trip import fp8_source
-
     folder, _ = fp8_source(tmp_path / "fp8")
     scale = f"{TOWER}{UP}_scale_inv"
     edit_tensors(folder, lambda tensors: tensors.update({scale: torch.tensor(1e36)}))
@@ -244,8 +243,6 @@ def test_a_vlm_exported_in_another_dtype_is_counted_whole(source: Source, tmp_pa
 
 
 def test_fp8_is_dequantised_without_asking_and_said_so(tmp_path: Path) -> None:
-    from test_round_trip import fp8_source
-
     folder, _ = fp8_source(tmp_path / "fp8")
     done = import_hf(folder, tmp_path / "m", progress=False)
     assert "14 FP8 weights became bfloat16: fp8 · scale, rounded once" in done.notes

@@ -7,8 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from support.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 ALLOWED = {
     "bridge": {"bridge"},
     "conversion": {"bridge", "conversion"},
