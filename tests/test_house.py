@@ -6,6 +6,8 @@ Imports inside functions count, and so do those for type checking alone.
 from __future__ import annotations
 
 import ast
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -132,6 +134,24 @@ def test_every_room_is_there() -> None:
     assert not [command for command in COMMANDS if command not in there]
 
 
+def test_the_list_of_contributing_is_that_of_the_rooms() -> None:
+    listed = list(_listed())
+    assert sorted(listed) == sorted(module for module in modules(ROOT) if not _is_package(module))
+    rooms = [room for room in map(room_of, listed) if room is not None]
+    assert rooms == sorted(rooms)
+    assert [module for module in listed if module in COMMANDS] == list(COMMANDS)
+
+
+def test_tests_stand_in_folders_that_mirror_the_rooms() -> None:
+    """And each has a name of its own, by which pytest and other tests import it."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
+    for top in ("bridge", "conversion", "recipes"):
+        for path in (ROOT / "tests" / top).rglob("test_*.py"):
+            room = ".".join(path.parent.relative_to(ROOT / "tests").parts)
+            assert room in ROOMS, f"{path} stands in a folder of no room"
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -163,6 +183,22 @@ def test_a_circle_within_a_room_counts(tmp_path: Path) -> None:
 def test_a_module_outside_of_the_rooms_counts(name: str, tmp_path: Path) -> None:
     module = name.removesuffix(".py").replace("/", ".")
     assert f"{module}: stands in no room; wanted one of ROOMS" in problems(imports(house(tmp_path, {name: ""})))
+
+
+def _is_package(module: str) -> bool:
+    return (ROOT / module.replace(".", "/")).is_dir()
+
+
+def _listed() -> Iterator[str]:
+    """Every module that CONTRIBUTING.md lists, in its order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    folder = ""
+    for line in text.splitlines():
+        if found := re.match(r"(\S+)/ ", line):
+            folder = found[1]
+        elif re.match(r"  \w+\.py\b", line):
+            names, *_ = re.split(r"  +", line.strip())  # what stands behind two spaces describes them
+            yield from (f"{folder}/{name}".removesuffix(".py").replace("/", ".") for name in names.split())
 
 
 def house(root: Path, files: Mapping[str, str]) -> Path:
