@@ -1,7 +1,7 @@
-"""The model, and how its weights correspond to Hugging Face's. Knows nothing of training.
+"""The model, and the mapping between its weights and Hugging Face's. This package knows nothing of training.
 
-The ``…Bidirectional…`` classes import transformers, and register themselves with ``AutoConfig`` and ``AutoModel``, when
-they are first asked for.
+The ``…Bidirectional…`` classes import transformers and register themselves with ``AutoConfig`` and ``AutoModel`` on
+first access.
 """
 
 from __future__ import annotations

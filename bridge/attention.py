@@ -1,9 +1,9 @@
-"""Core attention: every token sees every token of its own sequence, and nothing else.
+"""Core attention: each token attends to every token of its own sequence and to no other token.
 
-Rope and the Llama-4 query scale are applied here rather than by megatron-core's attention module, because both depend
+This module applies rope and the Llama-4 query scale in place of megatron-core's attention module, because both depend
 on the position *within the sequence*, padded or packed: megatron-core's packed rope maps by offset in the buffer, and
-it has no query scale. The tables are made once per micro-batch and shared by all layers; under selective recompute
-they are not kept per layer either.
+it has no query scale. All layers share the tables, which are made once per micro-batch; selective recompute does not
+keep them per layer either.
 
 Legend: ``S`` tokens of a column, ``B`` rows, ``H`` heads (``G`` KV heads) on this tensor-parallel rank, ``D`` head_dim.
 """
@@ -39,7 +39,7 @@ _VARLEN_TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signa
 
 @dataclass
 class SequenceInfo(PackedSeqParams):
-    """What attention must know of a micro-batch. Travels to every layer in megatron-core's ``packed_seq_params``.
+    """Facts about a micro-batch that attention needs; every layer gets them as megatron-core's ``packed_seq_params``.
 
     ``qkv_format`` stays ``"sbhd"`` for packed rows too, so that megatron-core passes tensors through unchanged.
 
@@ -47,8 +47,9 @@ class SequenceInfo(PackedSeqParams):
         cos, sin: ``[S, B or 1, 1, D]`` in the activations' dtype.
         scale: ``[S, B or 1, 1, 1]``, or None where it is 1 everywhere.
         key_mask: ``[B, 1, 1, S]``, True on real tokens, or None.
-        runs: for a packed row, runs of equally long neighbours; else None.
-        keys: for a packed row under context parallelism, the part of the row that this rank's queries look at.
+        runs: runs of equally long neighbours of a packed row; None for padded rows.
+        keys: the part of the row that this rank's queries attend to. It is less than the whole row only for a packed
+            row under context parallelism.
     """
 
     cos: Tensor | None = None
@@ -71,7 +72,7 @@ class SequenceInfo(PackedSeqParams):
         """Make the tables of a micro-batch.
 
         Args:
-            columns: this context-parallel rank's part of the rows; its tables cover these, its masks the whole.
+            columns: this context-parallel rank's part of the rows. The tables cover this part, the masks whole rows.
         """
         positions_SB = _positions(batch)[:, columns].transpose(0, 1)
         cos, sin = rope_tables(positions_SB, frequencies, factor, dtype=dtype)
@@ -91,7 +92,7 @@ class SequenceInfo(PackedSeqParams):
 
     @cached_property
     def thd(self) -> PackedSeqParams:
-        """The same packed row as kernels for ragged sequences want it; made once, for all layers."""
+        """Return the packed row in the form that kernels for ragged sequences take; made once, for all layers."""
         assert self.runs is not None
         assert self.cos is not None
 
@@ -110,9 +111,9 @@ class SequenceInfo(PackedSeqParams):
 
 
 def _runs(batch: TokenBatch, columns: slice) -> tuple[tuple[Run, ...], slice]:
-    """The runs whose queries lie in ``columns``, and where in the row their keys lie."""
+    """Return the runs whose queries lie in ``columns``, and the slice of the row that holds their keys."""
     low, high, _ = columns.indices(batch.input_ids.shape[1])
-    # The tail that fills the row up attends to itself: a softmax over nothing would be NaN.
+    # The tail that fills up the row attends to itself: a softmax over nothing would be NaN.
     lengths = batch.lengths + ((batch.padding,) if batch.padding else ())
     ends = list(accumulate(lengths))
     inside = [(max(low, end - n), min(high, end), end - n, end) for n, end in zip(lengths, ends, strict=True)]
@@ -123,26 +124,26 @@ def _runs(batch: TokenBatch, columns: slice) -> tuple[tuple[Run, ...], slice]:
 
 
 def _positions(batch: TokenBatch) -> Tensor:
-    """``[1, S]`` where all rows count from their first column, so that one table serves them all; else ``[B, S]``."""
+    """Return ``[1, S]`` where all rows count from their first column (one table serves them all), else ``[B, S]``."""
     if batch.packed or (batch.mask is not None and not bool(batch.mask[:, 0].all())):
         return batch.positions
     return torch.arange(batch.positions.shape[1], device=batch.positions.device)[None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return ``x cos + rotate_half(x) sin`` (Su et al. 2021, HF's half layout) of ``x [..., D]``; never in place.
+    """Return ``x cos + rotate_half(x) sin`` of ``x [..., D]`` (Su et al. 2021, HF's half layout), never in place.
 
-    Recomputation needs the input as it was.
+    Recomputation needs the unchanged input.
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def gather_keys_and_values(key: Tensor, value: Tensor, info: SequenceInfo) -> tuple[Tensor, Tensor]:
-    """Whole rows of keys and values from the context-parallel ranks' slices ``[S / CP, B, G, D]``.
+    """Gather whole rows of keys and values from the context-parallel ranks' slices ``[S / CP, B, G, D]``.
 
-    Without a causal mask every rank has the same work whatever it holds, so contiguous slices and one all-gather (its
-    backward a reduce-scatter) are exact and need no zigzag.
+    Without a causal mask all ranks have equal work, whichever slice they hold. Contiguous slices and one all-gather
+    (its backward is a reduce-scatter) are therefore exact and need no zigzag.
     """
     group = parallel_state.get_context_parallel_group()
     if group.size() == 1:
@@ -154,9 +155,10 @@ def gather_keys_and_values(key: Tensor, value: Tensor, info: SequenceInfo) -> tu
 
 
 class CoreAttention(MegatronModule):
-    """Place queries and keys, gather keys and values over context-parallel ranks, and attend.
+    """The part of core attention that all kinds of layers share.
 
-    This much is the same for every kind of layers; each kind has its own :meth:`attend`.
+    It rotates queries and keys, scales the queries, gathers keys and values over context-parallel ranks, and calls
+    :meth:`attend`, which each kind of layers defines.
     """
 
     def __init__(
@@ -174,7 +176,7 @@ class CoreAttention(MegatronModule):
         assert config.attention_dropout == 0
         self.softmax_scale = softmax_scale
 
-    #: how one tensor of queries or keys is rotated
+    #: function that rotates one tensor of queries or keys
     rotate = staticmethod(rotate)
 
     def forward(
@@ -187,7 +189,7 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """``[S, B, H, D]``, ``[S, B, G, D]`` twice → ``[S, B, H * D]``."""
+        """Attend with queries ``[S, B, H, D]`` and keys and values ``[S, B, G, D]``; return ``[S, B, H * D]``."""
         info = packed_seq_params
         assert isinstance(info, SequenceInfo), "the encoder passes a SequenceInfo to every layer"
         assert info.cos is not None
@@ -199,12 +201,12 @@ class CoreAttention(MegatronModule):
         return self.attend(query, key, value, info)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
-        """Attend with placed queries and whole rows of keys and values; shapes as in :meth:`forward`."""
+        """Attend with rotated, scaled queries and whole rows of keys and values; shapes as in :meth:`forward`."""
         raise NotImplementedError
 
 
 class SdpaAttention(CoreAttention):
-    """Attention by torch's scaled dot product attention."""
+    """Attention by torch's scaled dot product attention (SDPA)."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
         """See :meth:`CoreAttention.attend`."""
@@ -213,7 +215,7 @@ class SdpaAttention(CoreAttention):
         return self.attend_packed(query, key, value, info)
 
     def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
-        """Call the kernel once for each run of equally long neighbours; `split` is cheap backward, slicing is not."""
+        """Call the kernel once per run of equally long neighbours. `split` has a cheap backward, slicing has not."""
         runs = info.runs
         assert runs is not None
         queries = query.squeeze(1).split([run.sequences * run.queries for run in runs])
@@ -231,7 +233,7 @@ class SdpaAttention(CoreAttention):
         return output_BHSD.permute(2, 0, 1, 3).flatten(2)
 
     def _scaled_dot_product(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``[B, H, S, D]``, ``[B, G, S, D]`` twice → ``[B, H, S, D]``."""
+        """Attend with queries ``[B, H, S, D]`` and keys and values ``[B, G, S, D]``; return ``[B, H, S, D]``."""
         grouped = query.shape[1] != key.shape[1]
         if grouped and mask is not None:
             # CUDA kernels take grouped heads or a mask, not both.
@@ -244,11 +246,11 @@ class SdpaAttention(CoreAttention):
 
 
 class CudaAttention(SdpaAttention):
-    """Attention on CUDA without Transformer Engine: packed rows in 16 bits go through one call of FlashAttention."""
+    """Attention on CUDA without Transformer Engine: one call of FlashAttention computes a packed row in 16 bits."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        # torch's kernel for ragged sequences takes 16 bits only
+        # torch's kernel for ragged sequences takes only 16-bit tensors
         self.ragged = _VARLEN_TAKES_GROUPS and config.params_dtype in (torch.bfloat16, torch.float16)
 
     def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:

@@ -1,4 +1,4 @@
-"""EncoderConfig: what the encoder is, read from and written to Hugging Face configs."""
+"""EncoderConfig: the encoder's description, read from and written to Hugging Face configs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_embed.bridge.families import BIDIRECTIONAL, BIDIRECTIONAL_POOLINGS
 Pooling = Literal["avg", "cls", "last", "weighted_avg"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
-#: HF text-config keys that are taken over under their own names.
+#: HF text-config keys that are kept under their own names
 _SAME_NAME = (
     "vocab_size",
     "hidden_size",
@@ -35,7 +35,7 @@ _SAME_NAME = (
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """A bidirectional encoder. Sizes carry transformers' names; nothing here depends on the parallel layout."""
+    """A bidirectional encoder. Sizes have transformers' names; nothing here depends on the parallel layout."""
 
     family: str = "ministral3"
     vocab_size: int
@@ -57,7 +57,7 @@ class EncoderConfig:
     dtype: str = "bfloat16"
     pooling: Pooling = "avg"
     normalize: bool = True
-    #: scores are divided by it in training; stated in the exported config
+    #: training divides scores by it; the exported config states it
     temperature: float | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class EncoderConfig:
             )
 
     def replace(self, **changes: Any) -> EncoderConfig:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     @classmethod
@@ -78,9 +78,10 @@ class EncoderConfig:
         """Read a Hugging Face config.
 
         Args:
-            config: a ``PretrainedConfig``, the contents of a ``config.json``, or the path of one or of its folder.
-                Text models of :data:`~megatron_embed.bridge.families.FAMILIES`, the VLM around one (``mistral3``),
-                ready embedders, and AutoModel's own form of them (``ministral3_bidirec``, ``llama_bidirec``).
+            config: a ``PretrainedConfig``, the contents of a ``config.json``, or the path of this file or its folder.
+                Accepts text models of :data:`~megatron_embed.bridge.families.FAMILIES`, the VLM around one
+                (``mistral3``), ready embedders, and AutoModel's own form of them (``ministral3_bidirec``,
+                ``llama_bidirec``).
             overrides: fields to set, such as ``pooling``.
 
         Raises:
@@ -105,7 +106,7 @@ class EncoderConfig:
         return cls(**{**values, **overrides})
 
     def to_hf(self) -> Any:
-        """The config of the stock Hugging Face model that computes the same: bidirectional, no head.
+        """Return the config of the stock Hugging Face model that computes the same: bidirectional, no head.
 
         Returns:
             A transformers config (such as ``Ministral3Config`` with ``is_causal=False``) that also states the pooling,
@@ -129,12 +130,12 @@ class EncoderConfig:
         return hf
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for YAML and JSON; :meth:`from_dict` is the inverse."""
+        """Return plain values for YAML and JSON; :meth:`from_dict` is the inverse."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"rope_parameters": dict(self.rope_parameters)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
-        """Inverse of :meth:`to_dict`."""
+        """Build a config from the values that :meth:`to_dict` returns."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"encoder config: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
@@ -142,7 +143,9 @@ class EncoderConfig:
 
 
 def stock_text_config(config: Mapping[str, Any] | Any) -> Any:
-    """The language tower's config as its stock transformers class reads it, whatever the encoder can compute of it.
+    """Return the language tower's config as its stock transformers class reads it.
+
+    This does not check whether the encoder can compute what the config asks for.
 
     Args:
         config: as for :meth:`EncoderConfig.from_hf`.
@@ -172,13 +175,13 @@ def _config_class(family: Family) -> Any:
 def _hf_config(family: Family, values: dict[str, Any], where: str) -> Any:
     try:
         return _config_class(family)(**values)
-    except Exception as error:  # its validators raise a dozen kinds
+    except Exception as error:  # transformers' validators raise a dozen kinds
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: not a valid {family.config_class} ({reason})") from None
 
 
 def _as_mapping(config: Any) -> tuple[str, dict[str, Any]]:
-    """(what to call it in messages, its values)"""
+    """Return the name of the config for messages, and its values."""
     if isinstance(config, str | Path):
         path = Path(config)
         path = path / "config.json" if path.is_dir() else path
@@ -206,13 +209,13 @@ def _text_config(raw: dict[str, Any], where: str) -> tuple[Family, dict[str, Any
         raise UserError(f"{where}: model_type {found!r} is not supported; wanted {accepted()}")
     text = dict(text)
     for key in ("rope_parameters", "rope_scaling"):
-        if isinstance(text.get(key), Mapping):  # a key for vLLM that exports carry; it is no part of the function
+        if isinstance(text.get(key), Mapping):  # exports carry this key for vLLM; it does not change the function
             text[key] = {name: value for name, value in text[key].items() if name != "apply_yarn_scaling"}
     return family, text
 
 
 def _refuse_unsupported(family: Family, text: dict[str, Any], where: str) -> None:
-    """Features that would silently change the function are refused by name."""
+    """Refuse by name each feature that would silently change the function."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     for key, value in family.fixed.items():
         for holder in (text, rope):
@@ -222,7 +225,7 @@ def _refuse_unsupported(family: Family, text: dict[str, Any], where: str) -> Non
         if kind != "full_attention":
             raise UserError(f"{where}: layer_types has {kind!r}; the encoder computes 'full_attention' only")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    # dynamic and longrope change the frequencies with the length of the batch: no fixed table computes them
+    # dynamic and longrope change the frequencies with the length of the batch, so no fixed table can hold them
     if rope_type not in family.rope_types:
         raise UserError(f"{where}: rope_type {rope_type!r} is not supported; known: {', '.join(family.rope_types)}")
 

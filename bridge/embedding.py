@@ -11,12 +11,12 @@ from megatron_embed.bridge.transforms import padded_vocab_size
 
 
 class TokenEmbedding(MegatronModule):
-    """Token ids ``[b, s]`` → ``[s, b, hidden]``, ``s`` divided by TP under sequence parallelism.
+    """Map of token ids ``[b, s]`` to ``[s, b, hidden]``, with ``s`` divided by TP under sequence parallelism.
 
-    The same as megatron-core's ``LanguageModelEmbedding`` without positions, token types and dropout.
+    It equals megatron-core's ``LanguageModelEmbedding`` without positions, token types and dropout.
 
     Args:
-        table: megatron-core's class of the table, or one that looks rows up in another way.
+        table: megatron-core's class of the table, or one with another lookup.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TokenEmbedding(MegatronModule):
         )
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Look the tokens up."""
+        """Look up the embeddings of the tokens."""
         found = self.word_embeddings(input_ids)
         # under sequence parallelism the table itself puts the sequence first, before it is divided
         return found if self.word_embeddings.reduce_scatter_embeddings else found.transpose(0, 1).contiguous()

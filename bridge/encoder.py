@@ -1,4 +1,4 @@
-"""The encoder as pipeline stages: embedding on the first, transformer layers on each, norm and pooling on the last."""
+"""The encoder as pipeline stages: the first has the embedding, each has layers, the last has norm and pooling."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def transformer_config(
     recompute: str = "none",
     **overrides: Any,
 ) -> TransformerConfig:
-    """megatron-core's config of this encoder under a layout.
+    """Return megatron-core's config of this encoder under a layout.
 
     Args:
-        dtype: of parameters, activations and pipeline messages.
-        sequence_parallel: None: wherever TP > 1.
+        dtype: dtype of parameters, activations and pipeline messages.
+        sequence_parallel: None means: where TP > 1.
         recompute: ``none``, ``selective`` (core attention) or ``full`` (every layer).
 
     Raises:
@@ -84,11 +84,11 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        # Every parameter is loaded; anything not loaded is an error, not a random number.
+        # Every parameter is loaded; a parameter that is not loaded is an error, not a random number.
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        # On CPUs these would be compiled by inductor, which wants a compiler; there the spec's SwiGLU is taken.
+        # On CPUs inductor would compile these, which needs a compiler; there the layers use the spec's SwiGLU.
         bias_activation_fusion=not host.cuda_is_hidden(),
         use_te_activation_func=host.cuda_is_hidden(),
         bias_dropout_fusion=not host.cuda_is_hidden(),
@@ -101,10 +101,10 @@ def transformer_config(
         batch_p2p_comm=not layout.vpp,
         # Plain stages wait for the end of a message before megatron-core frees the output that it carried. Interleaved
         # stages send while they compute: there megatron-core frees an output (`.data = empty(1)`) one step before it
-        # waits for its message, and gloo and NCCL, which keep the tensor and not its storage, then send memory that
-        # something else was written to. So outputs are kept until their backward, by when they must have arrived. The
-        # cost: `tokens × hidden_size` values a stage (but the last) and micro-batch in flight, as much as one layer
-        # keeps under full recomputation; :meth:`Activations.chunk` counts it.
+        # waits for its message. gloo and NCCL keep the tensor, not its storage, and would send memory that has been
+        # overwritten. So outputs stay until their backward, by which time the messages must have arrived. The cost is
+        # `tokens × hidden_size` values per stage (but the last) and micro-batch in flight, as much as one layer keeps
+        # under full recomputation; :meth:`Activations.chunk` counts it.
         deallocate_pipeline_outputs=layout.pp > 1 and not layout.vpp,
         **FAMILIES[config.family].layer_options,
         **overrides,
@@ -118,9 +118,10 @@ class Encoder(MegatronModule):
         config: the model.
         transformer: from :func:`transformer_config`.
         pre_process, post_process: whether this stage holds the embedding, or the final norm and the pooling.
-        vp_stage: which of the interleaved stages this is.
-        layers: what it is built of; None: see :func:`megatron_embed.bridge.layer_spec.choose_layers`.
-        learn_temperature: the last stage also holds ``log_temperature [1]``, which starts at the config's.
+        vp_stage: index of this stage among the rank's interleaved stages.
+        layers: kind of layers; None: see :func:`megatron_embed.bridge.layer_spec.choose_layers`.
+        learn_temperature: whether the last stage also holds ``log_temperature [1]``, which starts at the config's
+            temperature.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Encoder(MegatronModule):
         super().__init__(config=transformer)
         self.encoder_config = config
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        # what megatron-core's schedules and gradient finalisation read
+        # megatron-core's schedules and gradient finalisation read these
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         classes = choose_layers(layers)
@@ -154,16 +155,16 @@ class Encoder(MegatronModule):
         self.log_temperature: torch.nn.Parameter | None = None
         if learn_temperature and post_process:
             assert config.temperature is not None
-            # 16 bits would round it to a percent or two
+            # 16 bits would round the temperature to a percent or two
             wide = torch.promote_types(transformer.params_dtype, torch.float32)
             start = torch.tensor([config.temperature], dtype=wide, device=host.device()).log()
             self.log_temperature = torch.nn.Parameter(start)
         frequencies, self.rope_factor = inverse_frequencies(config)
-        # not a buffer: checkpoints must not carry it, and it must stay fp32 whatever the model is cast to
+        # This is no buffer: checkpoints must not hold it, and it must stay fp32 whatever the model is cast to.
         self._frequencies = frequencies.to(host.device())
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the previous stage's output (megatron-core's schedules call this)."""
+        """Take the previous stage's output; megatron-core's schedules call this."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
@@ -171,8 +172,8 @@ class Encoder(MegatronModule):
         """Encode a micro-batch.
 
         Returns:
-            On the last stage ``[n, hidden]``, one vector a sequence in fp32 or wider, of length 1 where the config
-            says ``normalize``. On the others ``[s, b, hidden]`` (``s`` divided by TP under sequence parallelism).
+            On the last stage ``[n, hidden]``, one vector per sequence, in fp32 or wider, of length 1 where the config
+            sets ``normalize``. On the others ``[s, b, hidden]`` (``s`` divided by TP under sequence parallelism).
         """
         dtype = self.config.params_dtype
         context = parallel_state.get_context_parallel_group()
@@ -184,11 +185,12 @@ class Encoder(MegatronModule):
         if not self.post_process:
             return states
         if self.config.sequence_parallel:
-            # Every TP rank goes on with the whole sequence and the same loss, so backward keeps each rank's slice.
+            # Every TP rank continues with the whole sequence and the same loss, so backward keeps each rank's slice.
             states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
         pooled = pool(states, batch, self.encoder_config.pooling, columns)
         if context.size() > 1:
-            # Summed over the slices; each rank's gradient goes back to its own tokens, so backward is the identity.
+            # Each rank pools its slice and the ranks sum. A rank's gradient is for its own tokens, so backward is the
+            # identity.
             pooled = tensor_parallel.reduce_from_tensor_model_parallel_region(pooled, group=context)
         return F.normalize(pooled, dim=-1) if self.encoder_config.normalize else pooled
 
@@ -200,7 +202,7 @@ def build_stages(
     layers: LayerKind | None = None,
     learn_temperature: bool = False,
 ) -> list[Encoder]:
-    """This rank's pipeline stages (one, unless they are interleaved), parameters allocated but not filled."""
+    """Build this rank's pipeline stages (one, unless interleaved); parameters are allocated but not filled."""
     vpp = transformer.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(vpp or 1):
@@ -224,8 +226,8 @@ def build_stages(
 def _mark_tensor_parallel(encoder: Encoder, config: EncoderConfig) -> None:
     """Give each parameter the attributes by which megatron-core counts it once in the gradient norm.
 
-    Its layers set them while initialising at random, which is switched off here; without them every sliced weight
-    passes for a replica, and the norm (so the clipping) is too small under TP.
+    megatron-core's layers set them in their random initialisation, which is off here. Without them every sliced weight
+    counts as a replica, and under TP the norm (and so the clipping) is too small.
     """
     table = {weight.megatron: weight for weight in weights(config)}
     for name, parameter in encoder.named_parameters():

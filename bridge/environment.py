@@ -1,4 +1,4 @@
-"""What a program sets before it imports torch and megatron-core. Imports nothing but the standard library."""
+"""Settings that a program makes before it imports torch and megatron-core. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 from megatron_embed.bridge.quiet import ignore_expected_warnings
 
 _CPU = {
-    # torch's own switch for large pages, read at its first allocation. On a CPU every big tensor is fresh memory, and
-    # faulting it in by pages of 4 KiB takes longer than computing it (an fp32 SwiGLU of 8192 tokens: 33 ms against 5).
+    # torch's own switch for large pages, which it reads at its first allocation. On a CPU every big tensor is fresh
+    # memory, and faulting it in by pages of 4 KiB takes longer than computing it (an fp32 SwiGLU of 8192 tokens: 33 ms
+    # against 5).
     "THP_MEM_ALLOC_ENABLE": "1",
-    # How many kernels oneDNN keeps. Each new shape takes one (0.3 ms to make), each length of text several; with its
-    # own default of 1024 a second pass over a corpus finds hardly one of them again.
+    # Number of kernels that oneDNN keeps. Each new shape needs one (0.3 ms to make), each length of text several. With
+    # oneDNN's default of 1024 a second pass over a corpus finds hardly any of them.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
 }
 
@@ -19,10 +20,10 @@ _CPU = {
 def set_defaults(*, on_cpu: bool = False) -> None:
     """Set the environment variables that are not set, and ignore the warnings that nobody can act on.
 
-    Programs call this first: megatron-core warns while it is imported. Importing the package changes nothing.
+    Programs call this first, because megatron-core warns during its import. Importing the package changes nothing.
 
     Args:
-        on_cpu: ignore the warnings that concern CUDA alone, too.
+        on_cpu: also ignore the warnings that concern CUDA alone.
     """
     for name, value in _CPU.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""The exceptions that users are meant to see, and the exit status of the programs that end with them."""
+"""Exceptions for users, and the exit status of a program that ends with one."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Bad input: one message that names the file, line, key or weight, what was found, what was wanted, the way out.
+    """Bad input. One message names the file, line, key or weight, what was found, what was wanted, and the way out.
 
-    Programs print the message and exit with :attr:`status`; a traceback is shown with ``--debug`` only.
+    Programs print the message and exit with :attr:`status`; only ``--debug`` shows a traceback.
     """
 
     status = 1
 
 
 class UsageError(UserError):
-    """The command line or the config is wrong in itself, whatever lies on the disk and whatever the machine is."""
+    """A command line or config that is wrong in itself, whatever the disk holds and whatever the machine is."""
 
     status = 2
 
 
 def explain(error: UserError | OSError) -> tuple[int, str]:
-    """Exit status and message of a program that ends with this error."""
+    """Return the exit status and the message of a program that ends with this error."""
     if isinstance(error, UserError):
         return error.status, str(error)
     where = f"{error.filename}: " if error.filename else ""
@@ -30,14 +30,14 @@ def explain(error: UserError | OSError) -> tuple[int, str]:
 
 
 def listed(problems: Sequence[str], most: int = 5) -> str:
-    """The first problems on one line, and how many more there are."""
+    """Return the first problems on one line, and the number of further ones."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more
 
 
 @contextmanager
 def named(key: str) -> Iterator[None]:
-    """Put the key before the message of a :class:`UserError` or an ``OSError`` that is raised inside."""
+    """Put the key before the message of a :class:`UserError` or ``OSError`` that is raised inside."""
     try:
         yield
     except UserError as error:

@@ -1,8 +1,8 @@
-"""AutoModel's own form of the embedders: configs ``ministral3_bidirec`` and ``llama_bidirec``, and models for them.
+"""AutoModel's own form of the embedders: configs ``ministral3_bidirec`` and ``llama_bidirec``, and their models.
 
-NeMo AutoModel wrote these before the stock classes honoured ``is_causal: false``. Here they are thin classes over the
-stock ones, so that such a folder loads with ``AutoModel`` and no remote code. Importing this module registers them.
-New exports are stock models and need none of this.
+NeMo AutoModel wrote these before the stock classes honoured ``is_causal: false``. The classes here are thin ones over
+the stock classes, so that such a folder loads with ``AutoModel`` and no remote code. Importing this module registers
+them. New exports are stock models and do not need this module.
 """
 
 from __future__ import annotations
@@ -58,6 +58,6 @@ for _config, _model in (
     (Ministral3BidirectionalConfig, Ministral3BidirectionalModel),
     (LlamaBidirectionalConfig, LlamaBidirectionalModel),
 ):
-    # exist_ok: AutoModel itself registers its own classes under these names where both are imported
+    # exist_ok: AutoModel registers its own classes under these names where both packages are imported
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)

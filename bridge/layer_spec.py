@@ -1,6 +1,6 @@
-"""Which layers a model is built of: Transformer Engine's, megatron-core's own on CUDA, or a CPU's; chosen once.
+"""Choice of a model's layers, made once: Transformer Engine's, megatron-core's own on CUDA, or those for a CPU.
 
-The only file that knows of Transformer Engine.
+This is the only file that knows of Transformer Engine.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from megatron_embed.bridge.mapping import LOCAL_ALIASES
 
 
 def transformer_engine_is_usable() -> bool:
-    """Return whether layers are built of Transformer Engine: it is installed, and this process computes on CUDA."""
+    """Return whether layers use Transformer Engine: it is installed, and this process computes on CUDA."""
     return not host.cuda_is_hidden() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def choose_layers(kind: LayerKind | None = None) -> Layers:
-    """Return the classes that a model's layers are built of; nothing asks for the device after this.
+    """Return the classes of a model's layers; no code asks for the device after this.
 
     Args:
-        kind: None: ``transformer_engine`` where it can run, else ``cuda``, or ``cpu`` in a process without CUDA.
+        kind: None means ``transformer_engine`` where it can run, else ``cuda``, or ``cpu`` in a process without CUDA.
     """
     if kind is None:
         kind = "transformer_engine" if transformer_engine_is_usable() else local_layers()
@@ -43,7 +43,7 @@ def choose_layers(kind: LayerKind | None = None) -> Layers:
 
 
 def local_layers() -> LayerKind:
-    """Return the kind of this process without Transformer Engine."""
+    """Return the kind of layers that this process uses without Transformer Engine."""
     return "cpu" if host.cuda_is_hidden() else "cuda"
 
 
@@ -57,7 +57,7 @@ def block_spec(num_layers: int, layers: Layers, *, qk_norm: bool = False) -> Tra
     """
     norms: dict[str, Any] = {}
     if not layers.norm_in_column:
-        # Checkpoints use Transformer Engine's names, where the norm belongs to the linear layer behind it.
+        # Checkpoints use Transformer Engine's names, in which the norm belongs to the linear layer behind it.
         aliases = {local.removesuffix("weight"): te.removesuffix("weight") for local, te in LOCAL_ALIASES.items()}
         norms = {
             "input_layernorm": layers.norm,
@@ -108,7 +108,7 @@ class TransformerEngineAttention(CoreAttention):
         super().__init__(config, layer_number, *args, **kwargs)
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        # Keys and values are gathered here, which a bidirectional model can do without Transformer Engine's zigzag.
+        # CoreAttention gathers keys and values: a bidirectional model does not need Transformer Engine's zigzag.
         config = copy.copy(config)
         config.context_parallel_size = 1
         self.attention = TEDotProductAttention(config, layer_number, *args, **kwargs)
@@ -116,7 +116,7 @@ class TransformerEngineAttention(CoreAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
         """See :meth:`CoreAttention.attend`."""
         if info.runs is None:
-            # Transformer Engine's masks say what to leave out; without one there is no padding.
+            # Transformer Engine's masks are True where a token is left out; without a mask there is no padding.
             mask = None if info.key_mask is None else ~info.key_mask
             kind = AttnMaskType.no_mask if mask is None else AttnMaskType.padding
             return self.attention(query, key, value, mask, attn_mask_type=kind)

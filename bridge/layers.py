@@ -1,4 +1,4 @@
-"""What a kind of layers is: the classes that one is built of, and those of CUDA without Transformer Engine."""
+"""The classes that make up one kind of layers, and the kind for CUDA without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Layers:
     Attributes:
         column, row: linear layers cut by output and by input features.
         attention: core attention.
-        activation: of the gated MLP; megatron-core passes it over where its own fused one can be had.
-        norm: RMSNorm; of the whole block's end only where ``column`` has a norm of its own.
+        activation: the gated MLP's activation; megatron-core ignores it where it can use its own fused one.
+        norm: RMSNorm; where ``column`` has its own norm, only the norm at the end of the block.
         table: the embedding's table.
         norm_in_column: whether ``column`` computes the norm in front of it, as Transformer Engine's does.
     """
@@ -43,23 +43,23 @@ class Layers:
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with the attribute by which megatron-core finds sequence-parallel gradients.
 
-    megatron-core's own wrapper of the same class refuses sequence parallelism.
+    megatron-core's own wrapper of the same torch class refuses sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any):
-        # as megatron-core's own layers place theirs
+        # the placement of megatron-core's own layers
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class SwiGLU(MegatronModule):
-    """The MLP's activation where megatron-core's own fused one is not asked for, see :func:`transformer_config`."""
+    """The MLP's activation where megatron-core's own fused one is off, see :func:`transformer_config`."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config=config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., 2 n]``, gate then up, → ``[..., n]``."""
+        """Map ``[..., 2 n]``, gate then up, to ``[..., n]``."""
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 

@@ -1,4 +1,4 @@
-"""How a model is divided over processes: arithmetic only, so that a recipe can be checked without torch."""
+"""Division of a model over processes: only arithmetic, so that a recipe can be checked without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_embed.bridge.errors import UsageError, UserError
 
 @dataclass(frozen=True)
 class Layout:
-    """How the world is divided; what is left over is data parallel."""
+    """Division of the world by model parallelism; the remaining factor is data parallelism."""
 
     tp: int = 1
     pp: int = 1
@@ -23,7 +23,7 @@ class Layout:
         return self.tp * self.pp * self.cp
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Raises UsageError where tp × pp × cp does not divide the world."""
+        """Return the number of data-parallel ranks; raise UsageError where tp × pp × cp does not divide the world."""
         if world_size % self.model_parallel_size:
             raise UsageError(
                 f"world size: found {world_size}; wanted a multiple of {self.model_parallel_size} = "
@@ -39,13 +39,13 @@ class Layout:
 
 
 def pipeline_split(num_layers: int, stages: int) -> list[int]:
-    """Layers on each of the (virtual) pipeline stages, as even as can be.
+    """Return the number of layers on each (virtual) pipeline stage, as even as possible.
 
-    Where they do not divide, stages in the middle take one more: the first also holds the embedding, the last the final
-    norm and the pooling. 26 layers at 4 stages → ``[6, 7, 7, 6]``.
+    Where the stages do not divide the layers, stages in the middle take one more, because the first stage also holds
+    the embedding and the last the final norm and the pooling. 26 layers at 4 stages → ``[6, 7, 7, 6]``.
     """
     base, extra = divmod(num_layers, stages)
-    # the ends come last in the order in which stages receive an extra layer
+    # middle stages first, the ends last
     middle_first = [*range(1, stages - 1), stages - 1, 0]
     heavier = set(middle_first[:extra])
     return [base + (stage in heavier) for stage in range(stages)]

@@ -1,8 +1,9 @@
-"""Which rank of a run is gone or does not answer, and where each one stood: what a broken connection does not say.
+"""Search for the rank that is gone or does not answer, and for the place where each rank stood.
 
-Each rank keeps a note in the store through which torch's ranks found one another: its host, its process, where it
-stands, and how it ended if it did. While all goes well that is one short message for every part of a step, which waits
-for no answer. When a connection breaks or a collective runs out of time, the ranks that live read each other's notes.
+A broken connection does not name them. So each rank keeps a note in the store through which torch's ranks found one
+another: its host, its process, where it stands, and how it ended if it did. In a healthy run this costs one short
+message per part of a step, without waiting for an answer. When a connection breaks or a collective runs out of time,
+the live ranks read each other's notes.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: seconds that the first to notice waits for the other ranks' notes; they notice within a part of a step
+#: seconds that the first rank to notice waits for the other ranks' notes; those notice within a part of a step
 PATIENCE = 30.0
 _TERMINATED = "SIGTERM"
 
 
 @dataclass
 class Note:
-    """What a rank says of itself.
+    """A rank's message about itself.
 
     Attributes:
-        processes: the name space of its process number, which containers on one host do not share.
+        processes: the namespace of its process number; containers on one host have different ones.
         where: the part of the work that it is in.
-        met: the broken connection that it met, if it did.
+        met: the broken connection that it met, if any.
         end: the message with which it ended, if it did.
     """
 
@@ -70,46 +71,46 @@ class _World:
 
 
 _world: _World | None = None
-#: writing to this wakes the thread of :func:`watch`
+#: a write to this descriptor wakes the thread of :func:`watch`
 _wakeup: int | None = None
-#: taken by the thread that ends this process, and never given back
+#: the thread that ends this process takes this lock and never releases it
 _ending = threading.Lock()
 
 
 def join(store: Any, *, rank: int, size: int, minutes: float, limited: bool = False) -> None:
-    """Begin to keep this rank's note.
+    """Start this rank's note.
 
     Args:
-        store: torch's, that all ranks share.
-        minutes: after which a rank that does not answer counts as lost.
-        limited: a collective that runs out of time does not come back with an error (NCCL), so that :func:`watch` has
-            to notice; see :func:`stand_at`.
+        store: torch's store, which all ranks share.
+        minutes: time after which a rank that does not answer counts as lost.
+        limited: whether a collective that runs out of time returns no error (NCCL), so that :func:`watch` must notice
+            it; see :func:`stand_at`.
     """
     global _world
     _world = _World(store, rank, size, minutes, limited)
     _world.publish()
     if _wakeup is not None:
-        os.write(_wakeup, b"\0")  # no signal's number: the thread only looks again how long it may sleep
+        os.write(_wakeup, b"\0")  # no signal's number: the thread only computes its sleep again
 
 
 def leave() -> None:
-    """The ranks part in peace: their notes mean nothing from now on."""
+    """End the notes: the ranks part without a fault, and their notes mean nothing from now on."""
     global _world
     _world = None
 
 
 def keep_stacks_in(folder: Path) -> None:
-    """Where each rank writes what its threads were doing when a collective ran out of time."""
+    """Set the folder in which each rank writes its threads' stacks when a collective runs out of time."""
     if _world is not None:
         _world.stacks = folder
 
 
 def stand_at(where: str, *, limited: bool = False) -> None:
-    """Note where this rank stands.
+    """Note the place where this rank stands.
 
     Args:
-        where: such as ``step 12, forward and backward``.
-        limited: this part never takes as long as the limit of :func:`join`, unless another rank does not answer.
+        where: the place, such as ``step 12, forward and backward``.
+        limited: whether this part exceeds the limit of :func:`join` only when another rank does not answer.
     """
     if _world is None:
         return
@@ -118,7 +119,7 @@ def stand_at(where: str, *, limited: bool = False) -> None:
 
 
 def is_broken_connection(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank. gloo's, NCCL's and the store's errors share no type."""
+    """Return whether another rank made a collective fail. gloo's, NCCL's and the store's errors share no type."""
     kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")
     texts = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL error")
     return type(error).__name__ in kinds or (
@@ -127,9 +128,9 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 def explain_broken_connection(error: BaseException) -> str:
-    """One message for a broken connection: which rank is gone or does not answer, and where it stood.
+    """Return one message for a broken connection: which rank is gone or does not answer, and where it stood.
 
-    Waits at most :data:`PATIENCE` seconds for the notes of ranks that have not noticed yet.
+    This waits at most :data:`PATIENCE` seconds for the notes of ranks that have not noticed yet.
     """
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
     if _world is None:
@@ -166,49 +167,50 @@ def explain_broken_connection(error: BaseException) -> str:
 
 
 def say_end(message: str) -> None:
-    """Leave word that this rank ends, and why: the others are not to look for it."""
+    """Note that this rank ends, and why, so that the other ranks do not look for it."""
     if _world is not None and _world.own.end is None:
         _world.own.end = message
         _in_time(_world.publish)
 
 
 def begin_end() -> None:
-    """Return to the thread that is the first to end this process; keep any other until the process is gone.
+    """Return to the first thread that ends this process; hold any other thread until the process is gone.
 
     The main thread and that of :func:`watch` can notice one fault at the same moment. The second must not end the
+    process while the first still writes its message.
     process while the first still writes its message.
     """
     _ending.acquire()
 
 
 def end_lost() -> None:
-    """End the processes on this host that were found not to answer: a stopped one heeds no other signal."""
+    """Kill the processes on this host that did not answer: a stopped process acts on no other signal."""
     for process in _world.lost if _world is not None else []:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
 def watch(end: Callable[[int, str], Any]) -> None:
-    """Explain, too, what this process cannot notice by itself; called once, by the main thread of a program.
+    """Start a thread that explains faults which this process cannot notice by itself.
 
-    torchrun ends all ranks when it finds that one is gone, perhaps before they meet the broken connection. A thread
-    that sleeps until SIGTERM comes looks for that one. Under NCCL it wakes as well when a part of the work that
-    :func:`stand_at` calls limited takes longer than it may.
+    The main thread of a program calls this once. torchrun ends all ranks when it finds that one is gone, perhaps before
+    they meet the broken connection. The thread sleeps until SIGTERM comes, and then looks for the rank that is gone.
+    Under NCCL it also wakes when a part of the work that :func:`stand_at` calls limited exceeds the limit.
 
     Args:
-        end: ends the process, with a status and a message.
+        end: function that ends the process, with a status and a message.
     """
     global _wakeup
     read, _wakeup = os.pipe()
     os.set_blocking(_wakeup, False)
     signal.set_wakeup_fd(_wakeup, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # without a handler the thread would not be told
+    signal.signal(signal.SIGTERM, lambda *_: None)  # without a handler the thread would not learn of the signal
     os.register_at_fork(after_in_child=_unwatch)
     threading.Thread(target=_watch, args=(read, end), name="liveness", daemon=True).start()
 
 
 def _unwatch() -> None:
-    """A forked child has no such thread, and its signals are not this process's."""
+    """Stop the wake-ups in a forked child: it has no such thread, and its signals are not this process's."""
     global _wakeup
     _wakeup = None
     signal.set_wakeup_fd(-1)
@@ -231,10 +233,10 @@ def _watch(signals: int, end: Callable[[int, str], Any]) -> None:
 
 
 def _seconds_left() -> float | None:
-    """Return how long the thread may sleep before it looks again whether this rank stood for too long; None: for ever.
+    """Return how many seconds the thread may sleep before it checks again whether this rank stood for too long.
 
-    That is 0 where it did. A part without a limit may give way to one with a limit at any time, so that the thread
-    never sleeps for longer than the limit.
+    None means for ever; 0 means that this rank did. A part with a limit can follow a part without one at any time, so
+    the thread never sleeps for longer than the limit.
     """
     if _world is None or not _world.limited:
         return None
@@ -243,7 +245,7 @@ def _seconds_left() -> float | None:
 
 
 def _end_of(others: list[Note]) -> str | None:
-    """How another rank ended, if one did: with a message of its own, or on this host without one."""
+    """Return how another rank ended, if one did: with its own message, or without one on this host."""
     for note in others:
         if note.end not in (None, _TERMINATED):
             return f"{_name(note)} ended: {note.end}"
@@ -259,7 +261,7 @@ def _name(note: Note) -> str:
 
 
 def _state(note: Note) -> str:
-    """Linux's letter for the state of a process on this host (T: stopped, Z: ended); empty: there is none."""
+    """Return Linux's letter for the state of a process on this host (T: stopped, Z: ended), or "" for no process."""
     if (note.host, note.processes) != (socket.gethostname(), _processes()):
         return "?"
     fields = _stat(note.pid)
@@ -270,18 +272,18 @@ def _processes() -> str:
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
-        return f"of process {os.getpid()}"  # not to be compared
+        return f"of process {os.getpid()}"  # equal to no other process's
 
 
 def _signal(note: Note) -> str:
-    """The signal that ended a process, as long as its parent did not ask for it."""
+    """Return the name of the signal that ended a process, or "" once the parent has asked for its exit code."""
     fields = _stat(note.pid)
     number = int(fields[-1]) & 0x7F if fields else 0
     return f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields 3 (the state) to 52 (the exit code) of ``/proc/PID/stat``."""
+    """Return fields 3 (the state) to 52 (the exit code) of ``/proc/PID/stat``."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -299,11 +301,11 @@ def _write_stacks(world: _World, error: BaseException) -> None:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
     except OSError:
-        pass  # the message is worth more than this
+        pass  # the message matters more than the stacks
 
 
 def _in_time(function: Callable[[], T], seconds: float = 10.0) -> T | None:
-    """What ``function`` returns; None where the store does not answer in time, or is gone."""
+    """Return the result of ``function``, or None where the store does not answer in time or is gone."""
     box: list[T] = []
 
     def call() -> None:

@@ -1,8 +1,8 @@
-"""THE table: how each weight is called on either side, how it is packed, and which dimension TP splits.
+"""THE table: the names of each weight on both sides, its packing, and the dimension that TP splits.
 
-One row serves import, export, direct loading, verification and the tests. Names in the ``megatron`` column are those
-of the checkpoint, which are Transformer Engine's (its linear layers hold the norm in front of them); the local layer
-spec's own names for the two norms are aliases of them (``LOCAL_ALIASES``).
+One row serves import, export, direct loading, verification and the tests. The ``megatron`` column holds the names of
+the checkpoint, which are Transformer Engine's (its linear layers hold the norm in front of them). The local layer spec
+has its own names for the two norms; ``LOCAL_ALIASES`` maps them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _ATTENTION, _MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
 _HF_ATTENTION, _HF_MLP = "layers.{layer}.self_attn", "layers.{layer}.mlp"
 
-#: What all families have: their decoder layers bear the same names. A family adds its ``layer_rows``.
+#: The weights of all families, whose decoder layers have the same names. A family adds its ``layer_rows``.
 TABLE: tuple[Row, ...] = (
     Row("embedding.word_embeddings.weight", ("embed_tokens.weight",), "vocab", 0, (("vocab", "hidden"),)),
     Row(
@@ -62,23 +62,23 @@ LOCAL_ALIASES: dict[str, str] = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 
-#: parameters of training that no HF model has a tensor for
+#: parameters of training for which no HF model has a tensor
 OWN_PARAMETERS: tuple[str, ...] = ("log_temperature",)
 
-#: HF tensors that no encoder has a place for, by name and with the reason; a family may name more. Anything else
-#: unknown is an error.
+#: HF tensors that no encoder has a place for, by name and with the reason; a family may name more. Any other unknown
+#: tensor is an error.
 IGNORED_HF: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(language_model\.)?lm_head\.weight"), "an embedder has no language-model head"),
     (re.compile(r"(.+\.)?rotary_emb\.inv_freq"), "rope frequencies are computed from the config"),
 )
 
-#: Where the language tower's names begin: the VLM on disk, the VLM in memory, a causal LM, a bare model.
+#: Beginnings of the language tower's names: the VLM on disk, the VLM in memory, a causal LM, a bare model.
 HF_PREFIXES: tuple[str, ...] = ("language_model.model.", "model.language_model.", "model.", "")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A row at one layer of one model: concrete names and shapes. ``hf`` names carry no prefix."""
+    """A row of the table at one layer of one model, with concrete names and shapes. ``hf`` names have no prefix."""
 
     row: Row
     layer: int | None
@@ -96,17 +96,17 @@ class Weight:
 
     @property
     def packs_rows(self) -> bool:
-        """Whether packing moves whole rows, so that it can be done to their addresses; a fused bias has none."""
+        """Return whether packing moves whole rows, so that it can act on their addresses; a fused bias has no rows."""
         return self.kind == "copy" or len(self.hf_shapes[0]) > 1
 
     @property
     def megatron_shape(self) -> tuple[int, ...]:
-        """Shape of the whole packed weight, the vocabulary unpadded."""
+        """Return the shape of the whole packed weight, with the vocabulary unpadded."""
         return (sum(shape[0] for shape in self.hf_shapes), *self.hf_shapes[0][1:])
 
 
 def weights(config: EncoderConfig) -> Iterator[Weight]:
-    """Every weight of a model: the embedding, the layers in order, the final norm."""
+    """Yield every weight of a model: the embedding, the layers in order, the final norm."""
     sizes: dict[Dim, int] = {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
@@ -135,10 +135,10 @@ def weights(config: EncoderConfig) -> Iterator[Weight]:
 
 
 def checkpoint_name(parameter: str, *, layer_offset: int = 0) -> str:
-    """Name of a module's parameter in the checkpoint.
+    """Return the checkpoint's name of a module's parameter.
 
     Args:
-        parameter: as in ``encoder.named_parameters()``, with the stage's own layer numbers, of either layer spec.
+        parameter: as in ``encoder.named_parameters()`` of either layer spec, with the stage's own layer numbers.
         layer_offset: global index of the stage's first layer.
     """
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
@@ -149,12 +149,12 @@ def checkpoint_name(parameter: str, *, layer_offset: int = 0) -> str:
 
 
 def hf_prefix(names: Iterable[str]) -> str | None:
-    """What stands before ``embed_tokens.weight`` in a folder's tensor names, or None where there is no such tensor."""
+    """Return the prefix of ``embed_tokens.weight`` in a folder's tensor names, or None if there is no such tensor."""
     present = set(names)
     return next((prefix for prefix in HF_PREFIXES if f"{prefix}embed_tokens.weight" in present), None)
 
 
 def ignored_reason(hf_name: str, family: Family = MINISTRAL3) -> str | None:
-    """Why a tensor of the HF folder is left out, or None where nothing says that it may be."""
+    """Return why an encoder may leave out a tensor of the HF folder, or None if no rule allows it."""
     patterns = (*IGNORED_HF, *family.ignored)
     return next((reason for pattern, reason in patterns if pattern.fullmatch(hf_name)), None)

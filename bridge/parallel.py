@@ -1,4 +1,4 @@
-"""Process groups: set-up and tear-down. The only file that does either."""
+"""Set-up and tear-down of process groups. No other file does either."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_embed.bridge.layout import Layout
 
 
 def select_device(wanted: str = "auto") -> torch.device:
-    """Decide where this process computes, and prepare it.
+    """Choose the device on which this process computes, and prepare it.
 
     Args:
         wanted: ``cpu``, ``cuda``, or ``auto`` (CUDA where every local process has a GPU of its own).
@@ -38,7 +38,7 @@ def select_device(wanted: str = "auto") -> torch.device:
 def initialize(layout: Layout, *, timeout_minutes: float = 30) -> None:
     """Create torch's process group (if there is none) and megatron-core's model-parallel groups.
 
-    Under ``torchrun`` the environment says who is who; a lone process becomes a world of one without any network.
+    Under ``torchrun`` the environment names rank and world; a lone process becomes a world of one without any network.
 
     Args:
         timeout_minutes: how long a collective waits for a rank that does not answer.
@@ -47,7 +47,8 @@ def initialize(layout: Layout, *, timeout_minutes: float = 30) -> None:
 
     if not dist.is_initialized():
         backend = "gloo" if host.cuda_is_hidden() else "nccl"
-        # NCCL's own end is an abort without a word of who did not answer: a minute later, so that it can be said before
+        # NCCL ends with an abort that does not name the rank that did not answer. It gets a minute more, so that the
+        # rank can be named before.
         limited = backend == "nccl"
         timeout = timedelta(minutes=timeout_minutes + (1 if limited else 0))
         if "RANK" in os.environ:
@@ -65,7 +66,7 @@ def initialize(layout: Layout, *, timeout_minutes: float = 30) -> None:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         context_parallel_size=layout.cp,
-        # megatron-core wants gloo twins beside NCCL groups; where gloo is the backend they would be the same again
+        # megatron-core wants gloo twins beside NCCL groups; where gloo is the backend they would be duplicates.
         create_gloo_process_groups=not host.cuda_is_hidden(),
         distributed_timeout_minutes=timeout_minutes if host.cuda_is_hidden() else timeout_minutes + 1,
     )
@@ -76,34 +77,34 @@ def shut_down(*, process_group: bool = True) -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None  # the one that it overlooks
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None  # megatron-core overlooks this one
     if dist.is_initialized():
-        # megatron-core forgets its groups without destroying them. Each keeps threads that poll for as long as the
-        # process lives: 51 at two ranks for every layout that was entered.
+        # megatron-core forgets its groups without destroying them. Each keeps threads that poll while the process
+        # lives: 51 at two ranks for every layout that was entered.
         for group in _process_groups() - _groups_before:
             dist.destroy_process_group(group)
-        gc.collect()  # models refer to their groups, and are circles: until they go, the threads stay
+        gc.collect()  # models refer to their groups in reference cycles; the threads stay until these are collected
         if process_group:
             liveness.leave()
             dist.destroy_process_group()
     _groups_before.clear()
 
 
-#: the groups that were there when :func:`initialize` began: somebody else's
+#: the groups that existed when :func:`initialize` began; they belong to other code
 _groups_before: set[dist.ProcessGroup] = set()
 
 
 def _process_groups() -> set[dist.ProcessGroup]:
-    """Every process group that this process is a member of; torch lists them in no public place."""
+    """Return every process group that has this process as a member; torch lists them in no public place."""
     return set(dist.distributed_c10d._world.pg_map)
 
 
 @contextmanager
 def parallel_world(layout: Layout, *, timeout_minutes: float = 30) -> Iterator[None]:
-    """:func:`initialize` on entry, :func:`shut_down` on exit; a process group that was there before stays.
+    """Call :func:`initialize` on entry and :func:`shut_down` on exit; keep a process group that existed before.
 
-    Where one of several ranks fails, it leaves the group to the end of its process: closed at once, the others would
-    fail of that, and be heard before the one that knows why.
+    A rank that fails among several leaves its group open until its process ends. If it closed the group at once, the
+    other ranks would fail because of that, and would report before the rank that knows the cause.
     """
     owned = not dist.is_initialized()
     initialize(layout, timeout_minutes=timeout_minutes)
@@ -116,10 +117,10 @@ def parallel_world(layout: Layout, *, timeout_minutes: float = 30) -> Iterator[N
 
 
 def world_size() -> int:
-    """Processes in this run, before or after the process group exists."""
+    """Return the number of processes in this run, before or after the process group exists."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number, before or after the process group exists."""
+    """Return this process's number, before or after the process group exists."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))

@@ -1,4 +1,4 @@
-"""From token states to one vector a sequence: in fp32, or the states' dtype where that is wider.
+"""Pooling of token states into one vector per sequence, in fp32 or in the states' dtype where that is wider.
 
 Every mode is a weighted sum over the real tokens of a sequence, so one formula serves padded rows, packed rows and
 slices of either:
@@ -22,14 +22,14 @@ def pool(states: Tensor, batch: TokenBatch, mode: Pooling, columns: slice = slic
     """Pool ``states [s, b, hidden]`` into ``[n, hidden]``, fp32 or wider.
 
     Args:
-        columns: the part of the rows that ``states`` covers; the parts' results add up to that of the whole.
+        columns: the part of the rows that ``states`` covers; the results of all parts add up to that of the whole.
     """
     wide = torch.promote_types(states.dtype, torch.float32)
     states = states.to(wide)
     weights_BS = pooling_weights(batch, mode).to(wide)
     if not batch.packed:
         return torch.einsum("bs,sbh->bh", weights_BS[:, columns], states)
-    # [n, s] with each token's weight in its sequence's row: a matrix product, unlike index_add, is deterministic
+    # [n, s] with each token's weight in its sequence's row: unlike index_add, a matrix product is deterministic
     tokens = weights_BS.shape[1] - batch.padding
     lengths = torch.tensor(batch.lengths, device=states.device)
     owner = torch.repeat_interleave(torch.arange(len(batch.lengths), device=states.device), lengths, output_size=tokens)
@@ -39,7 +39,7 @@ def pool(states: Tensor, batch: TokenBatch, mode: Pooling, columns: slice = slic
 
 
 def pooling_weights(batch: TokenBatch, mode: Pooling) -> Tensor:
-    """Each token's share in its sequence's vector: ``[b, s]`` fp64, 0 on padding."""
+    """Return each token's share in its sequence's vector: ``[b, s]`` fp64, 0 on padding."""
     device = batch.input_ids.device
     lengths_n = torch.tensor(batch.lengths, device=device)
     if batch.packed:

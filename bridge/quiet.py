@@ -1,6 +1,6 @@
-"""Warnings of torch and megatron-core that nobody who runs this package can act on: not shown.
+"""Filters for warnings of torch and megatron-core that no user of this package can act on.
 
-Each is named by the beginning of its text, so that every other warning is still heard.
+Each filter names the beginning of a text, so that every other warning is still shown.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: beginning of the text (a regular expression) → why it says nothing to the reader
+#: beginning of the text (a regular expression) → why the reader can ignore it
 _EXPECTED: dict[str, str] = {
     "Transformer Engine and Apex are not installed": "an optional extra; torch's own kernels serve as well",
     "Apex is not installed": "the same",
@@ -17,21 +17,21 @@ _EXPECTED: dict[str, str] = {
     r"`torch\.distributed\.(reduce_scatter|all_gather_into)_tensor` is deprecated": "megatron-core's calls, not ours",
     "The .grad attribute of a Tensor that is not a leaf": "megatron-core's zero_grad looks at it, and it is None",
 }
-#: the same, where there is no CUDA
+#: further warnings of this kind, where there is no CUDA
 _EXPECTED_ON_CPU: dict[str, str] = {
     "When using sequence parallelism it is recommended to set the environment variable": "of CUDA's streams",
 }
 
 
 def ignore_expected_warnings(*, on_cpu: bool = False) -> None:
-    """Ignore them from now on, in this process; ``on_cpu`` adds those that concern CUDA alone."""
+    """Ignore the warnings from now on, in this process; ``on_cpu`` adds those that concern CUDA alone."""
     for text in {**_EXPECTED, **(_EXPECTED_ON_CPU if on_cpu else {})}:
         warnings.filterwarnings("ignore", message=text)
 
 
 @contextmanager
 def expected_warnings_ignored() -> Iterator[None]:
-    """Ignore them within, and leave the process's filters as they were."""
+    """Ignore the warnings inside, and restore the process's filters afterwards."""
     with warnings.catch_warnings():
         ignore_expected_warnings()
         yield

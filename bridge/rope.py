@@ -1,7 +1,7 @@
 """Rotary frequencies and the Llama-4 query scale, both by position within a sequence.
 
-The inverse frequencies come from transformers' own functions and are never derived again here: YaRN's correction
-range is rounded there (``truncate``), and a port that does not round is off by a quarter.
+transformers' own functions compute the inverse frequencies. They round YaRN's correction range (``truncate``), and a
+port that does not round is off by a quarter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_embed.bridge.families import FAMILIES
 
 
 def inverse_frequencies(config: EncoderConfig) -> tuple[Tensor, float]:
-    """``[head_dim / 2]`` in fp32, and the factor that cosines and sines are multiplied by (1.0 for both families)."""
+    """Return ``[head_dim / 2]`` in fp32, and the factor on cosines and sines (1.0 for both families)."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope_type = config.rope_parameters.get("rope_type", "default")
@@ -26,16 +26,17 @@ def inverse_frequencies(config: EncoderConfig) -> tuple[Tensor, float]:
 
 
 def rope_tables(positions: Tensor, frequencies: Tensor, factor: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of ``positions [...]``: two ``[..., head_dim]``, computed in fp32, then cast, as HF does."""
+    """Return cosines and sines of ``positions [...]``: two ``[..., head_dim]``, fp32, then cast, as HF does."""
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def query_scale(positions: Tensor, config: EncoderConfig, *, dtype: torch.dtype) -> Tensor | None:
-    """Llama-4's attention temperature ``1 + beta · log(1 + floor(position / original_max))``, shaped like positions.
+    """Return Llama-4's attention temperature ``1 + beta · log(1 + floor(position / original_max))``.
 
-    None where the family or the config has no such scale. It is exactly 1 below ``original_max_position_embeddings``.
+    It is shaped like ``positions`` and exactly 1 below ``original_max_position_embeddings``. Return None where the
+    family or the config has no such scale.
     """
     beta = config.rope_parameters.get("llama_4_scaling_beta")
     if beta is None or not FAMILIES[config.family].query_scale:

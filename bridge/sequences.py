@@ -1,6 +1,6 @@
-"""TokenBatch: the token ids of one micro-batch, and where each sequence lies in them.
+"""TokenBatch: the token ids of one micro-batch, and the place of each sequence in them.
 
-Legend: ``n`` sequences, ``b`` rows, ``s`` columns. Padded: one sequence a row (``b = n``). Packed: one row
+Legend: ``n`` sequences, ``b`` rows, ``s`` columns. Padded: one sequence per row (``b = n``). Packed: one row
 (``b = 1``) with the sequences end to end.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 class Run(NamedTuple):
     """Neighbouring sequences of a packed row that are equally long.
 
-    ``queries`` is less than ``keys`` only where a sequence reaches over the edge of a context-parallel slice.
+    ``queries`` is less than ``keys`` only where a sequence crosses the edge of a context-parallel slice.
     """
 
     sequences: int
@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Ids of a micro-batch with everything that attention and pooling must know about them.
+    """Ids of a micro-batch, with the facts about them that attention and pooling need.
 
     Attributes:
         input_ids: ``[b, s]`` int64.
@@ -59,7 +59,7 @@ class TokenBatch:
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> TokenBatch:
-        """From a tokenizer's ``[b, s]`` ids and mask, padded on either side."""
+        """Build a batch from a tokenizer's ``[b, s]`` ids and mask, padded on either side."""
         mask = attention_mask.bool()
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         lengths = tuple(mask.sum(dim=1).tolist())
@@ -67,7 +67,7 @@ class TokenBatch:
 
     @classmethod
     def pad(cls, sequences: Sequence[Sequence[int]], *, pad_id: int, multiple_of: int = 1) -> TokenBatch:
-        """One sequence a row, padded on the right to the longest, the columns rounded up to ``multiple_of``."""
+        """Put one sequence in each row, padded on the right to the longest; round columns up to ``multiple_of``."""
         longest = max(len(ids) for ids in sequences)
         columns = -(-longest // multiple_of) * multiple_of
         input_ids = torch.full((len(sequences), columns), pad_id, dtype=torch.long)
@@ -79,7 +79,7 @@ class TokenBatch:
 
     @classmethod
     def pack(cls, sequences: Sequence[Sequence[int]], *, pad_id: int, multiple_of: int = 1) -> TokenBatch:
-        """Sequences end to end in one row, which is filled up to ``multiple_of`` by a tail that nothing attends to."""
+        """Put the sequences end to end in one row; no sequence attends to the tail that fills up to ``multiple_of``."""
         lengths = tuple(len(ids) for ids in sequences)
         padding = -sum(lengths) % multiple_of
         ids = [token for sequence in sequences for token in sequence] + [pad_id] * padding
@@ -87,7 +87,7 @@ class TokenBatch:
         return cls(torch.tensor([ids]), positions[None], lengths, None, packed=True, padding=padding)
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The same on another device."""
+        """Return the batch on another device."""
         if self.input_ids.device == device:
             return self
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)

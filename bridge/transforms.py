@@ -1,4 +1,4 @@
-"""Pure tensor functions between the two layouts. Inverses stand next to each other.
+"""Pure tensor functions between the two layouts. Each inverse follows its function.
 
 ``hidden`` is the model width, ``groups`` the number of KV heads (on this tensor-parallel rank, when given its slices).
 Every function works on a whole weight and on a tensor-parallel slice of it alike: slicing each Hugging Face weight
@@ -30,7 +30,7 @@ def pack_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int, head_dim: int) -> 
 
 
 def unpack_qkv(qkv: Tensor, *, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse of :func:`pack_qkv`."""
+    """Invert :func:`pack_qkv`."""
     hidden = qkv.shape[1:]
     per_group = qkv.reshape(groups, -1, *hidden)
     queries = per_group.shape[1] - 2 * head_dim
@@ -39,18 +39,18 @@ def unpack_qkv(qkv: Tensor, *, groups: int, head_dim: int) -> tuple[Tensor, Tens
 
 
 def pack_gate_up(gate: Tensor, up: Tensor) -> Tensor:
-    """``linear_fc1`` of a gated MLP: gate rows, then up rows. ``[ffn, hidden]`` twice → ``[2 * ffn, hidden]``."""
+    """Build ``linear_fc1`` of a gated MLP: gate rows, then up rows. ``[ffn, hidden]`` twice → ``[2 * ffn, hidden]``."""
     return torch.cat((gate, up), dim=0)
 
 
 def unpack_gate_up(fc1: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of :func:`pack_gate_up`."""
+    """Invert :func:`pack_gate_up`."""
     gate, up = fc1.chunk(2, dim=0)
     return gate, up
 
 
 def even_range(size: int, *, rank: int, world: int) -> slice:
-    """The part of an evenly split dimension that ``rank`` of ``world`` holds."""
+    """Return the part of an evenly split dimension that ``rank`` of ``world`` holds."""
     if size % world:
         raise ValueError(f"a dimension of {size} cannot be split evenly over {world} ranks")
     step = size // world
@@ -58,16 +58,16 @@ def even_range(size: int, *, rank: int, world: int) -> slice:
 
 
 def padded_vocab_size(vocab_size: int, *, world: int) -> int:
-    """The smallest multiple of the tensor-parallel size that holds the vocabulary (997 at TP 2 → 998)."""
+    """Return the smallest multiple of the tensor-parallel size that holds the vocabulary (997 at TP 2 → 998)."""
     return -(-vocab_size // world) * world
 
 
 def pad_vocab(embedding: Tensor, *, rows: int) -> Tensor:
-    """Append zero rows to ``[vocab, hidden]`` until there are ``rows``; no token id reaches them."""
+    """Append zero rows to ``[vocab, hidden]`` to a total of ``rows``; no token id reaches them."""
     missing = rows - embedding.shape[0]
     return embedding if missing == 0 else torch.nn.functional.pad(embedding, (0, 0, 0, missing))
 
 
 def dequantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
-    """An FP8 weight with one scale, as bfloat16: the product in float32, rounded once."""
+    """Return an FP8 weight with one scale as bfloat16: the product in float32, rounded once."""
     return (weight.float() * scale.float().reshape(())).to(torch.bfloat16)

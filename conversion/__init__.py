@@ -1,3 +1,3 @@
-"""Hugging Face folder ↔ Megatron checkpoint."""
+"""Conversion between Hugging Face folders and Megatron checkpoints."""
 
-import megatron_embed.bridge  # noqa: F401  first: megatron-core's warnings are quieted before a module here imports it
+import megatron_embed.bridge  # noqa: F401  first: it silences megatron-core's warnings before a module here imports it

@@ -1,4 +1,4 @@
-"""Command lines: a parser whose messages are one line, types of arguments, and how a command ends."""
+"""Command lines: a parser with one-line messages, argument types, and the end of a command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments end the program with status 2 and one line that names the nearest option, or ``--help``."""
+    """Parser that ends the program on bad arguments: status 2 and one line with the nearest option or ``--help``."""
 
     def error(self, message: str) -> NoReturn:
         self.end(f"{message}; {self._way_out(message)}")
@@ -29,14 +29,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number from 1 up."""
+    """Parse a whole number from 1 up."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; wanted a whole number from 1 up")
     return int(text)
 
 
 def whole(text: str) -> int:
-    """An argument that is a whole number from 0 up."""
+    """Parse a whole number from 0 up."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"found {text!r}; wanted a whole number from 0 up")
     return int(text)
@@ -49,18 +49,18 @@ def run_command(
     interrupted: tuple[int, str],
     unexpected: Callable[[BaseException], str],
 ) -> tuple[int, str]:
-    """Run a command and say how it ended.
+    """Run a command and return how it ended.
 
     Args:
-        body: returns its exit status, or something else for 0.
+        body: function that returns the exit status, or something else for 0.
         debug: show the traceback of a user's error in place of its message.
         interrupted: status and message after Ctrl-C.
-        unexpected: makes the message about an error that is no user's; called while it is handled.
+        unexpected: function that makes the message for an error that is not the user's; called while it is handled.
 
     Returns:
-        the exit status, and what is to be said on stderr: nothing where the body came to its end.
+        The exit status, and the message for stderr, which is empty where the body came to its end.
     """
-    from megatron_embed.bridge.errors import UserError, explain  # after what begins before slow imports
+    from megatron_embed.bridge.errors import UserError, explain  # here, after the work that precedes slow imports
 
     try:
         status = body()

@@ -1,4 +1,4 @@
-"""Command line: ``import``, ``export`` and ``verify``. Arguments only; the work is in the modules beside it."""
+"""Command line ``import``, ``export`` and ``verify``. It only parses arguments; the modules beside it do the work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0: done; 2: the command line is wrong in itself; 1: failed otherwise; both with one line on stderr.
+        0: done; 2: the command line is wrong in itself; 1: any other failure. 2 and 1 come with one line on stderr.
     """
     args = _parser().parse_args(argv)
     environment.set_defaults()
@@ -149,7 +149,7 @@ def _stop(*_: object) -> NoReturn:
 
 @contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
-    """Only this program speaks on stderr (libraries warn about what users cannot change); SIGTERM acts as Ctrl-C."""
+    """Silence libraries on stderr (they warn about things that users cannot change), and treat SIGTERM as Ctrl-C."""
     before = signal.signal(signal.SIGTERM, _stop)
     disabled = logging.root.manager.disable
     try:

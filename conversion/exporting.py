@@ -1,4 +1,4 @@
-"""Megatron checkpoint → HF folder: a sentence-transformers embedder, or the whole VLM."""
+"""Export of a Megatron checkpoint to an HF folder: a sentence-transformers embedder, or the whole VLM."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def export_hf(
     Args:
         megatron_path: a checkpoint folder, one of its ``iter_…`` folders, or a run's ``save_dir``.
         hf_path: the folder to make.
-        hf_model: where tokenizer and (for ``vlm``) the other tensors come from; by default what the checkpoint
-            remembers.
+        hf_model: source of the tokenizer and (for ``vlm``) the other tensors; by default the source that the
+            checkpoint names.
         target: ``embedder``: bare encoder plus sentence-transformers' files. ``vlm``: the source VLM with the encoder's
             weights in its language tower.
-        torch_dtype: of the written encoder; by default the source's. A checkpoint that was trained in a wider dtype is
-            rounded to that, and how much is told; any other rounding must be asked for here.
+        torch_dtype: dtype of the written encoder; by default the source's. The default rounds a checkpoint that was
+            trained in a wider dtype, and the notes say how much; any other rounding needs this argument.
         max_shard_size: such as ``5GB``.
-        bidirectional: the checkpoint is of a ready embedder of causal attention, taken as a base model; asked where the
-            checkpoint itself does not say so.
-        overwrite: replace a model folder that is there; never a source or the checkpoint, nor what holds them.
+        bidirectional: whether the checkpoint is of a ready embedder with causal attention that was taken as a base
+            model; needed where the checkpoint itself does not say so.
+        overwrite: replace an existing model folder, but never a source, the checkpoint, or a folder that holds one.
 
     Raises:
-        UserError: bad input; then nothing is left at ``hf_path``.
+        UserError: bad input; nothing is left at ``hf_path``.
     """
     if target not in TARGETS:
         raise UserError(f"target {target!r} is not one of {', '.join(TARGETS)}")
@@ -101,7 +101,7 @@ def export_hf(
 
 
 def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
-    """The checkpoint's own config, else the given folder's (a checkpoint of another program carries none)."""
+    """Return the checkpoint's own config, else the given folder's (a checkpoint of another program has none)."""
     config = checkpoint_folder.encoder_config(iter_dir)
     if config is None and source is None:
         raise UserError(f"{iter_dir}: does not say which model it is; give --hf-model, the folder it was made from")
@@ -120,7 +120,7 @@ def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
 
 
 def _sentence_settings(iter_dir: Path, config: EncoderConfig, source: HFFolder | None) -> SentenceSettings:
-    """The checkpoint's own, else the given folder's (a checkpoint of another program has none)."""
+    """Return the checkpoint's own settings, else the given folder's (another program's checkpoint has none)."""
     stated = read_sentence_settings(source.path) if source and checkpoint_folder.says_nothing(iter_dir) else None
     return stated or checkpoint_folder.sentence_settings(iter_dir, config)
 
@@ -166,14 +166,14 @@ def _write_embedder(
 
 
 def write_embedder_config(out: Path, config: EncoderConfig) -> None:
-    """``config.json`` of the stock model, with the keys that vLLM needs and transformers passes over.
+    """Write ``config.json`` of the stock model, with the keys that vLLM needs and transformers ignores.
 
     Without ``apply_yarn_scaling: false`` vLLM multiplies attention by YaRN's own factor, 1.277 here; without
-    ``llama_4_scaling`` it leaves out the query scale.
+    ``llama_4_scaling`` it omits the query scale.
     """
     config.to_hf().save_pretrained(out)
     raw = read_json(out / "config.json")
-    if config.temperature is not None:  # transformers takes it for a generation setting and leaves it out
+    if config.temperature is not None:  # transformers treats it as a generation setting and omits it
         raw["temperature"] = config.temperature
     rope = raw["rope_parameters"]
     if rope.get("rope_type") == "yarn":

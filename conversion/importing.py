@@ -1,4 +1,4 @@
-"""HF folder → Megatron checkpoint."""
+"""Import of an HF folder into a Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def import_hf(
     Args:
         hf_model: local folder or hub id of the VLM, the text model, or a ready embedder.
         megatron_path: the checkpoint folder to make.
-        torch_dtype: of the stored weights; by default the source's (FP8 counts as bfloat16). Values that the source's
-            config would round are refused; given here, a dtype may round, and how much is told.
-        tp, pp: how the tensors are cut into chunks and files; any other layout loads them just as well.
+        torch_dtype: dtype of the stored weights; by default the source's (FP8 counts as bfloat16). The default refuses
+            to round the source's values; an explicit dtype may round, and the notes say how much.
+        tp, pp: sizes by which the tensors are cut into chunks and files; any other layout can load them as well.
         with_vision: keep the other tensors of a VLM too, so that the checkpoint alone can become a VLM again.
-        bidirectional: take a ready embedder of causal attention as a base model, to be trained bidirectionally.
-        overwrite: replace a checkpoint that is there; never one that is, holds or lies in the source.
+        bidirectional: take a ready embedder with causal attention as a base model, for bidirectional training.
+        overwrite: replace an existing checkpoint, but never one that is the source, holds it or lies in it.
 
     Returns:
-        The checkpoint folder, and what was left out or rounded.
+        The checkpoint folder, and notes on tensors that were left out or rounded.
 
     Raises:
-        UserError: bad input; then nothing is left at ``megatron_path``.
+        UserError: bad input; nothing is left at ``megatron_path``.
     """
     folder = HFFolder(hf_model, revision=revision, trust_remote_code=trust_remote_code)
     made = made_bidirectional(folder.path, folder.config, bidirectional=bidirectional)
@@ -93,10 +93,10 @@ def import_hf(
 
 
 def torch_dtype_of(name: str) -> torch.dtype:
-    """``"bfloat16"`` → ``torch.bfloat16``.
+    """Return torch's dtype by name: ``"bfloat16"`` → ``torch.bfloat16``.
 
     Raises:
-        UserError: not a dtype that weights are stored in.
+        UserError: weights are not stored in this dtype.
     """
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
     if name not in known:
@@ -105,7 +105,7 @@ def torch_dtype_of(name: str) -> torch.dtype:
 
 
 def counted_by_reason(ignored: dict[str, str]) -> list[str]:
-    """One line for each reason, with the number of tensors: such as ``11 tensor(s) left out: the …``."""
+    """Return one line per reason, with the number of tensors, such as ``11 tensor(s) left out: the …``."""
     counts: dict[str, int] = {}
     for reason in ignored.values():
         counts[reason] = counts.get(reason, 0) + 1
@@ -125,7 +125,7 @@ def _dequantized(folder: HFFolder) -> list[str]:
 
 
 def _to_keep(folder: HFFolder, config: EncoderConfig, ignored: dict[str, str]) -> list[str]:
-    """Tensors of a VLM beside the language tower. A tied lm_head is the embedding, and comes back as that."""
+    """Return the tensors beside a VLM's language tower, but not a tied lm_head: it is the embedding."""
     if not is_vlm(folder.config):
         raise UserError(f"{folder.path}: --with-vision: the source is {folder.architecture}, which has no vision tower")
     scales = (".weight_scale_inv", ".activation_scale")

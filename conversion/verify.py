@@ -1,4 +1,4 @@
-"""Compare a source with a Megatron checkpoint or an HF folder made of it: configs, files, tensors, embeddings."""
+"""Comparison of a source with a Megatron checkpoint or HF folder made from it: configs, files, tensors, embeddings."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ from megatron_embed.conversion.megatron import folder as checkpoint_folder
 from megatron_embed.conversion.megatron.tensors import CheckpointReader
 from megatron_embed.conversion.megatron.weights import CheckpointWeights
 
-#: Of the largest value. Both sides compute in fp32, and rounding grows with depth: 3e-6 at 26 layers. What changes the
-#: function changes vectors by far more, or is a key that is compared by itself.
+#: Relative to the largest value. Both sides compute in fp32, and rounding grows with depth: 3e-6 at 26 layers. A change
+#: of the function changes vectors by far more, or is in a key that is compared by itself.
 EMBEDDING_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of a comparison; it is true where nothing differs."""
+    """The outcome of a comparison; it is true if nothing differs."""
 
     sections: list[ComparedSection]
-    #: what was not compared, or compared otherwise than one might think
+    #: things that were not compared, or were compared in an unexpected way
     notes: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -66,26 +66,26 @@ class Verification:
 
     @property
     def differences(self) -> list[Difference]:
-        """All differences, in the order of the sections."""
+        """Return all differences, in the order of the sections."""
         return [difference for section in self.sections for difference in section.differences]
 
     def section(self, name: str) -> ComparedSection | None:
-        """The section of this name; None: not compared."""
+        """Return the section of this name, or None if it was not compared."""
         return next((section for section in self.sections if section.name == name), None)
 
     @property
     def compared(self) -> int:
-        """Number of tensors that were compared."""
+        """Return the number of tensors that were compared."""
         return tensors.compared if (tensors := self.section("tensors")) else 0
 
     @property
     def equal(self) -> int:
-        """Number of tensors that are the same."""
+        """Return the number of tensors that are the same."""
         return tensors.equal if (tensors := self.section("tensors")) else 0
 
     @property
     def embeddings(self) -> float | None:
-        """Largest difference of the embeddings; None: not compared, ``notes`` says why."""
+        """Return the largest difference of the embeddings, or None if not compared; ``notes`` then says why."""
         return embeddings.largest if (embeddings := self.section("embeddings")) else None
 
 
@@ -99,21 +99,21 @@ def verify(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Verification:
-    """Compare a source with what was made of it.
+    """Compare a source with the output of a conversion.
 
     Configs, ``is_causal``, sentence settings, tokenizer and processor are compared key by key. Tensors are compared in
-    the dtype of the other side: what a conversion with ``--torch-dtype`` rounds is rounded here too, and must then be
-    the same bit for bit. Then both sides embed a few texts, layer by layer at any size: folders with transformers,
-    checkpoints with the Megatron encoder in this process.
+    the dtype of the other side: values that a conversion with ``--torch-dtype`` rounds are rounded here too, and must
+    then be the same bit for bit. Then both sides embed a few texts, layer by layer for any model size: folders with
+    transformers, checkpoints with the Megatron encoder in this process.
 
     Args:
         hf_model: the source, a folder or hub id.
         megatron_path, hf_path: the other side; exactly one of them.
-        bidirectional: the source is a ready embedder of causal attention that was taken as a base model; asked where
-            the other side does not say so itself.
+        bidirectional: whether the source is a ready embedder with causal attention that was taken as a base model;
+            needed where the other side does not say so itself.
 
     Raises:
-        UserError: one side cannot be read, or they are of different shapes though their configs are the same.
+        UserError: one side cannot be read, or the shapes differ although the configs are the same.
     """
     if (megatron_path is None) == (hf_path is None):
         raise UserError("give either --megatron-path or --hf-path to compare with")
@@ -162,7 +162,7 @@ def verify(
 def _folder_files(
     source: HFFolder, other: HFFolder, config: EncoderConfig, notes: list[str], *, causal: bool
 ) -> list[ComparedSection]:
-    """An export's files against its source's."""
+    """Compare an export's files with its source's."""
     vlm = is_vlm(other.config)
     key = "config.json: text_config.is_causal" if vlm else "config.json: is_causal"
     sections = [
@@ -180,7 +180,7 @@ def _folder_files(
 def _checkpoint_files(
     source: HFFolder, iter_dir: Path, config: EncoderConfig, notes: list[str], *, causal: bool
 ) -> list[ComparedSection]:
-    """A checkpoint's own config and settings, and the files that it keeps for its exports, against its source's."""
+    """Compare a checkpoint's config and settings, and the files that it keeps for exports, with its source's."""
     sidecars = iter_dir / checkpoint_folder.SIDECARS
     sections = []
     if (stated := checkpoint_folder.encoder_config(iter_dir)) is None:
@@ -194,7 +194,7 @@ def _checkpoint_files(
         sections.append(
             ComparedSection("config", before.compared + files.compared, before.differences + files.differences)
         )
-    # the encoder of a checkpoint is bidirectional, whatever was imported
+    # a checkpoint's encoder is bidirectional, whatever was imported
     sections.append(compare_attention(False, causal=causal, where="the encoder's attention, is_causal"))
     settings = checkpoint_folder.sentence_settings(iter_dir, stated or config)
     sections.append(compare_settings(settings, source, config, where=f"{checkpoint_folder.RUN_CONFIG}: data"))
@@ -230,7 +230,7 @@ def _open(
 
 
 def _of_checkpoint(stated: EncoderConfig | None, source: EncoderConfig) -> EncoderConfig:
-    """The checkpoint's own config where its weights have the source's shapes; else the source's, which says why not."""
+    """Return the checkpoint's config if its weights have the source's shapes; else the source's, for its errors."""
     if stated is None or list(mapping.weights(stated)) != list(mapping.weights(source)):
         return source
     return stated
@@ -239,7 +239,7 @@ def _of_checkpoint(stated: EncoderConfig | None, source: EncoderConfig) -> Encod
 def _embeddings(
     source: HFFolder, other: HFFolder | CheckpointWeights, config: EncoderConfig, *, causal: bool, progress: bool
 ) -> ComparedSection:
-    """The same token ids through both; a source that is no embedder yet is pooled as the other side says."""
+    """Embed the same token ids on both sides; pool a source that is no embedder yet as the other side states."""
     theirs = other.encoder_config() if isinstance(other, HFFolder) else other.config
     if source.config.get("pooling") is None and read_sentence_settings(source.path) is None:
         config = config.replace(pooling=theirs.pooling, normalize=theirs.normalize)

@@ -1,4 +1,4 @@
-"""What ``verify`` prints: a row for each kind of thing, and a table of what differs."""
+"""The output of ``verify``: a row for each kind of thing, and a table of the differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 40
 
 
 def print_table(outcome: Verification) -> None:
-    """Print what was compared and what differs: of tensors and embeddings the most different first."""
+    """Print the comparisons and differences; for tensors and embeddings the largest differences come first."""
     console = Console()
     summary = Table("what", "compared", "equal", "largest difference")
     for section in outcome.sections:
@@ -33,7 +33,7 @@ def print_table(outcome: Verification) -> None:
 
 
 def summarize(outcome: Verification) -> str:
-    """The differences in one line: such as ``config (1 of 57), tensors (2 of 20) differ; first …``."""
+    """Return the differences in one line, such as ``config (1 of 57), tensors (2 of 20) differ; first …``."""
     differing = [s for s in outcome.sections if s.differences]
     sections = ", ".join(f"{s.name} ({s.compared - s.equal} of {s.compared})" for s in differing)
     first = outcome.differences[0]

@@ -1,4 +1,4 @@
-"""The whole VLM again: the source's tensors and files, with a checkpoint's weights in the language tower."""
+"""Export of the whole VLM: the source's tensors and files, with a checkpoint's weights in the language tower."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _SCALES = (".weight_scale_inv", ".activation_scale")
 
 @dataclass(frozen=True)
 class VLMSource:
-    """Where the tensors beside the language tower, and the files beside the weights, come from."""
+    """The source of the tensors beside the language tower, and of the files beside the weights."""
 
     #: folder of config.json and the other files
     files: Path
-    #: what stands before the language tower's names
+    #: prefix of the language tower's names
     prefix: str
-    #: tensors beside the language tower (lm_head among them, where there is one)
+    #: tensors beside the language tower (with lm_head, where there is one)
     others: tuple[TensorSpec, ...]
     values: Callable[[str, torch.dtype], Values]
 
 
 def find_vlm_source(iter_dir: Path, weights: CheckpointWeights, given: HFFolder | None) -> VLMSource:
-    """The folder given, else what the checkpoint holds itself (``--with-vision``), else the source that it remembers.
+    """Return the given folder, else the checkpoint's own contents (``--with-vision``), else the source that it names.
 
     Raises:
-        UserError: none of them, or not a VLM.
+        UserError: there is none of them, or it is not a VLM.
     """
     if given is not None:
         return _from_folder(given, weights)
@@ -94,19 +94,19 @@ def write_vlm(
     max_shard_size: str,
     progress: bool,
 ) -> None:
-    """Write weights, the adapted config, and the model's other files byte for byte.
+    """Write the weights, the adapted config, and byte for byte the model's other files.
 
-    Keys of JSON files whose value is a path of this machine are left out: they would tell where the model was made.
+    Keys of JSON files whose value is a path of this machine are left out: they would reveal where the model was made.
 
     Args:
-        casts: what tensors are cast with.
-        torch_dtype: None keeps the dtype of every tensor beside the language tower; else all floats become this.
+        casts: casts the tensors.
+        torch_dtype: None keeps the dtype of every tensor beside the language tower; else all floats get this dtype.
     """
     config = weights.config
     files = [path for path in sidecars(source.files) if str(path) != "config.json"]
     publish_files(files, source.files, out)
     raw = without_local_paths(read_json(source.files / "config.json"))
-    for key in ("quantization_config", "auto_map"):  # no code is carried over: this is a stock model
+    for key in ("quantization_config", "auto_map"):  # the export is a stock model and carries no code
         raw.pop(key, None)
     raw["text_config"] = {**raw["text_config"], "is_causal": False}
     raw["text_config"].pop("quantization_config", None)
@@ -144,7 +144,7 @@ def _values(
     embedding = next(mapping.weights(weights.config))
     for spec in others:
         if spec.name.endswith("lm_head.weight") and weights.config.tie_word_embeddings:
-            values: Values = weights.read(embedding)  # a tied head that is stored all the same
+            values: Values = weights.read(embedding)  # a tied head that is stored nonetheless
         else:
             values = source.values(spec.name, spec.dtype)
         yield spec.name, values if isinstance(values, Stored) else casts(spec.name, values, spec.dtype)

@@ -1,1 +1,1 @@
-"""What only CPUs need: megatron-core made to run without CUDA, and layers with kernels written for CPUs."""
+"""Code for CPUs alone: it makes megatron-core run without CUDA and defines layers with kernels written for CPUs."""

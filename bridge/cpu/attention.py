@@ -1,7 +1,8 @@
-"""Attention on a CPU, and for encoding there: whole matrix products by oneDNN, equally long sequences together.
+"""Attention on a CPU. Encoding uses oneDNN's whole matrix products over groups of equally long sequences.
 
-torch's kernel multiplies blocks too small for a matrix product's speed, with MKL's products; from some hundred tokens
-a sequence on it takes 1.3 to 2 times as long, in 16 bits up to 3 times where many are equally long.
+torch's kernel multiplies blocks that are too small for the full speed of a matrix product, and it uses MKL's products.
+From about a hundred tokens a sequence it takes 1.3 to 2 times as long; in 16 bits, where many sequences are equally
+long, up to 3 times.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from megatron_embed.bridge.cpu import kernels
 from megatron_embed.bridge.cpu.linear import onednn_is_faster, times_transposed
 from megatron_embed.bridge.sequences import Run
 
-#: mean length from which this is the faster way; the products of shorter sequences are not worth their calls
+#: mean length in tokens from which whole products are faster; for shorter sequences the calls cost more than they save
 _LONG = 96
-#: length up to which it is in fp32, where torch's kernel gains again
+#: length in tokens up to which whole products are faster in fp32; beyond it torch's kernel gains again
 _LONGEST = 4096
-#: scores held at once, 8 MiB
+#: number of scores held at once (8 MiB in fp32)
 _SCORES = 1 << 21
 
 
 class CpuAttention(SdpaAttention):
-    """Attention on a CPU: training in fp32 inside, encoding by whole products where these are faster."""
+    """Attention on a CPU: training computes in fp32, encoding uses whole products where these are faster."""
 
     rotate = staticmethod(kernels.rotate)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
         """See :meth:`CoreAttention.attend`."""
-        # A training step computes twice what it does not keep: the faster kernels of encoding must not be one of these.
+        # Recomputation runs a training step's layers twice, the first time without gradients, and both runs must use
+        # the same kernel. So a training step never uses the faster kernels of encoding.
         if not self.training and not torch.is_grad_enabled():
             if info.runs is not None and products_are_faster(query, info.runs):
                 query, key, value = (x.squeeze(1) for x in (query, key, value))
@@ -44,7 +46,7 @@ class CpuAttention(SdpaAttention):
 
 
 def products_are_faster(query: Tensor, runs: Sequence[Run]) -> bool:
-    """Return whether to compute this packed row here: oneDNN's products are fast, and sequences long enough."""
+    """Return whether whole products are faster for this packed row: oneDNN is fast and the sequences long enough."""
     suitable = query.dtype in (torch.float32, torch.bfloat16)
     if query.dtype == torch.float32 and max(run.keys for run in runs) > _LONGEST:
         return False
@@ -55,14 +57,14 @@ def products_are_faster(query: Tensor, runs: Sequence[Run]) -> bool:
 def attention_by_products(
     query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Run], scale: float | None = None
 ) -> Tensor:
-    """``softmax(scale · q kᵀ) v`` of every sequence of a packed row, without gradients.
+    """Return ``softmax(scale · q kᵀ) v`` for every sequence of a packed row, without gradients.
 
-    Scores and softmax are fp32; in 16 bits the weights are rounded before they meet the values, as torch's own kernel
-    rounds them.
+    Scores and softmax are fp32. In 16 bits the softmax weights are rounded before the product with the values, as in
+    torch's own kernel.
 
     Args:
-        query: ``[Q, H, D]``, the sequences' queries end to end.
-        key, value: ``[K, G, D]``; each head of them serves ``H / G`` heads.
+        query: ``[Q, H, D]``, the queries of all sequences end to end.
+        key, value: ``[K, G, D]``; each KV head serves ``H / G`` query heads.
         runs: the sequences' lengths.
         scale: by default ``1 / sqrt(D)``.
 
@@ -76,7 +78,7 @@ def attention_by_products(
     products: Callable[[], AbstractContextManager[None]] = nullcontext if wide else _batches_by_onednn
     with products():
         for q, k, v, into in _parts(query, key, value, runs, output):
-            # A softmax goes row by row, so the heads that share keys may follow one another token by token.
+            # Softmax treats each row alone, so the heads that share keys become further rows, token by token.
             sequences, groups, tokens, sharing, size = q.shape
             rows = _copy(q, torch.float32).view(sequences * groups, tokens * sharing, size)
             into.copy_(attend(rows, k, v, scale).view(q.shape))
@@ -86,9 +88,9 @@ def attention_by_products(
 def _parts(
     query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Run], output: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Queries ``[N, G, T, H / G, D]``, keys fp32 and values ``[N G, K, D]``, and the queries' place in the output.
+    """Yield queries ``[N, G, T, H / G, D]``, keys (fp32) and values ``[N G, K, D]``, and the queries' output slice.
 
-    As many sequences of a run at once as ``_SCORES`` allow; of one too long for it, some queries at a time.
+    Each part holds as many sequences of a run as ``_SCORES`` allows, or some queries of one that is too long for it.
     """
     heads, groups = query.shape[1], key.shape[1]
     asking = [run.sequences * run.queries for run in runs]
@@ -110,7 +112,10 @@ def _parts(
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """``[B, M, D]``, ``[B, K, D]`` twice → ``[B, M, D]``; torch would send a batch of fp32 products to MKL."""
+    """Attend one matrix at a time, because torch would send a batch of fp32 products to MKL.
+
+    Queries ``[B, M, D]`` and keys and values ``[B, K, D]`` give ``[B, M, D]``.
+    """
     return torch.stack(
         [
             times_transposed(times_transposed(q, k).softmax(-1), v.t())
@@ -120,16 +125,16 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
 
 
 def _together(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The same of fp32 queries and keys that hold bf16 numbers, and bf16 values."""
+    """Compute :func:`_one_by_one` in batches, for fp32 queries and keys that hold bf16 numbers, and bf16 values."""
     scores = torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scale)
     return torch.bmm(scores.softmax(-1).to(value.dtype), value)
 
 
 @contextmanager
 def _batches_by_onednn() -> Iterator[None]:
-    """Within, batched fp32 products are oneDNN's, which may round what they multiply to bf16 (where a CPU has AMX).
+    """Compute batched fp32 products by oneDNN inside. It may round the factors to bf16 (where a CPU has AMX).
 
-    Of bf16 numbers in fp32 that is exact: products and sums are fp32 either way. The setting is the process's own.
+    For bf16 numbers in fp32 this is exact: products and sums are fp32 either way. The setting is process-wide.
     """
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
@@ -141,5 +146,5 @@ def _batches_by_onednn() -> Iterator[None]:
 
 
 def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy in another dtype, in one pass."""
+    """Return a contiguous copy in another dtype, made in one pass."""
     return torch.empty(x.shape, dtype=dtype).copy_(x)

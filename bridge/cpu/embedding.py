@@ -1,9 +1,9 @@
-"""The embedding table on a CPU, whose gradient goes straight into DDP's buffer.
+"""The embedding table on a CPU. Its gradient goes straight into DDP's buffer.
 
-The table is most of a small model, but a batch touches few of its rows. torch's backward makes
-a dense gradient as large as the table, filled with zeros, which DDP then adds to its buffer; here only the rows of the
-batch are added, and in the buffer's precision (fp32 where the parameters have 16 bits). On CUDA that would be a sum by
-atomics, in another order at every step, where a dense gradient costs little.
+The table is most of a small model, but a batch touches few of its rows. torch's backward makes a dense gradient as
+large as the table, filled with zeros, which DDP then adds to its buffer. Here backward adds only the rows of the batch,
+in the buffer's precision (fp32 where the parameters have 16 bits). CUDA keeps the dense gradient: it costs little
+there, and this sum would use atomics, in another order at every step.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 
 class CpuWordEmbedding(VocabParallelEmbedding):
-    """megatron-core's table, looked up so that backward touches the batch's rows only."""
+    """megatron-core's table, with a lookup whose backward touches only the rows of the batch."""
 
     def forward(self, input_: Tensor) -> Tensor:
-        """``[b, s]`` → ``[b, s, hidden]``, or ``[s / TP, b, hidden]`` with ``reduce_scatter_embeddings``."""
+        """Map ids ``[b, s]`` to ``[b, s, hidden]``, or ``[s / TP, b, hidden]`` with ``reduce_scatter_embeddings``."""
         rows = input_
         if self.tp_group.size() > 1:
             elsewhere = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
@@ -40,7 +40,7 @@ class CpuWordEmbedding(VocabParallelEmbedding):
 
 
 class _LookUp(torch.autograd.Function):
-    """``weight[rows]``; backward adds to ``weight.main_grad`` and tells DDP so, as megatron-core's fused linears do."""
+    """``weight[rows]``. Backward adds to ``weight.main_grad`` and tells DDP, as megatron-core's fused linears do."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
@@ -54,5 +54,5 @@ class _LookUp(torch.autograd.Function):
         into: Tensor = weight.main_grad
         into.index_add_(0, rows.flatten(), grads[0].flatten(0, -2).to(into.dtype))
         weight.grad_added_to_main_grad = True
-        # never read or written: that there is one tells DDP, under overlapped reduction, that this is ready
+        # Nothing reads or writes this tensor: under overlapped reduction its presence tells DDP that this is ready.
         return None, torch.empty_like(weight)

@@ -1,9 +1,9 @@
-"""Lets megatron-core run on a host without CUDA, or where ``device=cpu`` is asked for; elsewhere does nothing.
+"""Support for megatron-core on a host without CUDA, or with ``device=cpu``. Elsewhere this module does nothing.
 
 megatron-core 0.16 names CUDA in places that a CPU process reaches: ``device="cuda"`` and
 ``torch.cuda.current_device()`` when it allocates, ``tensor.type() == "torch.cuda.FloatTensor"`` in the optimizer,
 ``torch.cuda.synchronize()`` around point-to-point messages and checkpoints, CUDA random states in recomputation.
-Each is answered here for the CPU. Dropout is 0 in every model of this project, so random states carry no meaning.
+This module answers each for the CPU. Dropout is 0 in every model of this project, so random states carry no meaning.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _installed = False
 
 
 def cuda_is_hidden() -> bool:
-    """Whether this process runs megatron-core on the CPU (:func:`run_on_cpu` was called)."""
+    """Return whether this process runs megatron-core on the CPU (:func:`run_on_cpu` was called)."""
     return _installed
 
 
 def device() -> torch.device:
-    """Where this process's tensors live."""
+    """Return the device that holds this process's tensors."""
     return _CPU if _installed else torch.device("cuda", torch.cuda.current_device())
 
 
@@ -39,13 +39,13 @@ def run_on_cpu() -> None:
         return
     _installed = True
     environment.set_defaults(on_cpu=True)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing below may find a device, nor spend time looking for one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing below may find a device or spend time looking for one
     _answer_cuda_calls()
     _CudaMeansCpu().__enter__()
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Maps CUDA devices to the CPU wherever torch is asked to allocate, and types of CPU tensors to CUDA's names."""
+    """Mode that maps CUDA devices to the CPU in torch's allocations, and types of CPU tensors to CUDA's names."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -79,7 +79,7 @@ def _answer_cuda_calls() -> None:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     torch.cuda.is_available = lambda: False
-    # `_set_cuda_rng_state` without a CUDA context queues callbacks for ever; the getter raises.
+    # `_set_cuda_rng_state` without a CUDA context queues callbacks for ever, and the getter raises.
     no_state = torch.empty(0, dtype=torch.uint8)
     mcore_random._get_cuda_rng_state = lambda *_a, **_k: no_state
     mcore_random._set_cuda_rng_state = lambda *_a, **_k: None

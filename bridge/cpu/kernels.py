@@ -1,8 +1,8 @@
-"""Chains of elementwise operations with their gradients written out: SwiGLU, RMSNorm, rope.
+"""Elementwise chains with explicit gradients: SwiGLU, RMSNorm, rope.
 
-On a CPU nothing fuses such chains, and autograd's own backward passes over memory about twice as often as it must
-(casts, concatenations, a tensor per operation). Here every pass counts: results go into the tensor that is there
-already, and what is cheap to compute again is not kept.
+On a CPU nothing fuses such chains, and autograd's own backward passes over memory about twice as often as necessary
+(casts, concatenations, a tensor per operation). Every pass counts, so these functions write results into existing
+tensors and compute cheap values again instead of keeping them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """``silu(a) · b`` of ``x [..., 2 n]`` with halves ``a``, ``b`` (Shazeer 2020). Only ``x`` is kept for backward."""
+    """Return ``silu(a) · b`` of ``x [..., 2 n]`` with halves ``a``, ``b`` (Shazeer 2020); backward keeps only ``x``."""
     return _SwiGLU.apply(x)
 
 
@@ -38,9 +38,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension (Zhang and Sennrich 2019).
+    """Return ``x / sqrt(mean(x²) + eps) · weight`` over the last dimension (Zhang and Sennrich 2019).
 
-    Computed in fp32, or in the dtype of ``x`` where that is wider, and rounded once, as torch's own.
+    The computation is in fp32, or in the dtype of ``x`` where that is wider, and rounds once, as torch's own does.
     """
     return _RMSNorm.apply(x, weight, eps)
 
@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
         inverse = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         inverse = inverse.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        # a wider copy of 16-bit states is this function's own
+        # a wider copy of 16-bit states belongs to this function, which may overwrite it
         normed = states * inverse if states is x else states.mul_(inverse)
         return normed.mul_(weight.to(wide)).to(x.dtype)
 
@@ -63,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
         (grad,) = grads
         wide_weight = weight.to(inverse.dtype)
         normed = x.to(inverse.dtype) * inverse
-        share = grad * normed  # of the weight's gradient, token by token
+        share = grad * normed  # each token's share of the weight's gradient
         weight_grad = share.flatten(0, -2).sum(0)
         along = (share @ wide_weight).unsqueeze(-1).div_(x.shape[-1])
         into = (grad * wide_weight).addcmul_(normed, along, value=-1).mul_(inverse)
@@ -74,8 +74,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of the last dimension: ``x cos + rotate_half(x) sin`` (Su et al. 2021, HF's half layout).
 
     Args:
-        x: ``[..., D]``; never changed in place (recompute).
-        cos, sin: broadcastable to ``x``, their two halves equal; no gradient goes to them.
+        x: ``[..., D]``; never changed in place, because recomputation needs it.
+        cos, sin: broadcastable to ``x``; the two halves of each are equal. They get no gradient.
     """
     return _Rotate.apply(x, cos, sin)
 

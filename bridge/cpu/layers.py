@@ -1,4 +1,4 @@
-"""The classes that layers are built of on a CPU."""
+"""Layer classes for a CPU."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from megatron_embed.bridge.layers import Layers, RMSNorm, SwiGLU
 
 
 class CpuRMSNorm(RMSNorm):
-    """RMSNorm with its gradient written out."""
+    """RMSNorm with an explicit gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden]`` → the same shape."""
+        """Normalise ``[..., hidden]``; return the same shape."""
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
 
 
 class CpuSwiGLU(SwiGLU):
-    """SwiGLU with its gradient written out."""
+    """SwiGLU with an explicit gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., 2 n]``, gate then up, → ``[..., n]``."""
+        """Map ``[..., 2 n]``, gate then up, to ``[..., n]``."""
         return swiglu(x)
 
 
 def cpu_layers() -> Layers:
-    """Return the classes of a CPU's layers."""
+    """Return the layer classes for a CPU."""
     return Layers(
         kind="cpu",
         column=ColumnParallelLinear,

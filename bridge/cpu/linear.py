@@ -1,8 +1,8 @@
-"""megatron-core's parallel linear layers with oneDNN's products on a CPU, where these are the faster ones.
+"""megatron-core's parallel linear layers, with oneDNN's products on CPUs where these are faster.
 
-torch multiplies fp32 matrices with MKL, which takes its fast kernels on Intel's processors only. On an AMD processor
-with AVX-512 oneDNN, which torch carries as well, does it about twice as fast, in the same precision. And whoever only
-encodes can have the weights laid out once as oneDNN wants them, in place of once a product.
+torch multiplies fp32 matrices with MKL, which uses its fast kernels on Intel's processors only. torch also contains
+oneDNN, which is about twice as fast on an AMD processor with AVX-512, in the same precision. A process that only
+encodes can lay out the weights for oneDNN once, in place of once per product.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
-#: multiplications from which oneDNN's product is worth its start (some 20 µs)
+#: number of multiplications from which oneDNN's product repays its start (some 20 µs)
 _LARGE = 1 << 22
 
 
 def onednn_is_there() -> bool:
-    """Whether torch has oneDNN's linear layers."""
+    """Return whether torch has oneDNN's linear layers."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether fp32 products go to oneDNN: torch has it, and this is an AMD processor with AVX-512."""
+    """Return whether fp32 products go to oneDNN: torch has it, and this is an AMD processor with AVX-512."""
     try:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -36,27 +36,27 @@ def onednn_is_faster() -> bool:
 
 
 def onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the product of these two goes to oneDNN: fp32, and large enough."""
+    """Return whether the product of the two goes to oneDNN: fp32 and large enough."""
     wide = x.dtype == weight.dtype == torch.float32
     return wide and x.numel() * weight.shape[0] >= _LARGE and onednn_is_faster()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x weightᵀ`` by oneDNN, its gradients too: ``[..., in]``, ``[out, in]`` → ``[..., out]``, all fp32 on a CPU."""
+    """Return ``x weightᵀ`` by oneDNN, with gradients: ``[..., in]``, ``[out, in]`` → ``[..., out]``, fp32 on a CPU."""
     return _Linear.apply(x, weight)
 
 
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """``a bᵀ`` by oneDNN; either is contiguous or the transposed view of a contiguous matrix.
+    """Return ``a bᵀ`` by oneDNN. Each factor is contiguous or the transposed view of a contiguous matrix.
 
-    Slices of wider matrices would be multiplied by a reference kernel, a thousand times slower.
+    For slices of wider matrices oneDNN would use a reference kernel, which is a thousand times slower.
     """
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
     return product
 
 
 def silu_of_product(a: Tensor, b: Tensor) -> Tensor:
-    """``silu(a bᵀ)``, rounded once; the operands as for :func:`times_transposed`."""
+    """Return ``silu(a bᵀ)``, rounded once; factors as for :func:`times_transposed`."""
     gate: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, None, "swish", [], "")
     return gate
 
@@ -80,13 +80,13 @@ class _Linear(torch.autograd.Function):
 
 
 class _OneDNN:
-    """What both layers change. Sequence-parallel layers stay megatron-core's, which keep only their own tokens."""
+    """Mixin with oneDNN's products. Sequence-parallel layers keep megatron-core's, which save only their own tokens."""
 
     weight: Tensor
     sequence_parallel: bool
-    #: the weight as oneDNN wants it, see :mod:`megatron_embed.bridge.cpu.packed_weights`
+    #: the weight in oneDNN's layout, see :mod:`megatron_embed.bridge.cpu.packed_weights`
     packed: Tensor | None = None
-    #: where not None, this is the gate's half of the weight, ``packed`` the other one, and SwiGLU is computed here
+    #: the gate's half of the weight or None; where it is set, ``packed`` is the other half and this layer adds SwiGLU
     packed_gate: Tensor | None = None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -106,8 +106,8 @@ class _OneDNN:
 
 
 class ColumnParallelLinear(_OneDNN, layers.ColumnParallelLinear):
-    """megatron-core's; its weight is cut by output features."""
+    """megatron-core's class with oneDNN's products; the weight is cut by output features."""
 
 
 class RowParallelLinear(_OneDNN, layers.RowParallelLinear):
-    """megatron-core's; its weight is cut by input features."""
+    """megatron-core's class with oneDNN's products; the weight is cut by input features."""

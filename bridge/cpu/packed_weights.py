@@ -1,4 +1,4 @@
-"""Weights laid out for encoding alone: once as oneDNN wants them, in place of once a product."""
+"""Weights for encoding alone, laid out for oneDNN once in place of once per product."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_embed.bridge.cpu.linear import ColumnParallelLinear, RowParallelLi
 
 
 def pack_weights(stages: Iterable[Module]) -> None:
-    """Lay out the linear layers' weights as oneDNN wants them, where that is faster; from then on they only encode.
+    """Lay out the linear layers' weights for oneDNN, where that is faster. Afterwards the layers can only encode.
 
-    The plain weights' memory is given back, so that none is in memory twice. A gated MLP's first layer becomes two: the
-    gate's product then ends with SiLU while it is in the registers, and each output is half as large.
+    The plain weights' memory is freed, so that no weight is in memory twice. A gated MLP's first layer becomes two
+    products: the gate's product applies SiLU while the result is in registers, and each output is half as large.
     """
     for stage in stages:
         for module in list(stage.modules()):
@@ -46,7 +46,7 @@ def _give_back(weight: Tensor) -> None:
 
 
 def _helps(layer: Module) -> bool:
-    """Whether to pack a layer's weight; one that is packed already is left alone."""
+    """Return whether packing a layer's weight helps; False for a packed one."""
     if (
         not isinstance(layer, ColumnParallelLinear | RowParallelLinear)
         or layer.sequence_parallel

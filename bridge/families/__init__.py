@@ -1,4 +1,4 @@
-"""The model families, a file each. Everything else in this package is common to them."""
+"""The model families, one file each. All other code of this package is common to them."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ BIDIRECTIONAL: dict[str, Family] = {
 #: vision-language model → family of its text_config
 VLMS: dict[str, Family] = {family.vlm_model_type: family for family in FAMILIES.values() if family.vlm_model_type}
 
-#: Poolings of AutoModel's own form that ours call otherwise. Its ``weighted_avg`` is a plain sum, which points where
-#: the mean does; its ``cls_last`` takes the first token.
+#: AutoModel's names of poolings → ours, where they differ. AutoModel's ``weighted_avg`` is a plain sum, which has the
+#: direction of the mean; its ``cls_last`` takes the first token.
 BIDIRECTIONAL_POOLINGS: dict[str, str] = {"weighted_avg": "avg", "mean": "avg", "cls_last": "cls"}
 
 
 def is_vlm(config: Mapping[str, Any]) -> bool:
-    """Whether the contents of a ``config.json`` are those of a vision-language model."""
+    """Return whether ``config`` (the contents of a ``config.json``) describes a vision-language model."""
     return config.get("model_type") in VLMS
 
 
 def accepted() -> str:
-    """The model types that are accepted, for messages."""
+    """Return the accepted model types, for messages."""
     vlms = [f"{vlm!r} with a {family.name!r} text_config (the VLM)" for vlm, family in VLMS.items()]
     return ", ".join([*vlms, *map(repr, FAMILIES), *map(repr, BIDIRECTIONAL)])

@@ -1,4 +1,4 @@
-"""Llama 3: the common form, and nothing else."""
+"""Llama 3: the common form without additions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ LLAMA = Family(
     config_class="LlamaConfig",
     model_class="LlamaModel",
     bidirectional_model_type="llama_bidirec",
-    # pretraining_tp > 1 sums partial products in another order; transformers no longer computes it either
+    # pretraining_tp > 1 sums partial products in another order; transformers no longer computes it either.
     fixed={**COMMON_FIXED, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
 )

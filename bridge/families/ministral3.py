@@ -1,4 +1,4 @@
-"""Ministral 3: Llama-4's query scale beyond the original positions, and a vision-language model around it."""
+"""Ministral 3: the common form, Llama-4's query scale beyond the original positions, and a VLM around the model."""
 
 from __future__ import annotations
 

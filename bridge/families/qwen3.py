@@ -1,4 +1,4 @@
-"""Qwen3 (dense): each head of queries and keys passes an RMSNorm before rope."""
+"""Qwen3 (dense): an RMSNorm on each head of queries and keys before rope."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _ATTENTION, _HF_ATTENTION = "decoder.layers.{layer}.self_attention", "layers.{la
 
 
 def _layer_activations(size: LayerSize) -> int:
-    """Input of the norms of queries and keys, a factor a head, and their output where that is kept: ``T w (q + k)``."""
+    """Return bytes of the norms' input, of a factor per head, and of the output, ``T w (q + k)``, where it is kept."""
     widths = size.queries + size.keys
     output = size.tokens * widths * size.width if size.keeps_attention_input else 0
     return size.projected + size.tokens * (widths // size.head_dim) * FP32 + output
@@ -21,7 +21,7 @@ QWEN3 = Family(
     model_class="Qwen3Model",
     fixed={**COMMON_FIXED, "attention_bias": False, "use_sliding_window": False},
     not_compared={"max_window_layers": "the layers from which on a sliding window, which is refused, would be used"},
-    # It also tells megatron-core that each tensor-parallel rank holds a part of these norms' gradients, to be summed.
+    # It also tells megatron-core to sum these norms' gradients, of which each tensor-parallel rank holds a part.
     layer_options={"qk_layernorm": True},
     layer_rows=(
         Row(f"{_ATTENTION}.q_layernorm.weight", (f"{_HF_ATTENTION}.q_norm.weight",), "copy", None, (("head",),)),

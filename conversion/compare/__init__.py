@@ -1,1 +1,1 @@
-"""Configs, settings, tokenizers, tensors and embeddings of two models compared."""
+"""Comparison of two models: configs, settings, tokenizers, tensors and embeddings."""

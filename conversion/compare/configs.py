@@ -1,4 +1,4 @@
-"""Configs of two models compared key by key: all that changes the function, at no cost whatever the size."""
+"""Comparison of two models' configs, key by key: all that changes the function, at no cost for any model size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_embed.conversion.compare.differences import (
 from megatron_embed.conversion.hf.folder import read_json
 from megatron_embed.conversion.hf.sidecars import without_local_paths
 
-#: Keys that do not change what a model computes, with the reason; a family may name more. Every other key is compared.
+#: Keys that do not change the function, with the reason; a family may name more. Every other key is compared.
 NOT_COMPARED: dict[str, str] = {
     "architectures": "names the class around the same layers: an embedder's is the bare model",
     "auto_map": "remote code, which is never run",
@@ -49,7 +49,7 @@ NOT_COMPARED: dict[str, str] = {
     "vision_config.rope_parameters.rope_type": "the vision tower has one kind of rope, whatever a file calls it",
 }
 
-#: files that say how a VLM sees images
+#: files with the image settings of a VLM
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -57,10 +57,10 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def compare_configs(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> ComparedSection:
-    """Compare the contents of two ``config.json``: the language towers, and where both are VLMs all the rest.
+    """Compare two ``config.json``: the language towers and, where both are VLMs, everything else.
 
     Raises:
-        UserError: one of them is of no model that is known, or no valid config.
+        UserError: one of them describes no known model, or is no valid config.
     """
     try:
         count, differences = _compare_shared(_text_values(found), _text_values(wanted), where=where)
@@ -82,10 +82,10 @@ def compare_encoders(found: EncoderConfig, wanted: Mapping[str, Any], *, where: 
 
 
 def _compare_shared(found: dict[str, Any], wanted: dict[str, Any], *, where: str) -> tuple[int, list[Difference]]:
-    """As :func:`compare_values`, but for keys that only one side has and that transformers does not know.
+    """Compare as :func:`compare_values`, without keys that only one side has and that transformers does not know.
 
-    The classes fill in every key of theirs. What else a file holds is no part of the function, and conversions need not
-    carry it; parameters of rope are, all of them.
+    transformers' classes fill in each of their own keys. Other keys are not part of the function, and conversions need
+    not keep them. Rope parameters are the exception: all of them are compared.
     """
     both = found.keys() & wanted.keys() | {key for key in (*found, *wanted) if "rope_parameters." in key}
     return compare_values(
@@ -96,24 +96,25 @@ def _compare_shared(found: dict[str, Any], wanted: dict[str, Any], *, where: str
 
 
 def _text_values(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The language tower's config as its stock class reads it, old spellings and defaults resolved."""
+    """Return the language tower's config as its stock class reads it, with old spellings and defaults resolved."""
     values = _kept(stock_text_config(raw).to_dict())
-    if isinstance(eos := values.get("eos_token_id"), list):  # generation stops at any; an encoder's text has the first
+    if isinstance(eos := values.get("eos_token_id"), list):  # generation stops at any; the encoder appends the first
         values["eos_token_id"] = eos[0]
     return values
 
 
 def _vlm_values(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """All but the language tower's: vision tower, projector, image token.
+    """Return everything but the language tower's keys: vision tower, projector, image token.
 
-    As transformers' class reads it, and above that what the file says: other programs read keys that the class derives.
+    The values are those that transformers' class reads, overlaid with those in the file, because other programs read
+    keys that the class derives.
     """
     import transformers
 
     config_class: Any = transformers.CONFIG_MAPPING[raw["model_type"]]
     try:
         filled = config_class.from_dict(copy.deepcopy(dict(raw))).to_dict()
-    except Exception as error:  # its validators raise a dozen kinds
+    except Exception as error:  # transformers' validators raise a dozen kinds
         reason = " ".join(str(error).split())
         raise UserError(f"config.json: not a valid {config_class.__name__} ({reason})") from None
     values = _kept(flatten(filled) | flatten(raw))
@@ -122,7 +123,7 @@ def _vlm_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vllm_keys(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what an embedder says to vLLM, what its rope parameters say); nothing where it does not speak to vLLM."""
+    """Return an embedder's keys for vLLM, and the values that its rope parameters imply; empty without such keys."""
     rope = raw.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return {}, {}
@@ -141,7 +142,7 @@ def _vllm_keys(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat, without what is not compared, at whatever depth it stands."""
+    """Return the values flat, without the keys that are not compared, at any depth."""
     family = FAMILIES.get(str(values.get("model_type")))
     names = (*NOT_COMPARED, *(family.not_compared if family else ()))
     flat = flatten(values).items()
@@ -152,22 +153,22 @@ def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stated_causality(raw: Mapping[str, Any]) -> bool | None:
-    """What a ``config.json`` says of ``is_causal``; None: nothing, by which transformers computes causally."""
+    """Return a ``config.json``'s ``is_causal``, or None without one, in which case transformers computes causally."""
     if raw.get("model_type") in BIDIRECTIONAL:
-        return False  # its class is bidirectional whatever the file says
+        return False  # AutoModel's class is bidirectional whatever the file says
     text = raw.get("text_config") if raw.get("model_type") in VLMS else raw
     value = text.get("is_causal") if isinstance(text, Mapping) else None
     return None if value is None else bool(value)
 
 
 def compare_attention(found: bool | None, *, causal: bool, where: str) -> ComparedSection:
-    """Compare ``is_causal`` of what was made of a source.
+    """Compare the ``is_causal`` of a conversion's output with the wanted value.
 
     Args:
-        found: what it states.
-        causal: whether it must be causal, as a ready embedder is that declares it. A base model is causal too, and
-            becomes bidirectional: the one difference that is expected.
-        where: the file and key that would state it.
+        found: the output's value.
+        causal: whether the output must be causal, which holds for a ready embedder that declares it. A base model is
+            causal too but becomes bidirectional; this is the one expected difference.
+        where: the file and key that would hold the value.
     """
     if (found is not False) == causal:
         return ComparedSection("attention", 1)
@@ -180,7 +181,7 @@ def compare_attention(found: bool | None, *, causal: bool, where: str) -> Compar
 
 
 def compare_processors(found: Path, wanted: Path) -> list[ComparedSection]:
-    """Compare how two VLMs' folders say that images are prepared, key by key; empty where neither says anything."""
+    """Compare two VLM folders' image preparation, key by key; return an empty list where neither states any."""
     count, differences = 0, []
     for name in PROCESSOR_FILES:
         if (wanted / name).is_file() and not (found / name).is_file():

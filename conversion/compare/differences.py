@@ -1,4 +1,4 @@
-"""What a comparison finds: differences, each with what was found and what was wanted, in sections."""
+"""Results of a comparison: sections of differences, each with the value found and the value wanted."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: in the place of a value that one side does not state
+#: stands for a value that one side does not state
 NOT_STATED = "not stated"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not the same on both sides.
+    """One thing that differs between the two sides.
 
     Attributes:
         name: the tensor, or the file and its key.
-        found: on the side that was made of the source.
-        wanted: on the source's side.
-        largest: of a tensor or of embeddings: the largest difference of two values; of others None.
+        found: the value on the side that was made from the source.
+        wanted: the source's value.
+        largest: the largest absolute difference of two values for a tensor or embeddings, else None.
     """
 
     name: str
@@ -29,14 +29,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class ComparedSection:
-    """All that was compared of one kind.
+    """All comparisons of one kind.
 
     Attributes:
         name: such as ``config`` or ``tensors``.
-        compared: number of things.
-        differences: those that are not the same.
-        unequal: number of things that are not the same, where one difference stands for several.
-        largest: of tensors and embeddings: the largest difference of two values.
+        compared: number of things compared.
+        differences: the differences.
+        unequal: number of things that differ, where one difference stands for several.
+        largest: the largest difference of two values, for tensors and embeddings.
     """
 
     name: str
@@ -47,12 +47,12 @@ class ComparedSection:
 
     @property
     def equal(self) -> int:
-        """Number of things that are the same."""
+        """Return the number of things that are the same."""
         return self.compared - (len(self.differences) if self.unequal is None else self.unequal)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys: ``{"a": {"b": 1}}`` → ``{"a.b": 1}``."""
+    """Flatten nested mappings into one with dotted keys: ``{"a": {"b": 1}}`` → ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -66,7 +66,7 @@ def compare_values(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where
     """Compare flat mappings key by key; a key that only one side has is a difference.
 
     Args:
-        where: the file that ``found`` is from.
+        where: the file that holds ``found``.
 
     Returns:
         The number of keys, and the differences.
@@ -81,5 +81,5 @@ def compare_values(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where
 
 
 def shown(values: Mapping[str, Any], key: str) -> str:
-    """A value as messages show it."""
+    """Return a value in the form that messages show."""
     return repr(values[key]) if key in values else NOT_STATED

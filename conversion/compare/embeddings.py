@@ -1,8 +1,8 @@
-"""A few texts embedded by either side of a conversion, in fp32, to see that equal tensors also mean equal vectors.
+"""Comparison of embeddings: both sides of a conversion embed a few texts in fp32, so equal tensors give equal vectors.
 
-One layer at a time: a model of a single layer is filled with each layer's weights in turn, and the hidden states are
-kept between. So a model of any size is embedded in the memory of its largest layer, and both sides' states can be
-compared behind each layer.
+The comparison goes one layer at a time: a model of a single layer takes each layer's weights in turn, and the hidden
+states are kept between layers. So a model of any size needs only the memory of its largest layer, and both sides'
+states can be compared after each layer.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ SENTENCES = (
     "passage: The railway between the two towns was opened in 1869.",
 )
 
-#: behind each layer but the last the states of every text, ``[tokens, hidden]``; at the end its vector, ``[hidden]``
+#: yields every text's states ``[tokens, hidden]`` after each layer but the last, then every text's vector ``[hidden]``
 Layers = Generator[list[Tensor], None, None]
 
 
 class Distance(NamedTuple):
-    """How far two sides' vectors are apart.
+    """Distance between the vectors of two sides.
 
     Attributes:
-        texts: of each text the largest difference of two values.
-        scale: largest value.
-        layer: number of the first layer (from 1) behind which the states differ by more than the tolerance; None: none.
+        texts: for each text the largest difference of two values.
+        scale: the largest value.
+        layer: number (from 1) of the first layer after which the states differ by more than the tolerance; None: none.
     """
 
     texts: list[float]
@@ -53,10 +53,10 @@ class Distance(NamedTuple):
 
 
 def compare_layers(found: Layers, wanted: Layers, *, tolerance: float, on_layer: Callable[[], object]) -> Distance:
-    """Run both sides, layer by layer.
+    """Run both sides layer by layer, and return their distance.
 
     Args:
-        tolerance: relative to the largest value of the states.
+        tolerance: limit relative to the largest value of the states.
     """
     first, scale = None, 0.0
     apart: list[float] = []
@@ -79,13 +79,13 @@ def hf_layers(
     causal: bool,
     dtype_of: Callable[[Weight, str], torch.dtype] | None = None,
 ) -> Layers:
-    """transformers' stock model of the folder's own config, one text at a time; pooled by hand.
+    """Run transformers' stock model of the folder's own config, one text at a time, and pool its states.
 
     Args:
-        config: names the weights and says how to pool.
+        config: names the weights and states the pooling.
         texts: token ids.
-        causal: whether a token sees only those before it.
-        dtype_of: to which dtype a weight's tensor is rounded first; by default none is rounded.
+        causal: whether a token sees only the tokens before it.
+        dtype_of: gives the dtype to which a weight's tensor is rounded first; None rounds no tensor.
     """
     from transformers import AutoModel
 
@@ -95,7 +95,7 @@ def hf_layers(
     hf.num_hidden_layers, hf.is_causal = 1, causal
     with torch.device("meta"):
         model: Any = AutoModel.from_config(hf, dtype=torch.float32).eval()
-    model.rotary_emb = type(model.rotary_emb)(hf).to(device)  # its frequencies are in no file
+    model.rotary_emb = type(model.rotary_emb)(hf).to(device)  # no file holds its frequencies
     norm, model.norm = model.norm, torch.nn.Identity()
     (first, *_), *layers, (last, *_) = _by_layer(config)
 
@@ -109,7 +109,7 @@ def hf_layers(
         filled = {name.removeprefix(own): read(weight, name) for weight in weights for name in weight.hf}
         model.layers[0].load_state_dict(filled, strict=True, assign=True)
         states = [model(inputs_embeds=text[None], use_cache=False).last_hidden_state[0] for text in states]
-        model.layers[0].to("meta")  # the next layer, of either side, gets its memory
+        model.layers[0].to("meta")  # free the memory for the next layer of either side
         del filled
         if number < len(layers) - 1:
             yield [text.cpu() for text in states]
@@ -118,16 +118,16 @@ def hf_layers(
 
 
 def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]) -> Layers:
-    """The Megatron encoder of a checkpoint in a world of one process, all texts as one padded batch.
+    """Run the Megatron encoder of a checkpoint in a world of one process, with all texts in one padded batch.
 
-    Each layer is a pipeline stage of its own, built when its turn comes.
+    Each layer is a pipeline stage of its own, which is built in its turn.
     """
     from megatron_embed.bridge.encoder import Encoder, transformer_config
     from megatron_embed.bridge.layer_spec import local_layers
     from megatron_embed.bridge.sequences import TokenBatch
 
     select_device()
-    used = sorted({token for ids in texts for token in ids})  # of the embedding only these rows are wanted
+    used = sorted({token for ids in texts for token in ids})  # the only rows of the embedding that are read
     rows = {token: row for row, token in enumerate(used)}
     config = weights.config
     single = config.replace(num_hidden_layers=1, vocab_size=len(used))
@@ -152,17 +152,17 @@ def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]
 
 
 def _by_layer(config: EncoderConfig) -> list[list[Weight]]:
-    """The embedding's weights, those of each layer, those of the final norm."""
+    """Return the embedding's weights, each layer's weights, and the final norm's weights."""
     table = list(mapping.weights(config))
     layers = [[weight for weight in table if weight.layer == n] for n in range(config.num_hidden_layers)]
     return [table[:1], *layers, table[-1:]]
 
 
 def token_ids(folder: Path, texts: Sequence[str], config: EncoderConfig) -> list[list[int]]:
-    """Token ids as training feeds them and as an export's tokenizer gives them; fixed ones where there is no tokenizer.
+    """Return the token ids that training and an export's tokenizer give; fixed ids where there is no tokenizer.
 
     Raises:
-        UserError: the tokenizer gives an id that the embedding has no row for.
+        UserError: the tokenizer gives an id for which the embedding has no row.
     """
     if not has_tokenizer(folder):
         return [[(7 + 31 * row + 11 * n * n) % config.vocab_size for n in range(12 + row)] for row in range(len(texts))]
@@ -177,7 +177,7 @@ def token_ids(folder: Path, texts: Sequence[str], config: EncoderConfig) -> list
 
 
 def _pool(states: Tensor, config: EncoderConfig) -> Tensor:
-    """``[tokens, hidden]`` of one text without padding → ``[hidden]``."""
+    """Pool one text's states ``[tokens, hidden]``, without padding, to ``[hidden]``."""
     positions = torch.arange(1, len(states) + 1, dtype=states.dtype, device=states.device)[:, None]
     pooled = {
         "avg": lambda: states.mean(0),

@@ -1,4 +1,4 @@
-"""The settings around the encoder compared: prompts, lengths, pooling, normalisation, similarity."""
+"""Comparison of the settings around the encoder: prompts, lengths, pooling, normalisation, similarity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def compare_folder_settings(found: HFFolder, source: HFFolder, config: EncoderCo
     """Compare an exported embedder's sentence-transformers files with those of its source.
 
     Args:
-        config: the source's.
+        config: the source's encoder.
     """
     try:
         settings = read_sentence_settings(found.path)
@@ -25,7 +25,7 @@ def compare_folder_settings(found: HFFolder, source: HFFolder, config: EncoderCo
         missing = Difference("modules.json", "no such file", "an embedder's sentence-transformers files")
         return ComparedSection("sentence settings", 1, [missing])
     section = compare_settings(settings, source, config, where="sentence-transformers files")
-    # the config states them too, for those who load the bare model
+    # config.json repeats these settings for users of the bare model
     stated = {name: found.config[name] for name in ("pooling", "normalize") if found.config.get(name) is not None}
     same = {name: getattr(settings, name) for name in stated}
     count, differences = compare_values(stated, same, where="config.json")
@@ -38,17 +38,17 @@ def compare_settings(
     """Compare settings with the source's own, or with those that an import gives to a source that states none.
 
     Args:
-        found: of the checkpoint or the export.
+        found: the settings of the checkpoint or the export.
         config: the source's encoder.
     """
     stated = read_sentence_settings(source.path)
     left, right = (flatten(asdict(settings)) for settings in (found, stated or default_settings(config)))
     if stated is None and source.config.get("pooling") is None:
-        for name in _OF_A_BASE_MODEL:  # states none of these: what is made of it may take any
+        for name in _OF_A_BASE_MODEL:  # a base model states none of these, so the output may have any value
             left.pop(name, None)
             right.pop(name, None)
     return ComparedSection("sentence settings", *compare_values(left, right, where=where))
 
 
-#: how vectors are made and compared, on which a base model says nothing
+#: settings for making and comparing vectors that a base model does not state
 _OF_A_BASE_MODEL = ("pooling", "normalize", "similarity")

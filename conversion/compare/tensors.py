@@ -1,4 +1,4 @@
-"""Tensors of a source and of what was made of it, compared bit by bit, one at a time."""
+"""Bitwise comparison of a source's tensors with those of a conversion's output, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.io.progress import byte_bar
 from megatron_embed.conversion.megatron.weights import KEPT, CheckpointWeights
 
-#: (name, the source's tensor, the other side's, in any dtype), read when its turn comes
+#: (name, function that reads the source's tensor, function that reads the other side's in any dtype)
 Pair = tuple[str, Callable[[], Tensor], Callable[[], Tensor]]
 
-#: values compared at once, so that no second copy of an embedding table is made
+#: number of values compared at once, so that no second copy of an embedding table is made
 _BLOCK = 1 << 22
 
 
 def compare_tensors(
     pairs: Iterator[Pair], source: HFFolder, missing: list[Difference], *, progress: bool
 ) -> tuple[ComparedSection, list[str]]:
-    """Compare all pairs; the source's tensor is rounded to the other's dtype first.
+    """Compare all pairs, after rounding the source's tensor to the other side's dtype.
 
     Returns:
         The section, and notes on what was rounded.
@@ -84,7 +84,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def with_checkpoint(source: HFFolder, weights: CheckpointWeights, config: EncoderConfig) -> Iterator[Pair]:
-    """The encoder's weights, unpacked from the checkpoint, and the tensors that it keeps as they are."""
+    """Yield pairs of the encoder's weights, unpacked from the checkpoint, and of the tensors kept unchanged."""
     for weight in mapping.weights(config):
         parts = weights.hf_parts(weight)
         for name, part in zip(weight.hf, parts, strict=True):
@@ -96,10 +96,10 @@ def with_checkpoint(source: HFFolder, weights: CheckpointWeights, config: Encode
 
 
 def with_folder(source: HFFolder, other: HFFolder, config: EncoderConfig) -> Iterator[Pair]:
-    """The encoder's weights, and beside them what both folders have.
+    """Return pairs of the encoder's weights, and of the other tensors that both folders have.
 
     Raises:
-        UserError: at once: the other folder's weights do not fit its own config, or one of the source's is missing.
+        UserError: the other folder's weights do not fit its own config, or the source lacks a weight; raised at once.
     """
     other.check(other.encoder_config())
     shared = {name.removeprefix(source.prefix): name for name in source.names() if name.startswith(source.prefix)}
@@ -114,7 +114,7 @@ def with_folder(source: HFFolder, other: HFFolder, config: EncoderConfig) -> Ite
             for name in weight.hf:
                 yield name, lambda n=name: source.read(shared[n]), lambda n=name: other.read(theirs[n])  # type: ignore[misc]
         taken = {shared[name] for name in tower}
-        for name in source.names():  # beside the tower: what both have
+        for name in source.names():  # tensors beside the tower that both folders have
             if name in other and name not in taken and not name.endswith(("_scale_inv", "activation_scale")):
                 yield name, lambda n=name: source.read(n), lambda n=name: other.read(n)  # type: ignore[misc]
 
@@ -122,7 +122,7 @@ def with_folder(source: HFFolder, other: HFFolder, config: EncoderConfig) -> Ite
 
 
 def missing_tensors(source: HFFolder, other: HFFolder) -> list[Difference]:
-    """What a VLM has beside the language tower, another made from it must have too."""
+    """Return a difference for each tensor beside a VLM's language tower that another VLM made from it lacks."""
     if not (is_vlm(source.config) and is_vlm(other.config)):
         return []
     towers = (source.prefix, other.prefix)

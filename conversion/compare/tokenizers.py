@@ -1,4 +1,4 @@
-"""Two folders' tokenizers compared: the ids of fixed texts, vocabulary and merges, the special tokens."""
+"""Comparison of two folders' tokenizers: ids of fixed texts, vocabulary and merges, special tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_embed.conversion.compare.differences import ComparedSection, Diffe
 from megatron_embed.conversion.hf.folder import read_json
 from megatron_embed.conversion.hf.tokenizer_files import write_tokenizer
 
-#: texts of many scripts, white space of many kinds, what looks like a control token, and a text that is cut
+#: texts in many scripts, with many kinds of white space, one that looks like a control token, and one that is cut
 PROBES: tuple[str, ...] = (
     "",
     "query: how do plants turn light into sugar?",
@@ -35,10 +35,10 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "pad
 
 
 def compare_tokenizers(found: Path, wanted: Path) -> ComparedSection:
-    """Compare the tokenizer of what was made with that of its source.
+    """Compare the tokenizer of a conversion's output with that of its source.
 
-    An embedder's folder must hold what :func:`write_tokenizer` makes of the source's tokenizer: BOS and EOS around
-    every text, control tokens inside a text left as text. Where neither is an embedder they are compared as they are.
+    An embedder's folder must hold the result of :func:`write_tokenizer` on the source's tokenizer: BOS and EOS around
+    every text, control tokens inside a text left as text. Where neither is an embedder, both are compared as stored.
 
     Raises:
         UserError: a tokenizer cannot be read.
@@ -56,28 +56,28 @@ def compare_tokenizers(found: Path, wanted: Path) -> ComparedSection:
         differences.append(
             _differing_ids(probes[changed[0]], *ids[changed[0]], many=f"{len(changed)} of {len(probes)}")
         )
-    names = _SPECIAL if edited else (*_SPECIAL, "model_max_length")  # an embedder's is a sentence setting
+    names = _SPECIAL if edited else (*_SPECIAL, "model_max_length")  # for an embedder it is a sentence setting
     values = ({name: getattr(side, name) for name in names} for side in (left, right))
     more, special = compare_values(*values, where="tokenizer_config.json")
     differences += special
-    unequal = len(differences) + max(len(changed) - 1, 0)  # the ids of all texts are one difference
+    unequal = len(differences) + max(len(changed) - 1, 0)  # one difference stands for the ids of all texts
     return ComparedSection("tokenizer", count + len(probes) + more, differences, unequal=unequal)
 
 
 def reads_control_tokens(folder: Path) -> bool:
-    """Whether a ready embedder's own tokenizer reads ``[INST]`` inside a text as the control token."""
+    """Return whether a ready embedder's own tokenizer reads ``[INST]`` inside a text as the control token."""
     settings = folder / "tokenizer_config.json"
     stated = read_json(settings).get("split_special_tokens") if settings.is_file() else None
     return (folder / "modules.json").is_file() and stated is not True
 
 
 def load_tokenizer(folder: Path, *, edited: bool) -> Any:
-    """A folder's fast tokenizer, as it is or with the edits that conversion makes for an embedder.
+    """Load a folder's fast tokenizer, unchanged or with the edits that conversion makes for an embedder.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the tokenizer cannot be read.
     """
-    # Not AutoTokenizer: beside a tekken.json its answer depends on whether mistral_common is installed.
+    # AutoTokenizer's result beside a tekken.json depends on whether mistral_common is installed.
     from transformers import PreTrainedTokenizerFast
 
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as other:
@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path, *, edited: bool) -> Any:
             write_tokenizer(folder, Path(other), max_length=1 << 20)
         try:
             return PreTrainedTokenizerFast.from_pretrained(other if edited else str(folder), local_files_only=True)
-        except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        except Exception as error:  # tokenizers raises a bare Exception for a malformed file
             raise UserError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
 
 
@@ -124,7 +124,7 @@ def _vocabularies(found: Path, wanted: Path) -> tuple[int, list[Difference]]:
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[int, str]:
-    """id → token of the contents of a ``tokenizer.json``, added tokens among them."""
+    """Return id → token of a ``tokenizer.json``, with the added tokens."""
     held = tokenizer.get("model", {}).get("vocab", {})
     pairs = held.items() if isinstance(held, Mapping) else ((entry[0], i) for i, entry in enumerate(held))
     found = {int(number): str(token) for token, number in pairs}
@@ -137,7 +137,7 @@ def _merges(tokenizer: Mapping[str, Any]) -> dict[int, tuple[str, ...]]:
 
 
 def _pipeline(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    """What else decides on ids; the post-processor shows in those of :data:`PROBES`."""
+    """Return the other parts that decide on ids; the ids of :data:`PROBES` show the effect of the post-processor."""
     model = {key: value for key, value in tokenizer.get("model", {}).items() if key not in ("vocab", "merges")}
     added = {str(token["id"]): {**token} for token in tokenizer.get("added_tokens", [])}
     parts = {"normalizer": tokenizer.get("normalizer"), "pre_tokenizer": tokenizer.get("pre_tokenizer")}

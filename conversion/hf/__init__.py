@@ -1,1 +1,1 @@
-"""What lies in a Hugging Face folder: weights, tokenizer, sentence-transformers files, model card."""
+"""Contents of a Hugging Face folder: weights, tokenizer, sentence-transformers files, model card."""

@@ -1,4 +1,4 @@
-"""Which attention a ready embedder declares; a causal one is refused, or taken as a base model on request."""
+"""The attention that a ready embedder declares. A causal one is refused, or taken as a base model on request."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import BIDIRECTIONAL, is_vlm
 
-#: how each kind of caller consents
+#: the way in which each kind of caller consents
 CONSENT, CONSENT_OF_A_RECIPE = "--bidirectional (in Python bidirectional=True)", "model.bidirectional=true"
 HELP = "take a ready embedder with causal attention as a base model: the vectors are not its own"
 
 
 def declares_causal(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(key, value found) where a ready embedder's vectors are made with causal attention, else None.
+    """Return the key and its value if a ready embedder declares causal attention, else None.
 
-    Its config is causal unless ``is_causal`` is false: transformers takes a missing key for true. It stands in the text
-    model's config. AutoModel's own ``*_bidirec`` classes are bidirectional whatever it says. What is no ready embedder
-    (no ``modules.json``) has no vectors of its own yet, and may become bidirectional.
+    The text model's config decides. It is causal unless ``is_causal`` is false, because transformers reads a missing
+    key as true. AutoModel's own ``*_bidirec`` classes are bidirectional whatever the key says. A folder that is no
+    ready embedder (no ``modules.json``) has no vectors of its own yet, and may become bidirectional.
 
     Args:
         config: contents of the folder's ``config.json``.
@@ -36,15 +36,15 @@ def declares_causal(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] 
 
 
 def made_bidirectional(folder: Path, config: Mapping[str, Any], *, bidirectional: bool, consent: str = CONSENT) -> bool:
-    """Whether a folder is a causal embedder that is taken as a base model, to be trained bidirectionally.
+    """Return whether a folder is a causal embedder that is taken as a base model for bidirectional training.
 
     Args:
         config: contents of its ``config.json``.
-        bidirectional: whether the user said so.
-        consent: how the user can say so.
+        bidirectional: whether the user consented.
+        consent: the way in which the user can consent.
 
     Raises:
-        UserError: it is a causal embedder, and the user did not.
+        UserError: it is a causal embedder, and the user did not consent.
     """
     found = declares_causal(folder, config)
     if found is not None and not bidirectional:

@@ -1,4 +1,4 @@
-"""HFFolder: a Hugging Face model folder whose tensors are read one by one, or slice by slice, and checked strictly."""
+"""HFFolder: a strictly checked Hugging Face model folder whose tensors are read one by one or slice by slice."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-#: what a model is made of, where it must be fetched; Mistral's own ``consolidated`` form is never wanted
+#: files to fetch from the hub; Mistral's own ``consolidated`` form is never needed
 _FETCH = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.md"]
 _FETCH_NOT = ["consolidated*", "*/consolidated*", "onnx/*", "openvino/*"]
 
 
 class HFFolder:
-    """A model folder opened lazily: headers are read at once, tensors only when asked for.
+    """A model folder opened lazily: headers are read at once, tensors only on request.
 
     Args:
-        path_or_id: a local folder, or a hub id (fetched with ``huggingface_hub``; a local folder never touches it).
+        path_or_id: a local folder, or a hub id. ``huggingface_hub`` fetches a hub id and never touches a local folder.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: the user lets the model's own code run. Nothing here runs any, so a model that has some is
-            refused.
+        trust_remote_code: whether the user lets the model's own code run. This package runs none, so it refuses a
+            model that has some.
 
     Attributes:
         path: the local folder.
         config: contents of ``config.json``.
-        prefix: what stands before ``embed_tokens.weight`` in the tensor names.
-        files: those that hold tensors.
-        notes: what was left aside at opening, one line each.
-        bytes_requested: bytes of all tensors and slices that were read so far.
+        prefix: prefix of ``embed_tokens.weight`` in the tensor names.
+        files: the files that hold tensors.
+        notes: what was ignored at opening, one line each.
+        bytes_requested: total bytes of the tensors and slices read so far.
 
     Raises:
         UserError: no such folder, not a safetensors model, or damaged files.
@@ -87,7 +87,7 @@ class HFFolder:
         self._file_of = self._index()
         self.files = [self.path / file for file in sorted(set(self._file_of.values()))]
         self._headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        #: (number of its file, where it begins there)
+        #: (number of the tensor's file, position of the tensor in it)
         self._places: dict[str, tuple[int, int]] = {}
         self._read_headers()
         prefix = mapping.hf_prefix(self._file_of)
@@ -102,46 +102,46 @@ class HFFolder:
     # ---- what there is
 
     def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         return sorted(self._file_of)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor as stored."""
+        """Return the stored bytes of a tensor."""
         return math.prod(self.shape(name)) * self.stored_dtype(name).itemsize
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; nothing but the header was read for it."""
+        """Return the shape of a tensor; this reads only the header."""
         return self._headers[name][1]
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """dtype of a tensor as stored (float8 for a quantised weight)."""
+        """Return the stored dtype of a tensor (float8 for a quantised weight)."""
         return self._headers[name][0]
 
     def tensor_dtype(self, name: str) -> torch.dtype:
-        """dtype that :meth:`read` gives: FP8 weights are dequantised to bfloat16."""
+        """Return the dtype of the tensor that :meth:`read` returns: it dequantises FP8 weights to bfloat16."""
         return torch.bfloat16 if self.is_fp8(name) else self.stored_dtype(name)
 
     def is_fp8(self, name: str) -> bool:
-        """Whether a tensor is an FP8 weight with a scale of its own."""
+        """Return whether a tensor is an FP8 weight with its own scale."""
         return self.stored_dtype(name) in FP8
 
     @property
     def quantized(self) -> bool:
-        """Whether any weight is FP8."""
+        """Return whether any weight is FP8."""
         return any(dtype in FP8 for dtype, _ in self._headers.values())
 
     @property
     def architecture(self) -> str:
-        """The model class that the config names, or the model type where it names none."""
+        """Return the model class that the config names, or the model type where it names none."""
         named = self.config.get("architectures") or [self.config.get("model_type", "unknown")]
         return str(named[0])
 
     @property
     def dtype(self) -> str:
-        """The source's dtype as torch names it: the config's, else that of the tensors; FP8 counts as bfloat16."""
+        """Return torch's name of the source's dtype: the config's, else that of the tensors; FP8 counts as bfloat16."""
         text = self.config.get("text_config") or {}
         stated = next(
             (c[k] for c in (self.config, text) for k in ("dtype", "torch_dtype") if isinstance(c.get(k), str)), None
@@ -151,7 +151,7 @@ class HFFolder:
         return stated.removeprefix("torch.")
 
     def encoder_config(self, **overrides: Any) -> EncoderConfig:
-        """The encoder that the folder holds; a ready embedder's files decide its pooling and normalisation."""
+        """Return the folder's encoder config; a ready embedder's files decide its pooling and normalisation."""
         settings = read_sentence_settings(self.path)
         found: dict[str, Any] = {"dtype": self.dtype}
         if settings is not None:
@@ -165,9 +165,9 @@ class HFFolder:
     # ---- reading
 
     def read(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
-        """A tensor, or the part of it that ``index`` (slices of its leading dimensions) names.
+        """Read a tensor, or the part of it that ``index`` (slices of its leading dimensions) names.
 
-        Only that part's bytes are read. FP8 weights come out as bfloat16: ``fp8.float() * scale``, rounded once.
+        This reads only that part's bytes. It returns FP8 weights as bfloat16: ``fp8.float() * scale``, rounded once.
         """
         handle = self._handle(self._file_of[name])
         try:
@@ -188,29 +188,29 @@ class HFFolder:
         return dequantize_fp8(tensor, scale)
 
     def values(self, name: str, dtype: torch.dtype) -> Values:
-        """Where a tensor lies, if it is stored in this dtype; else the tensor."""
+        """Return a tensor's place in files if it is stored in this dtype, else the tensor itself."""
         if self.stored_dtype(name) != dtype or not math.prod(self.shape(name)) or not self.shape(name):
             return self.read(name)
         return Stored(self.files, self.addresses(name), self.shape(name), dtype)
 
     def addresses(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
-        """Of a tensor's rows, or of those that ``index`` names, in :attr:`files`."""
+        """Return the addresses in :attr:`files` of a tensor's rows, or of the rows that ``index`` names."""
         rows = addresses(*self._places[name], self.shape(name), self.stored_dtype(name))
         return rows if index is None else rows[tuple(index)]
 
     # ---- strictness
 
     def ignored(self, config: EncoderConfig) -> dict[str, str]:
-        """Tensors that the encoder leaves out, with the reason; unknown ones are not among them."""
+        """Return the tensors that the encoder leaves out, each with the reason, but no unknown tensors."""
         wanted, family = set(self._wanted(config)), FAMILIES[config.family]
         reasons = {name: self._reason(name, wanted, family) for name in self.names() if name not in wanted}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def check(self, config: EncoderConfig) -> None:
-        """Every weight of the table is there with its shape, and every other tensor may be ignored for a reason.
+        """Check that every weight of the table has its shape, and that a reason excuses every other tensor.
 
         Raises:
-            UserError: lists what is missing, misshapen or unknown.
+            UserError: weights or tensors are missing, misshapen or unknown; the message lists them.
         """
         wanted = self._wanted(config)
         problems = []
@@ -257,7 +257,7 @@ class HFFolder:
     # ---- files
 
     def _index(self) -> dict[str, str]:
-        """tensor name → file name, from the index if there is one."""
+        """Return tensor name → file name, from the index if there is one."""
         if any(self.path.glob("consolidated*.safetensors")):
             self.notes.append("consolidated*.safetensors ignored: the same weights in Mistral's own names")
         if (self.path / INDEX).is_file():
@@ -295,7 +295,7 @@ class HFFolder:
         return dict(weight_map)
 
     def _read_headers(self) -> None:
-        for number, path in enumerate(self.files):  # safe_open found them sound
+        for number, path in enumerate(self.files):  # safe_open has checked them
             with path.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(length))
@@ -317,10 +317,10 @@ class HFFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        UserError: no such file, or something else in it.
+        UserError: the file is absent, or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -350,12 +350,12 @@ def _locate(source: str, revision: str | None) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be one on the hub, and not only a path."""
+    """Return whether a name can be a hub id, and not only a path."""
     return not name.startswith((".", "/", "~")) and _HUB_ID.fullmatch(name) is not None
 
 
 def not_on_the_hub(name: str, error: Exception) -> str:
-    """What is said of a model that is neither a folder nor to be had from the hub, which raised ``error``."""
+    """Return the message for a name that is no folder and for which the hub raised ``error``."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"{name}: no such folder, and not to be had from the hub ({reason}); give a local folder, or check the "
@@ -364,7 +364,7 @@ def not_on_the_hub(name: str, error: Exception) -> str:
 
 
 def _inside(file: str) -> bool:
-    """Whether a file name stays in its folder. By name: a hub cache's own entries are links."""
+    """Return whether a file name stays in its folder. The name decides, because a hub cache's own entries are links."""
     path = PurePosixPath(file)
     return bool(file) and not path.is_absolute() and ".." not in path.parts and "\\" not in file and ":" not in file
 

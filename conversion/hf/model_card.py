@@ -22,12 +22,12 @@ def model_card(
     *,
     made_bidirectional: bool,
 ) -> str:
-    """What the model is, how to use it, what it was trained on, and what was measured.
+    """Return the card: the model's description, its use, its training data, and the measured metrics.
 
     Args:
         run: contents of the checkpoint's ``run_config.yaml``; a trained checkpoint's names recipe and data.
-        iter_dir: the checkpoint; a run's ``metrics.jsonl`` is looked for two folders up.
-        made_bidirectional: it comes from an embedder of causal attention.
+        iter_dir: the checkpoint; a run's ``metrics.jsonl`` is two folders up.
+        made_bidirectional: whether the model comes from an embedder with causal attention.
     """
     model = _section(run, "model")
     base = model.get("hf_model")
@@ -51,7 +51,7 @@ def model_card(
 
 
 def _is_hub_id(base: object) -> bool:
-    """Whether the base model is on the hub; a path of this machine says nothing to others."""
+    """Return whether the base model is on the hub; a path of this machine means nothing to others."""
     hub = isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~"))
     return hub and not Path(str(base)).exists()
 
@@ -119,7 +119,7 @@ def _facts(config: EncoderConfig, settings: SentenceSettings, base: object) -> s
 
 
 def _training(run: Mapping[str, Any]) -> str:
-    """Recipe and data, where the checkpoint comes from a training run."""
+    """Return the recipe and data of a checkpoint that comes from a training run."""
     train, data = _section(run, "train"), _section(run, "data")
     if not train:
         return ""
@@ -138,7 +138,7 @@ def _names(data: Any) -> str:
 
 
 def _metrics(iter_dir: Path) -> str:
-    """The last evaluation up to this checkpoint, from the run's own log."""
+    """Return the last evaluation up to this checkpoint, from the run's own log."""
     path = iter_dir.parent.parent / "metrics.jsonl"
     number = iter_dir.name.removeprefix("iter_")
     if not path.is_file() or not number.isdecimal():
@@ -148,7 +148,7 @@ def _metrics(iter_dir: Path) -> str:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the last line of a run that was killed
+            continue  # the incomplete last line of a killed run
         if isinstance(entry, dict) and isinstance(entry.get("eval"), dict) and entry.get("step", 0) <= int(number):
             found = entry["step"], entry["eval"]
     if found is None:

@@ -1,4 +1,4 @@
-"""Safetensors written tensor by tensor: headers first, from the known shapes, then the bytes as they come."""
+"""Writer of safetensors files, tensor by tensor: first the header, from the known shapes, then the bytes in turn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is known of a tensor before it is read."""
+    """Facts about a tensor that are known before it is read."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,10 +38,10 @@ class TensorSpec:
 
 
 def parse_size(text: str) -> int:
-    """``"5GB"``, ``"500MiB"``, ``"1000"`` → bytes (KB is 1000, KiB 1024).
+    """Parse a size into bytes: ``"5GB"``, ``"500MiB"``, ``"1000"`` (KB is 1000, KiB 1024).
 
     Raises:
-        UserError: not a size.
+        UserError: the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     unit = match[2].upper().removesuffix("B") + "B" if match and match[2] else ""
@@ -58,13 +58,13 @@ def write_sharded(
     max_shard_size: int | str = "5GB",
     on_tensor: Callable[[TensorSpec], object] | None = None,
 ) -> int:
-    """Write tensors into folder ``out``; each is read while the one before it is written.
+    """Write tensors into folder ``out``; read each tensor while the previous one is written.
 
     Args:
         specs: names, shapes and dtypes, in the order in which ``tensors`` yields them.
-        tensors: of the specs' dtypes.
-        max_shard_size: bytes, or such as ``"5GB"``; a larger single tensor gets a file of its own.
-        on_tensor: called after each tensor (progress).
+        tensors: names and values, in the specs' dtypes.
+        max_shard_size: bytes, or a text such as ``"5GB"``; a larger single tensor gets a file of its own.
+        on_tensor: function called after each tensor, for progress.
 
     Returns:
         Total bytes of the tensors. One file is called ``model.safetensors``; several come with their index.
@@ -125,7 +125,7 @@ def _plan(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
 
 
 def _header(shard: Sequence[TensorSpec]) -> bytes:
-    """Length (8 bytes, little endian) and JSON, padded with spaces so that the tensors start at a multiple of 8."""
+    """Return the length (8 bytes, little endian) and the JSON, padded with spaces to put tensors at a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for spec in shard:

@@ -1,4 +1,4 @@
-"""The files that make a folder a sentence-transformers model: read from a ready embedder, written for an export."""
+"""The files of a sentence-transformers model: reading those of a ready embedder, writing those of an export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_embed.conversion.hf import sentence_keys
 Similarity = Literal["cosine", "dot"]
 
 QUERY_PROMPT, PASSAGE_PROMPT, MAX_LENGTH = "query: ", "passage: ", 512
-_LONGEST = 1 << 24  # what tokenizers can count
+_LONGEST = 1 << 24  # the largest length in tokens that tokenizers can count
 
 #: our pooling → sentence-transformers' name; 6.x writes it as ``pooling_mode``, 5.x as a flag
 MODES: dict[str, str] = {"avg": "mean", "cls": "cls", "last": "lasttoken", "weighted_avg": "weightedmean"}
@@ -27,7 +27,7 @@ _FLAGS: dict[str, str] = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
-#: where sentence-transformers looks for the Transformer's settings: the first of these that holds any
+#: files in which sentence-transformers looks for the Transformer's settings; the first that has any counts
 _TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -36,16 +36,17 @@ _TRANSFORMER_FILES = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceSettings:
-    """How texts become vectors around the encoder, and how vectors are compared.
+    """Settings around the encoder for making vectors from texts, and for comparing vectors.
 
     Attributes:
-        query_prompt, passage_prompt: what sentence-transformers calls the prompts ``query`` and ``document``.
+        query_prompt, passage_prompt: the prompts that sentence-transformers calls ``query`` and ``document``.
         query_max_length, passage_max_length: in tokens, BOS and EOS included.
-        max_length: of a text that is neither (sentence-transformers' plain ``encode``); None: the larger of the two.
+        max_length: in tokens, for a text that is neither (sentence-transformers' plain ``encode``); None: the larger of
+            the two.
         prompts: the other prompts by name.
         default_prompt_name: the prompt of a text that is neither; None: it has none.
-        do_lower_case: prompt and text are lower-cased before they are tokenized.
-        similarity: of vectors; on normalised ones both order alike.
+        do_lower_case: whether prompt and text are lower-cased before they are tokenized.
+        similarity: similarity of vectors; on normalised vectors both kinds give the same order.
     """
 
     pooling: Pooling = "avg"
@@ -62,22 +63,22 @@ class SentenceSettings:
 
     @property
     def all_prompts(self) -> dict[str, str]:
-        """All prompts by sentence-transformers' names."""
+        """Return all prompts by sentence-transformers' names."""
         return {"query": self.query_prompt, "document": self.passage_prompt, **self.prompts}
 
     @property
     def text_prompt(self) -> str:
-        """The prompt of a text that is neither query nor passage."""
+        """Return the prompt of a text that is neither query nor passage."""
         return "" if self.default_prompt_name is None else self.all_prompts[self.default_prompt_name]
 
     @property
     def text_max_length(self) -> int:
-        """The maximal length of a text that is neither query nor passage."""
+        """Return the maximal length in tokens of a text that is neither query nor passage."""
         return self.max_length or max(self.query_max_length, self.passage_max_length)
 
 
 def default_settings(config: EncoderConfig) -> SentenceSettings:
-    """The settings of a model that states none."""
+    """Return the settings for a model that states none."""
     length = min(MAX_LENGTH, config.max_position_embeddings)
     return SentenceSettings(
         pooling=config.pooling,
@@ -89,21 +90,21 @@ def default_settings(config: EncoderConfig) -> SentenceSettings:
 
 
 def trained(settings: SentenceSettings, *, normalize: bool) -> SentenceSettings:
-    """What training leaves of a source's settings: its recipe states lengths, and scores by scalar products."""
+    """Return a source's settings after training, whose recipe states lengths and which scores by scalar products."""
     return replace(settings, max_length=None, normalize=normalize, similarity=similarity_of(normalize))
 
 
 def similarity_of(normalize: bool) -> Similarity:
-    """What orders vectors as training does, by scalar products: of normalised ones that is the cosine."""
+    """Return the similarity that orders vectors as training's scalar products do: for normalised vectors the cosine."""
     return "cosine" if normalize else "dot"
 
 
-#: what a recipe has no key for, so that a checkpoint's ``run_config.yaml`` keeps it in a section of its own
+#: settings without a recipe key; a checkpoint's ``run_config.yaml`` keeps them in a section of its own
 _BESIDE_THE_RECIPE = ("max_length", "prompts", "default_prompt_name", "do_lower_case", "similarity")
 
 
 def beside_the_recipe(settings: SentenceSettings) -> dict[str, Any]:
-    """The settings that no recipe key states, as plain values, as far as they are no defaults.
+    """Return the settings without a recipe key that differ from their defaults, as plain values.
 
     :func:`with_the_recipes` is the inverse.
     """
@@ -113,11 +114,11 @@ def beside_the_recipe(settings: SentenceSettings) -> dict[str, Any]:
 
 
 def with_the_recipes(kept: Mapping[str, Any], usual: SentenceSettings, where: str) -> SentenceSettings:
-    """Settings from what :func:`beside_the_recipe` gave and what else is known.
+    """Build settings from the result of :func:`beside_the_recipe` and the other known settings.
 
     Args:
-        usual: what else is known, with the defaults of what ``kept`` may hold.
-        where: the file of ``kept``, for messages.
+        usual: the other known settings, with the defaults for those that ``kept`` may hold.
+        where: the file that holds ``kept``, for messages.
 
     Raises:
         UserError: an unknown key or value.
@@ -135,13 +136,13 @@ def with_the_recipes(kept: Mapping[str, Any], usual: SentenceSettings, where: st
 
 
 def read_sentence_settings(folder: Path) -> SentenceSettings | None:
-    """What a ready sentence-transformers model says of itself; None where the folder is none.
+    """Read the settings of a ready sentence-transformers model; return None where the folder is none.
 
-    Texts become what sentence-transformers' ``encode_query`` and ``encode_document`` make of them. As there, a passage
-    has the prompt ``document`` and no other in the place of it.
+    Texts are treated as in sentence-transformers' ``encode_query`` and ``encode_document``. As there, a passage gets
+    the prompt ``document`` and no substitute for it.
 
     Raises:
-        UserError: a module or a setting that would change the vectors and is not honoured; names file and key.
+        UserError: a module or setting would change the vectors and is not honoured; the message names file and key.
     """
     if not (folder / "modules.json").is_file():
         return None
@@ -173,7 +174,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings | None:
 
 
 def _read_modules(folder: Path) -> dict[str, str]:
-    """Kind of module → its subfolder: Transformer, Pooling and perhaps Normalize, in this order."""
+    """Return kind of module → its subfolder: Transformer, Pooling and perhaps Normalize, in this order."""
     path = folder / "modules.json"
     modules = _load(path)
     if not isinstance(modules, list) or not all(isinstance(each, Mapping) and "type" in each for each in modules):
@@ -190,13 +191,13 @@ def _read_modules(folder: Path) -> dict[str, str]:
         )
     if "Normalize" in paths:
         normalize = folder / paths["Normalize"] / "config.json"
-        if normalize.parent != folder:  # an old one has no folder, and the model's own config.json lies here
+        if normalize.parent != folder:  # an old Normalize has no folder; config.json here is the model's own
             sentence_keys.check_normalize(normalize, _load_optional(normalize))
     return paths
 
 
 def _max_length(folder: Path, transformer: Mapping[str, Any]) -> int:
-    """What ``max_seq_length`` is in sentence-transformers: stated, or the tokenizer's within the model's positions."""
+    """Return sentence-transformers' ``max_seq_length``: stated, or the tokenizer's within the model's positions."""
     stated = [(transformer.get(key) or {}).get("model_max_length") for key in ("processor_kwargs", "tokenizer_args")]
     stated.append(transformer.get("max_seq_length"))
     length = next((value for value in stated if value is not None), None)
@@ -223,10 +224,10 @@ def _read_pooling(path: Path) -> Pooling:
 
 
 def write_sentence_files(out: Path, config: EncoderConfig, settings: SentenceSettings) -> None:
-    """Write ``modules.json`` and what it names, as sentence-transformers 5.3 and 6.2 both load it.
+    """Write ``modules.json`` and the files that it names, in a form that sentence-transformers 5.3 and 6.2 load.
 
-    Where queries, passages and other texts have lengths of their own, ``query_length`` and ``document_length`` state
-    them for sentence-transformers 6, and 5.3 refuses the two keys: it has one length for all, which would be wrong.
+    If queries, passages and other texts have different lengths, ``query_length`` and ``document_length`` state them for
+    sentence-transformers 6. Version 5.3 refuses the two keys: it has one length for all texts, which would be wrong.
     """
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
     if config.normalize:
@@ -234,7 +235,7 @@ def write_sentence_files(out: Path, config: EncoderConfig, settings: SentenceSet
     write_json(
         out / "modules.json",
         [
-            # the old class paths: 5.x has no others, 6.x still knows them
+            # the old class paths: 5.x has no others, and 6.x still accepts them
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for i, (kind, path) in enumerate(modules)
         ],
@@ -262,7 +263,7 @@ def write_sentence_files(out: Path, config: EncoderConfig, settings: SentenceSet
 
 
 def note_on_lengths(settings: SentenceSettings) -> list[str]:
-    """What whoever exports these settings has to know of their lengths, one line or none."""
+    """Return a note for those who export these settings with several lengths: one line or none."""
     if has_one_length(settings):
         return []
     note = (
@@ -274,12 +275,12 @@ def note_on_lengths(settings: SentenceSettings) -> list[str]:
 
 
 def has_one_length(settings: SentenceSettings) -> bool:
-    """Whether queries, passages and other texts all have the same maximal length."""
+    """Return whether queries, passages and other texts all have the same maximal length."""
     return settings.query_max_length == settings.passage_max_length == settings.text_max_length
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON as people read it: indented, UTF-8, a newline at the end."""
+    """Write JSON for people: indented, UTF-8, with a newline at the end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,6 @@
-"""The keys of sentence-transformers' files: which are honoured, which change no vector, and which are refused by name.
+"""The keys of sentence-transformers' files: keys that are honoured, keys that change no vector, and refused keys.
 
-A key that is not known here may change the vectors, as any key that a later sentence-transformers adds, so it is
-refused.
+An unknown key, such as one that a later sentence-transformers adds, may change the vectors, so it is refused by name.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from typing import Any, NoReturn
 
 from megatron_embed.bridge.errors import UserError
 
-#: what a text passes through; anything else in the place of it would give other vectors
+#: the path of a text through the model; any other path would give other vectors
 TEXT_MODALITY = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 #: keys of ``sentence_bert_config.json`` that are honoured, or that change no vector
 _TRANSFORMER_HONOURED = ("max_seq_length", "do_lower_case", "query_length", "document_length", "unpad_inputs")
-#: keys of it that are understood in one meaning only
+#: keys of that file that are accepted with one meaning only
 _TRANSFORMER_ONLY: Mapping[str, tuple[Any, ...]] = {
     "transformer_task": ("feature-extraction",),
     "module_output_name": ("token_embeddings",),
@@ -28,11 +27,11 @@ _TRANSFORMER_ONLY: Mapping[str, tuple[Any, ...]] = {
     "config_kwargs": (None, {}),
     "config_args": (None, {}),
 }
-#: keyword arguments of ``from_pretrained``, under their new and old names, that may stand there: key → values, or any
+#: keyword arguments of ``from_pretrained``, under new and old names, that the file may hold: key → values, or any
 _ANY = object()
 _MODEL_KWARGS: Mapping[str, Any] = {
     "attn_implementation": _ANY,
-    "trust_remote_code": _ANY,  # sentence-transformers takes it from no file
+    "trust_remote_code": _ANY,  # sentence-transformers reads it from no file
     "dtype": ("auto",),
     "torch_dtype": ("auto",),
 }
@@ -49,15 +48,15 @@ _POOLING = ("word_embedding_dimension", "embedding_dimension", "pooling_mode", "
 
 
 def refuse(path: Path, key: str, found: Any, wanted: str) -> NoReturn:
-    """Raise a :class:`UserError` that names file and key, what is found there and what is wanted."""
+    """Raise a :class:`UserError` that names the file, the key, the value found there and the value wanted."""
     raise UserError(f"{path}: {key} is {json.dumps(found, ensure_ascii=False)}; wanted {wanted}")
 
 
 def check_transformer(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what a ``sentence_bert_config.json`` says beyond the settings that are honoured.
+    """Refuse keys of a ``sentence_bert_config.json`` beyond the settings that are honoured.
 
     Raises:
-        UserError: naming the key.
+        UserError: the message names the key.
     """
     for key, value in config.items():
         if key in _KWARGS:
@@ -75,13 +74,13 @@ def check_transformer(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_length(path: Path, key: str, value: Any) -> None:
-    """Refuse a maximal length that is no whole number of tokens; null states none."""
+    """Refuse a maximal length that is no whole number of tokens; null means that no length is stated."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         refuse(path, key, value, "a whole number of tokens from 1 up, or null")
 
 
 def check_pooling(path: Path, config: Mapping[str, Any], flags: Collection[str]) -> None:
-    """Refuse keys of a Pooling's ``config.json`` that are not known, and pooling without the prompt's tokens."""
+    """Refuse unknown keys of a Pooling's ``config.json``, and pooling without the prompt's tokens."""
     for key, value in config.items():
         if key not in (*_POOLING, *flags):
             _refuse_unknown(path, key, value, [*_POOLING, *flags])
@@ -90,7 +89,7 @@ def check_pooling(path: Path, config: Mapping[str, Any], flags: Collection[str])
 
 
 def check_normalize(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a Normalize that takes anything but the sentence's vector, or puts it elsewhere."""
+    """Refuse a Normalize that reads anything but the sentence's vector, or writes elsewhere."""
     for key, value in config.items():
         if key not in ("module_input_name", "module_output_name"):
             _refuse_unknown(path, key, value, ["module_input_name", "module_output_name"])
@@ -100,10 +99,10 @@ def check_normalize(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_model(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what a ``config_sentence_transformers.json`` says beyond the settings that are honoured.
+    """Refuse keys of a ``config_sentence_transformers.json`` beyond the settings that are honoured.
 
     Raises:
-        UserError: naming the key.
+        UserError: the message names the key.
     """
     for key, value in config.items():
         if key not in _MODEL:

@@ -1,8 +1,8 @@
-"""The files beside a model's weights: which of those in its folder are the model's own.
+"""Selection of the model's own files among those beside its weights.
 
-A model folder is somebody's working folder too: notes, data, checkpoints, other programs' temporary files lie in it. So
-files are taken by name, and all others are left. The names are those that transformers, sentence-transformers and
-Mistral's and Llama's repositories give them.
+A model folder is also somebody's working folder: notes, data, checkpoints, other programs' temporary files lie in it.
+So files are taken by name, and all others are left. The names are those that transformers, sentence-transformers and
+Mistral's and Llama's repositories use.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from megatron_embed.conversion.hf.sentence_files import write_json
 
 _READ = ("readme", "license", "licence", "copying", "notice", "use_policy", "citation")
-#: In lower case; looked for beside the weights and in the folders that ``modules.json`` names. Code is not among them:
-#: only stock models are written here.
+#: Names in lower case, for the folder of the weights and the folders that ``modules.json`` names. Code is not included:
+#: this package writes only stock models.
 _NAMES = (
     # configs
     "config.json",
@@ -30,7 +30,7 @@ _NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
-    "tokenizer.model.v*",  # Mistral's, before tekken
+    "tokenizer.model.v*",  # Mistral's, older than tekken
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -51,7 +51,7 @@ _NAMES = (
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_*_config.json",
-    # what people read
+    # texts for people
     *(f"{name}{end}" for name in _READ for end in ("", ".md", ".txt", ".rst")),
     "readme_*.md",
     "license-*",
@@ -69,7 +69,7 @@ _LIMIT = 256 << 20
 
 
 def sidecars(folder: Path) -> list[Path]:
-    """A model's own files beside its weights, relative to its folder, sorted."""
+    """Return a model's own files beside its weights, relative to its folder, sorted."""
     found = set(_matching(folder, Path(), _NAMES))
     for name, patterns in _FOLDERS.items():
         found.update(_matching(folder, Path(name), patterns))
@@ -79,37 +79,37 @@ def sidecars(folder: Path) -> list[Path]:
 
 
 def others(folder: Path) -> list[str]:
-    """Names in a model's folder that are neither weights nor the model's own, folders with a ``/``; hidden ones too."""
+    """Return names in a model's folder, hidden ones too, that are no weights or own files; folders end in ``/``."""
     own = {path.parts[0] for path in sidecars(folder)} | {".git", ".cache"}
     entries = (entry for entry in sorted(folder.iterdir()) if entry.name not in own)
     return [f"{entry.name}{'/' * entry.is_dir()}" for entry in entries if not entry.name.endswith(_WEIGHTS)]
 
 
 def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
-    """Copy byte for byte, folders included; a link's target is copied."""
+    """Copy files byte for byte, with their folders; copy the target of a link."""
     for relative in files:
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, target / relative)
 
 
 def publish_files(files: Iterable[Path], source: Path, target: Path) -> None:
-    """Copy byte for byte, but for JSON files that name paths of this machine: these lose the keys that do."""
+    """Copy files byte for byte, except JSON files that name paths of this machine: these lose such keys."""
     for relative in files:
         copy_files([relative], source, target)
         if relative.suffix == ".json" and (source / relative).stat().st_size < 1 << 20:
             try:
                 before = json.loads((source / relative).read_text(encoding="utf-8"))
             except ValueError:
-                continue  # its readers will say so
+                continue  # the readers of this file report it
             if (after := without_local_paths(before)) != before:
                 write_json(target / relative, after)
 
 
 def without_local_paths(value: Any) -> Any:
-    """JSON values without the keys whose value is a path of this machine, such as ``_name_or_path``.
+    """Return JSON values without the keys whose value is a path of this machine, such as ``_name_or_path``.
 
-    transformers and others write where a model was loaded from into its files; nobody else can use that, and it tells
-    who made the model where.
+    transformers and others write a model's load path into its files. Others cannot use this path, and it reveals who
+    made the model and where.
     """
     if isinstance(value, dict):
         return {key: without_local_paths(inner) for key, inner in value.items() if not _is_local_path(key, inner)}
@@ -117,7 +117,7 @@ def without_local_paths(value: Any) -> Any:
 
 
 def _is_local_path(key: str, value: Any) -> bool:
-    """Whether a key's value is an absolute path that exists here, or lies in the user's home. A token is no path."""
+    """Return whether a value is an absolute path that exists here or lies in the user's home. A token is no path."""
     token = key == "content" or key.endswith("_token")
     if not isinstance(value, str) or token or len(value) > 4096 or "\0" in value:
         return False
@@ -139,7 +139,7 @@ def _matching(folder: Path, inside: Path, patterns: Iterable[str]) -> list[Path]
 
 
 def _module_folders(modules: Path) -> list[Path]:
-    """Folders inside the model's that its ``modules.json`` names, such as ``1_Pooling``."""
+    """Return the folders inside the model's folder that its ``modules.json`` names, such as ``1_Pooling``."""
     try:
         entries = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
     except ValueError:

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported embedder: the source's, but one that always adds BOS and EOS and knows no chat."""
+"""The tokenizer of an exported embedder: the source's, changed to always add BOS and EOS and to have no chat form."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_embed.conversion.hf.folder import read_json
 from megatron_embed.conversion.hf.sentence_files import write_json
 from megatron_embed.conversion.hf.sidecars import without_local_paths
 
-#: what a fast tokenizer may consist of. tekken.json is left out on purpose: with it, what AutoTokenizer loads depends
-#: on whether mistral_common is installed
+#: the files of a fast tokenizer. tekken.json is left out on purpose: with it, AutoTokenizer's result depends on
+#: whether mistral_common is installed
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,22 +25,24 @@ FILES = (
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a fast tokenizer."""
+    """Return whether a folder holds a fast tokenizer."""
     return (folder / "tokenizer.json").is_file()
 
 
 def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     """Copy a tokenizer with the edits that an embedder needs.
 
-    ``model_max_length`` is set; control tokens inside a text (``[INST]``) stay text, as in training; every text gets
-    ``<s> … </s>``, or ``… </s>`` where there is no BOS (a file that does so already stays as it is, and so does a ready
-    embedder's: it was trained so); the chat template goes, since sentence-transformers 6 would read every text as a
-    chat message; so do the keys that name a processor, remote code or a path of this machine; one without a padding
-    token, as Llama's, gets one, else no batch can be made; the class is the one that reads ``tokenizer.json`` and
-    nothing else, which training uses too.
+    * ``model_max_length`` is set.
+    * Control tokens inside a text (``[INST]``) stay text, as in training.
+    * Every text gets ``<s> … </s>``, or ``… </s>`` where there is no BOS. A file that does so already stays unchanged,
+      and so does a ready embedder's, which was trained with it.
+    * The chat template is removed: with it sentence-transformers 6 would read every text as a chat message.
+    * Keys that name a processor, remote code or a path of this machine are removed.
+    * A tokenizer without a padding token, such as Llama's, gets one: batches need it.
+    * The class is the one that reads only ``tokenizer.json``; training uses it too.
 
     Raises:
-        UserError: no ``tokenizer.json``.
+        UserError: there is no ``tokenizer.json``.
     """
     if not has_tokenizer(source):
         found = ", ".join(sorted(p.name for p in source.glob("*tok*"))) or "nothing of the kind"
@@ -61,7 +63,7 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     tokenizer = read_json(source / "tokenizer.json")
     ready = (source / "modules.json").is_file()
     for key in ("add_bos_token", "add_eos_token"):
-        if key in settings and not ready:  # stated, they make transformers build the post-processor anew
+        if key in settings and not ready:  # these keys make transformers rebuild the post-processor
             settings[key] = key == "add_eos_token" or _has_bos(settings, _ids(tokenizer))
     if (pad := _missing_pad_token(source, settings, tokenizer)) is not None:
         settings["pad_token"] = pad
@@ -71,16 +73,16 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
 
 
 def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Make the contents of a ``tokenizer.json`` put BOS before and EOS behind every text.
+    """Change the contents of a ``tokenizer.json`` to put BOS before and EOS after every text.
 
-    A tokenizer that names no BOS and has no ``<s>``, as Qwen's, gets EOS alone.
+    A tokenizer that names no BOS and has no ``<s>``, such as Qwen's, gets EOS alone.
 
     Args:
         tokenizer: changed in place.
         settings: contents of ``tokenizer_config.json``, which name the two tokens.
 
     Returns:
-        Whether anything had to be changed.
+        Whether the contents were changed.
     """
     bos, eos = (_token(settings.get(key), default) for key, default in (("bos_token", "<s>"), ("eos_token", "</s>")))
     ids = _ids(tokenizer)
@@ -99,13 +101,13 @@ def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
         "pair": [*before, _sequence("A"), _special(eos), _sequence("B"), _special(eos)],
         "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (*front, eos)},
     }
-    others = [step for step in steps if step["type"] == "ByteLevel"]  # trims offsets only
+    others = [step for step in steps if step["type"] == "ByteLevel"]  # it only trims offsets
     tokenizer["post_processor"] = {"type": "Sequence", "processors": [*others, template]} if others else template
     return True
 
 
 def _missing_pad_token(source: Path, settings: dict[str, Any], tokenizer: dict[str, Any]) -> str | None:
-    """A padding token for a tokenizer that names none; padding is masked, so that any serves, EOS too."""
+    """Return a padding token for a tokenizer without one; padding is masked, so any token serves, EOS included."""
     path = source / "special_tokens_map.json"
     if settings.get("pad_token") or (path.is_file() and read_json(path).get("pad_token")):
         return None
@@ -131,7 +133,7 @@ def _ids(tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _token(value: Any, default: str) -> str:
-    """Token names are plain, or an object with a ``content``."""
+    """Return a token's name, given plainly or as an object with a ``content``."""
     return str(value.get("content", default)) if isinstance(value, dict) else str(value or default)
 
 

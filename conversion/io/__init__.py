@@ -1,1 +1,1 @@
-"""Files and bytes, of no format in particular: atomic outputs, checksums, fast copying, casts."""
+"""Tools for files and bytes of any format: atomic outputs, checksums, fast copying, casts."""

@@ -1,4 +1,4 @@
-"""An output, a folder or a file, that is there whole or not at all."""
+"""Atomic outputs: a folder or file exists as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def atomic_output(
 ) -> Iterator[Path]:
     """Build a folder under another name beside ``path`` and rename it at the end.
 
-    Whatever ends the block early, ``path`` is as before. A killed process leaves only the folder under the other name,
-    ``.NAME.partial-…``, which the next run for the same path removes.
+    If anything ends the block early, ``path`` stays as before. A killed process leaves only the folder under the other
+    name, ``.NAME.partial-…``, which the next run for the same path removes.
 
     Args:
-        path: where the folder shall be.
-        overwrite: replace what is there (a folder that looks like a model or a checkpoint), at the very end.
-        sources: what the output is made from, or was once made from; see :func:`refuse_sources`.
+        path: the folder to make.
+        overwrite: replace an existing folder (one that looks like a model or a checkpoint), at the very end.
+        sources: folders from which the output is or once was made; see :func:`refuse_sources`.
 
     Yields:
         The folder to write into.
 
     Raises:
-        UserError: something is there already, or ``path`` is, holds or lies in a source.
+        UserError: ``path`` exists already, or it is, holds or lies in a source.
     """
     refuse_sources(path, sources)
     target = _real(path)
@@ -57,7 +57,7 @@ def atomic_output(
     lock = os.open(partial / _LOCK, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        partial.chmod(0o777 & ~_umask())  # mkdtemp is private, a model folder need not be
+        partial.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder; a model folder need not be private
         yield partial
         _sync(partial)
         (partial / _LOCK).unlink()
@@ -73,7 +73,7 @@ def atomic_output(
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file ``NAME.partial`` beside ``path`` and rename it at the end, when all of it is on the disk.
 
-    Whatever ends the block early, ``path`` is as before. One process at a time may write a path.
+    If anything ends the block early, ``path`` stays as before. Only one process at a time may write a path.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -88,10 +88,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_array(file: BinaryIO, values: np.ndarray) -> None:
-    """Write an array into an open ``.npy`` file; whatever fails raises.
+    """Write an array into an open ``.npy`` file; raise every failure.
 
-    Numpy writes by itself into what it knows to be a file, and on a full disk says neither which error it met nor, of
-    the last 4 KiB, that it met one.
+    numpy writes into real files by itself. On a full disk it does not say which error it met, and for the last 4 KiB
+    it does not even say that it met one.
     """
     import numpy as np
 
@@ -99,14 +99,16 @@ def save_array(file: BinaryIO, values: np.ndarray) -> None:
 
 
 def refuse_sources(path: str | os.PathLike[str], sources: Iterable[Path]) -> None:
-    """An output may neither be a source, nor hold one (--overwrite would remove it), nor lie in one (it would become
-    part of it). Nor may it hold a file that is linked from a source, as a hub cache's blobs are.
+    """Refuse an output that is a source, holds one or lies in one.
+
+    ``--overwrite`` would remove a source that the output holds, and an output inside a source would become part of it.
+    The output may also not hold a file to which a source links, as a hub cache's folders link to its blobs.
 
     Args:
-        sources: model and checkpoint folders; those that do not exist are passed over.
+        sources: model and checkpoint folders; those that do not exist are skipped.
 
     Raises:
-        UserError: names the output and the source.
+        UserError: the message names the output and the source.
     """
     target = Path(path).expanduser().resolve()
     for source in sources:
@@ -122,7 +124,7 @@ def refuse_sources(path: str | os.PathLike[str], sources: Iterable[Path]) -> Non
 
 
 def _real(path: str | os.PathLike[str]) -> Path:
-    """Where a folder would be made, links in its way followed; itself it may be one."""
+    """Return the path of a folder to make, with links in its parents followed but not a link at the path itself."""
     target = Path(path).expanduser()
     return target.parent.resolve() / target.name if target.name not in ("", "..") else target.resolve()
 
@@ -132,7 +134,7 @@ def _is_empty(target: Path) -> bool:
 
 
 def _refuse_foreign(target: Path) -> None:
-    """--overwrite removes a folder with all that is in it: only one that was written as an output before."""
+    """Refuse to remove a folder that is no earlier output: ``--overwrite`` removes a folder with all its contents."""
     marks = ("config.json", "latest_checkpointed_iteration.txt", ".metadata")
     if target.is_symlink() or not target.is_dir() or not any((target / mark).exists() for mark in marks):
         raise UserError(f"{target}: is no model or checkpoint folder, so --overwrite does not remove it; move it away")
@@ -149,7 +151,7 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def _restore(target: Path) -> None:
-    """Finish what a process killed between the two renames left: the old folder comes back, or goes."""
+    """Finish the work of a process that was killed between the two renames: restore or remove the old folder."""
     old = target.parent / f".{target.name}.replaced"
     if old.is_dir():
         if target.exists():
@@ -159,7 +161,7 @@ def _restore(target: Path) -> None:
 
 
 def _clean(target: Path) -> None:
-    """Remove what killed processes left. A living one holds its folder's lock."""
+    """Remove the folders of killed processes. A live process holds its folder's lock."""
     for stale in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         try:
             lock = os.open(stale / _LOCK, os.O_RDWR)
@@ -176,7 +178,7 @@ def _clean(target: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """On the disk before it gets its name: after a power cut a complete name must not hold empty files."""
+    """Sync a folder's files to the disk before its rename: a final name must not hold empty files after a power cut."""
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)

@@ -1,8 +1,8 @@
-"""A large file written past the page cache, in blocks: one is filled while the one before it goes to the disk.
+"""Writer of large files past the page cache, in blocks: one block is filled while the previous one goes to the disk.
 
-Python's own streams copy every byte into the page cache, a page at a time, and the disk gets them later: for files of
-gigabytes this takes more processor time than all else. ``O_DIRECT`` takes the bytes from this process's memory; what
-it wants in return is addresses, positions and sizes in whole sectors, so all that is written passes through blocks.
+Python's own streams copy every byte into the page cache, a page at a time, and the disk gets the bytes later: for files
+of gigabytes this takes more processor time than everything else. ``O_DIRECT`` takes the bytes from this process's
+memory, but needs addresses, positions and sizes in whole sectors, so all data passes through blocks.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from types import TracebackType
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.io.checksums import Summing
 
-#: small enough to stay in a processor's cache between being filled and being written
+#: small enough to stay in a processor's cache between filling and writing
 BLOCK = 2 << 20
-#: sectors of today's disks; writes in the middle of a file are blocks, only the last one is rounded up to this
+#: sector size of today's disks; writes inside a file are whole blocks, only the last one is rounded up to sectors
 _SECTOR = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class BlockWriter:
-    """A new file, written from its start to its end. A context manager; :meth:`close` tells whether all was written.
+    """A new file, written from start to end. It is a context manager; :meth:`close` reports whether all was written.
 
     Args:
         path: the file to make.
         disk: the thread that writes blocks; several files may share one.
-        sums: given, that thread adds up the file's checksums too.
+        sums: if given, that thread also adds up the file's checksums.
 
     Raises:
-        OSError: by any method: a full disk and its like, at the latest by :meth:`close`.
+        OSError: a full disk or the like; any method may raise it, :meth:`close` at the latest.
     """
 
     def __init__(self, path: Path, disk: ThreadPoolExecutor, sums: Summing | None = None) -> None:
         self.path = path
         self._disk, self._sums = disk, sums
         self._file = _open(path)
-        # two blocks: one is filled, one is being written; mapped memory begins at a page
+        # one block is filled while the other is written; mapped memory begins at a page
         self._block, self._other = (memoryview(mmap.mmap(-1, BLOCK)) for _ in range(2))
         self._filled = self._start = 0
         self._writing: Future[None] | None = None
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Return the number of bytes written so far."""
         return self._start + self._filled
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append bytes; returns how many."""
+        """Append bytes; return their number."""
         view = memoryview(data).cast("B")
         for at, part in self._room(len(view)):
             part[:] = view[at : at + len(part)]
@@ -63,7 +63,7 @@ class BlockWriter:
         """Append a part of another file.
 
         Raises:
-            UserError: that file ends before.
+            UserError: the other file ends before that part does.
         """
         with source.open("rb", buffering=0) as stream:
             for at, part in self._room(count):
@@ -74,7 +74,7 @@ class BlockWriter:
                     done += got
 
     def close(self) -> None:
-        """Write what is left, and wait until all is written."""
+        """Write the remaining bytes, and wait until all are written."""
         if self._file < 0:
             return
         try:
@@ -96,7 +96,7 @@ class BlockWriter:
             self._abandon()
 
     def _abandon(self) -> None:
-        """Close the file as it is."""
+        """Close the file in its present state."""
         if self._file >= 0:
             with contextlib.suppress(OSError):
                 self._wait()
@@ -104,7 +104,7 @@ class BlockWriter:
             self._file = -1
 
     def _room(self, count: int) -> Iterator[tuple[int, memoryview]]:
-        """(bytes before it, memory to fill) for the next ``count`` bytes."""
+        """Yield (number of bytes before it, memory to fill) for the next ``count`` bytes."""
         at = 0
         while at < count:
             size = min(count - at, BLOCK - self._filled)
@@ -132,7 +132,7 @@ class BlockWriter:
 
 
 def _open(path: Path) -> int:
-    """The file, for writing past the page cache where its file system can do that."""
+    """Open the file for writing, past the page cache where its file system supports this."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(path, flags | _DIRECT, 0o666)
@@ -151,5 +151,5 @@ def _write(file: int, block: memoryview, position: int) -> None:
             flags = fcntl.fcntl(file, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & _DIRECT:
                 raise
-            # a file system that wants other sizes, or part of a block was written: the page cache takes anything
+            # The file system wants other sizes, or wrote only part of a block; the page cache accepts any size.
             fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)

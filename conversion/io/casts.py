@@ -1,4 +1,4 @@
-"""Casts between the dtypes that weights are stored in; no value changes without being refused or counted."""
+"""Casts between the dtypes of stored weights. Every change of a value is refused or counted."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError
 
-#: Values cast and looked at in one go. They stay in the processor's cache, and torch divides nothing that is smaller
-#: among threads, whose meeting would cost more than the work.
+#: Number of values cast and checked at once. They stay in the processor's cache, and torch does not divide a tensor of
+#: this size among threads, whose synchronisation would cost more than the work.
 _BLOCK = 1 << 15
 
-#: tensor name → (how many of its values were rounded, the largest change relative to the value)
+#: tensor name → (number of rounded values, largest change relative to the value)
 Rounded: TypeAlias = dict[str, tuple[int, float]]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"bfloat16"``."""
+    """Return the plain name of a dtype: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
 
 
 def torch_option(dtype: torch.dtype) -> str:
-    """``"--torch-dtype bfloat16"``: how the command line asks for a dtype."""
+    """Return the command line's option for a dtype: ``"--torch-dtype bfloat16"``."""
     return f"--torch-dtype {dtype_name(dtype)}"
 
 
 @dataclass
 class Casts:
-    """Casts tensors, refuses what would be lost, and counts what is rounded.
+    """Casts of tensors, which refuse losses and count rounded values.
 
-    A finite value that the new dtype cannot reach (1e5 in float16) is always refused. A value that the new dtype does
-    not hold exactly is refused too, unless ``rounding`` was asked for; then it is counted, underflow to zero included.
-    NaN and infinity that the tensor holds already are carried over as they are.
+    A finite value that the new dtype cannot reach (1e5 in float16) is always refused. A value that the new dtype cannot
+    hold exactly is refused too, unless ``rounding`` was asked for; then it is counted, underflow to zero included. NaN
+    and infinity in the given tensor stay as they are.
 
     Attributes:
-        where: folder that the tensors come from, for messages.
+        where: the tensors' folder, for messages.
         rounding: whether the user asked for a dtype that may round.
-        ask: how the user asks for a dtype, such as ``--torch-dtype float32``.
-        rounded: what was rounded so far.
+        ask: function that returns the way to ask for a dtype, such as ``--torch-dtype float32``.
+        rounded: the values rounded so far.
     """
 
     where: Path | str
@@ -52,16 +52,17 @@ class Casts:
     rounded: Rounded = field(default_factory=dict)
 
     def __call__(self, name: str, tensor: Tensor, dtype: torch.dtype, *, count: bool = True) -> Tensor:
-        """The tensor in another dtype.
+        """Return the tensor in another dtype.
 
         Args:
-            name: what the tensor, or a part of it, is called in messages and counts.
-            count: False for one that another process counts.
+            name: name of the tensor, or of a part of it, in messages and counts.
+            count: False for a tensor that another process counts.
 
         Raises:
-            UserError: names the tensor and the first value that would overflow or, where not asked for, be rounded.
+            UserError: the message names the tensor and the first value that would overflow or, where rounding was not
+                asked for, be rounded.
         """
-        if torch.promote_types(tensor.dtype, dtype) == dtype:  # the same, or wider: every value is exact
+        if torch.promote_types(tensor.dtype, dtype) == dtype:  # the same or wider: every value is exact
             return tensor.to(dtype)
         cast = torch.empty(tensor.shape, dtype=dtype)
         rounded, largest = 0, 0.0
@@ -76,7 +77,7 @@ class Casts:
         return cast
 
     def _refuse(self, name: str, given: Tensor, out: Tensor) -> None:
-        """Raise for the first value of a block that overflows, or else that is rounded."""
+        """Raise for the first value of a block that overflows, or else for the first that is rounded."""
         wide = given.double()
         changed = (out.double() != wide) & ~wide.isnan()
         overflows = changed & out.isinf()
@@ -95,16 +96,16 @@ class Casts:
         )
 
     def notes(self, dtype: torch.dtype | None = None) -> list[str]:
-        """One line that says what was rounded; none where nothing was.
+        """Return one line that reports the rounding; none if nothing was rounded.
 
         Args:
-            dtype: the dtype that keeps every value, where rounding was a default: the line then says how to ask for it.
+            dtype: the dtype that keeps every value, where rounding was a default; the line then says how to ask for it.
         """
         return [f"{line}; {self.ask(dtype)} keeps every value" if dtype else line for line in told(self.rounded)]
 
 
 def told(rounded: Mapping[str, tuple[int, float]]) -> list[str]:
-    """One line that says what was rounded; none where nothing was."""
+    """Return one line that reports the rounding; none if nothing was rounded."""
     if not rounded:
         return []
     values = sum(count for count, _ in rounded.values())
@@ -114,7 +115,7 @@ def told(rounded: Mapping[str, tuple[int, float]]) -> list[str]:
 
 
 def merged(parts: Iterable[Rounded]) -> Rounded:
-    """What several processes rounded, each its own slices of the tensors."""
+    """Merge the counts of several processes, each of which rounded its own slices of the tensors."""
     whole: Rounded = {}
     for part in parts:
         for name, (count, change) in part.items():
@@ -124,7 +125,7 @@ def merged(parts: Iterable[Rounded]) -> Rounded:
 
 
 def _cast_block(given: Tensor, out: Tensor) -> tuple[int, float]:
-    """Cast into ``out``; (how many finite values changed, the largest relative change: infinity where one overflowed).
+    """Cast into ``out``; return how many finite values changed, and the largest relative change (infinity: overflow).
 
     numpy compares and counts several times as fast as torch does on a CPU.
     """
@@ -135,7 +136,7 @@ def _cast_block(given: Tensor, out: Tensor) -> tuple[int, float]:
     if not changed:
         return 0, 0.0
     least, most = map(float, after.sub_(before).div_(before).aminmax())
-    if least != least:  # 0/0, NaN and infinity as they were: no change
+    if least != least:  # 0/0, or NaN and infinity as they were: no change
         after.nan_to_num_(0.0, float("inf"), float("-inf"))
         changed = int(np.count_nonzero(after.numpy()))
         least, most = map(float, after.aminmax())
@@ -143,5 +144,5 @@ def _cast_block(given: Tensor, out: Tensor) -> tuple[int, float]:
 
 
 def _text(value: Tensor) -> str:
-    """A value with as many digits as tell it from its neighbours."""
+    """Return a value with enough digits to distinguish it from its neighbours."""
     return f"{float(value):.{17 if value.dtype == torch.float64 else 9}g}"

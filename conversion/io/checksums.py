@@ -1,9 +1,9 @@
-"""Checksums of a checkpoint's files: written with it, checked by whatever reads it.
+"""Checksums of a checkpoint's files: written with the checkpoint, checked by every reader.
 
-Neither torch's distributed checkpoint nor megatron-core keeps any: a flipped byte would be a slightly different model.
-``checksums.json`` in the iteration folder holds, for each file, its size and an XXH3 sum of every 2 MiB block. Sums of
-blocks let a reader check no more than what it reads: the weights, say, in a file that holds the optimizer's state too.
-A checkpoint without that file (an older one, or another program's) is read as it is.
+Neither torch's distributed checkpoint nor megatron-core has any: a flipped byte would give a slightly different model.
+``checksums.json`` in the iteration folder holds, for each file, its size and an XXH3 sum of every 2 MiB block. With
+sums of blocks a reader checks only what it reads, such as the weights in a file that also holds the optimizer's state.
+A checkpoint without that file (an older one, or another program's) is read without checks.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import xxhash
 from megatron_embed.bridge.errors import UserError
 
 CHECKSUMS = "checksums.json"
-#: bytes that one sum stands for
+#: bytes per sum
 BLOCK = 2 << 20
 _FORM = {"algorithm": "xxh3_64", "block": BLOCK}
-#: files that are checked block by block, as they are read; all others are small, and are checked at once
+#: ending of files that are checked block by block while they are read; all others are small and are checked at once
 _IN_BLOCKS = ".distcp"
 
 
 class DamagedCheckpoint(UserError):
-    """A file of a checkpoint is not as it was written: other bytes, cut short, or missing.
+    """Error for a checkpoint file that has changed since it was written: other bytes, cut short, or missing.
 
     Attributes:
-        damage: the message as it was before it said where a sound checkpoint is.
-        older: the newest sound checkpoint before it, once that was looked for.
+        damage: the message without the part that names a sound checkpoint.
+        older: the newest sound checkpoint before it, after a search for it.
     """
 
     older: Path | None = None
@@ -45,15 +45,15 @@ class DamagedCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class FileSums:
-    """What a file should be."""
+    """Wanted size and sums of a file."""
 
     bytes: int
-    #: of each block in turn
+    #: one per block, in order
     sums: list[str] = field(default_factory=list)
 
 
 class Summing:
-    """Adds up the sums of a file whose bytes come piece by piece."""
+    """Accumulator of a file's sums, whose bytes come piece by piece."""
 
     def __init__(self) -> None:
         self._bytes = 0
@@ -61,7 +61,7 @@ class Summing:
         self._block = xxhash.xxh3_64()
 
     def update(self, data: Any) -> None:
-        """The next bytes (anything with a contiguous buffer)."""
+        """Add the next bytes (anything with a contiguous buffer)."""
         view = memoryview(data).cast("B")
         at = 0
         while at < len(view):
@@ -74,13 +74,13 @@ class Summing:
                 self._block.reset()
 
     def result(self) -> FileSums:
-        """Of all bytes so far."""
+        """Return size and sums of all bytes so far."""
         rest = [self._block.hexdigest()] if self._bytes % BLOCK else []
         return FileSums(self._bytes, [*self._sums, *rest])
 
 
 def write_checksums(folder: Path, known: Mapping[str, FileSums]) -> None:
-    """Write ``checksums.json`` for all files in ``folder``; those in ``known`` (by name) are not read again."""
+    """Write ``checksums.json`` for all files in ``folder``; files in ``known`` (by name) are not read again."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -91,17 +91,17 @@ def write_checksums(folder: Path, known: Mapping[str, FileSums]) -> None:
 
 
 class Checksums:
-    """The checksums of one iteration folder, and which blocks were found to be right."""
+    """The checksums of one iteration folder, and the blocks that were found right."""
 
     def __init__(self, folder: Path, files: Mapping[str, FileSums]) -> None:
         self.folder, self._files = folder, files
         self._right: set[tuple[str, int]] = set()
-        # what is read stays in the processor's cache until it is summed; conversions read in two threads
+        # a block stays in the processor's cache until it is summed; conversions read in two threads
         self._buffer, self._lock = memoryview(bytearray(BLOCK)), threading.Lock()
 
     @classmethod
     def read(cls, folder: Path) -> Checksums | None:
-        """Of an iteration folder; None: it has none.
+        """Read the checksums of an iteration folder; return None if it has none.
 
         Raises:
             DamagedCheckpoint: ``checksums.json`` itself is damaged.
@@ -118,10 +118,10 @@ class Checksums:
             raise DamagedCheckpoint(f"{path}: damaged: not as it was written ({error})") from None
 
     def check_files(self) -> None:
-        """That every file is there in its full size, and that all but the tensors' files hold what was written.
+        """Check that every file has its full size, and that all files but the tensors' have their written contents.
 
         Raises:
-            DamagedCheckpoint: naming the first file that does not.
+            DamagedCheckpoint: the message names the first file that fails.
         """
         for name, wanted in self._files.items():
             path = self.folder / name
@@ -134,10 +134,10 @@ class Checksums:
                 self.check(name, 0, wanted.bytes)
 
     def check(self, name: str, start: int, stop: int) -> None:
-        """That a file holds, from byte ``start`` to before ``stop``, what was written. Each block is read once.
+        """Check that bytes ``start`` to before ``stop`` of a file are as written. Each block is read once.
 
         Raises:
-            DamagedCheckpoint: it does not.
+            DamagedCheckpoint: they are not.
         """
         wanted = self._files.get(name)
         with self._lock:
@@ -153,14 +153,14 @@ class Checksums:
                 os.close(file)
 
     def check_all(self, *, part: int = 0, parts: int = 1) -> None:
-        """:meth:`check_files`, and the tensors' files too: all their blocks, or the ``part``-th of ``parts`` shares.
+        """Run :meth:`check_files`, and check all blocks of every file, or the ``part``-th of ``parts`` shares of them.
 
         Raises:
-            DamagedCheckpoint: naming the first file that is not as it was written.
+            DamagedCheckpoint: the message names the first file that is not as it was written.
         """
         self.check_files()
         for name, wanted in self._files.items():
-            size = -(-len(wanted.sums) // parts) * BLOCK  # bytes of a share
+            size = -(-len(wanted.sums) // parts) * BLOCK  # bytes per share
             self.check(name, min(part * size, wanted.bytes), min((part + 1) * size, wanted.bytes))
 
     def _check_block(self, file: int, name: str, block: int, wanted: FileSums) -> None:
@@ -191,5 +191,5 @@ def _own_sum(files: Any) -> str:
 
 
 def _hint(name: str) -> str:
-    """Text files beside the tensors may have been edited."""
+    """Return a hint for text files beside the tensors, which a user may have edited."""
     return "" if name.endswith((_IN_BLOCKS, ".metadata", ".pt")) else f"; changed on purpose? Then remove {CHECKSUMS}"

@@ -1,4 +1,4 @@
-"""A folder that cannot be written to, and a disk that does not take what is written: what is said."""
+"""Messages for a folder that cannot be written to, and for a disk that refuses data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain_unwritten(error: BaseException, folder: Path, needed: int | None = None) -> str | None:
-    """Why the disk of ``folder`` did not take what was to be written; None: the error is about something else.
+    """Return why the disk of ``folder`` refused data; None if the error is about something else.
 
     Args:
-        needed: the bytes of all that was to be written, where that is known.
+        needed: total bytes to write, if known.
     """
     cause = system_error(error)
     if cause is None or cause.errno is None:
@@ -35,7 +35,7 @@ def explain_unwritten(error: BaseException, folder: Path, needed: int | None = N
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Name the folder, and how much room it has, where the disk does not take what is written inside."""
+    """Raise an error that names the folder and its free space if the disk has no room for the writes inside."""
     try:
         yield
     except OSError as error:
@@ -45,10 +45,10 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that could not be made or written to; nothing is left there.
+    """Refuse a folder that cannot be made or written to; leave nothing there.
 
     Raises:
-        UserError: saying of which folder the system said what.
+        UserError: the message names the folder and the system's reason.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; wanted a folder, which is made if it is not there")
@@ -62,7 +62,7 @@ def check_writable(folder: Path) -> None:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The error of the system, if there is one, under what other layers made of it."""
+    """Return the system's error that other layers have wrapped, if there is one."""
     chain: list[BaseException | None] = [error]
     while (last := chain[-1]) is not None and last not in chain[:-1]:
         if isinstance(last, OSError):

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, elsewhere plain lines in the log."""
+"""Progress of long work: a bar on a terminal, elsewhere plain lines in the log."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 _LOG = logging.getLogger(__name__)
-_EVERY = 30.0  # seconds between lines: a day's log stays readable
+_EVERY = 30.0  # seconds between lines, so that a day's log stays readable
 
 
 @contextmanager
 def progress(what: str, total: int, *, done: int = 0, unit: str = "text") -> Iterator[Callable[[int], object]]:
-    """Show how much of ``total`` is done; call what it yields with how much more that is."""
+    """Show how much of ``total`` is done; the caller passes each further amount to the yielded function."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -44,5 +44,5 @@ class _Lines:
 
 
 def time_left(remaining: float, rate: float) -> str:
-    """``0:01:30`` for what remains at a rate of so much a second."""
+    """Return the time for the remaining amount at a rate per second, as ``0:01:30``."""
     return str(timedelta(seconds=round(remaining / rate))) if rate > 0 else "?"

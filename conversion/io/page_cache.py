@@ -1,4 +1,4 @@
-"""Files brought into the page cache before they are wanted. Imports nothing that takes long."""
+"""Reading of files into the page cache before they are needed. This module imports nothing that takes long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 
 
 def read_ahead(file: Path, position: int, count: int) -> int:
-    """Bring a part of a file into the page cache; returns the bytes, where the system can tell. Nothing is copied."""
+    """Bring a part of a file into the page cache without copying it; return the bytes, where the system can tell."""
     left = count
     with contextlib.suppress(OSError), file.open("rb", buffering=0) as source, open(os.devnull, "wb") as null:
         while left and (done := os.sendfile(null.fileno(), source.fileno(), position, left)):
@@ -20,8 +20,10 @@ def read_ahead(file: Path, position: int, count: int) -> int:
 
 
 def begin_reading(folder: str | os.PathLike[str], pattern: str) -> None:
-    """Read the files below ``folder`` that match (those of the last folder that has any) while a program still loads
-    its libraries, as far as half of the available memory takes them."""
+    """Start to read the matching files below ``folder`` while a program still loads its libraries.
+
+    This reads the files of the last folder that has any, up to half of the available memory.
+    """
     threading.Thread(target=_read, args=(Path(folder).expanduser(), pattern), daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""Reading one tensor while the one before it is written."""
+"""Reading of one tensor while the previous one is written."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PAGE = 4096
 
 
 def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
-    """The same items in the same order, each made in a thread while its predecessor is in use.
+    """Yield the same items in the same order; a thread makes each while its predecessor is in use.
 
-    At most three exist at a time: the one in use, the next, and the one being made. What raises there is raised here;
-    who stops asking early must close the iterator, which waits for the thread.
+    At most three exist at a time: the one in use, the next, and the one being made. An error in the thread is raised
+    here. A caller that stops early must close the iterator, which waits for the thread.
     """
     ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=1)
     wanted = True
@@ -61,7 +61,7 @@ def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
 def fault_in(values: Values) -> Values:
     """Touch every page of a tensor that may be a view of a mapped file, so that its bytes are in memory.
 
-    What is copied from file to file the kernel reads ahead; a thread that did so too only took processor time.
+    Rows copied from file to file do not need this: the kernel reads ahead, and a thread only cost processor time.
     """
     if not isinstance(values, Stored) and values.numel() and values.is_contiguous():
         values.reshape(-1).view(torch.uint8)[::_PAGE].max()

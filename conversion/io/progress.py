@@ -1,4 +1,4 @@
-"""What conversions report while they run and at their end."""
+"""Reports of a conversion, during its run and at its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written, and what should be said about it, one line each."""
+    """The written folder, and notes about it, one line each."""
 
     path: Path
     notes: list[str] = field(default_factory=list)
@@ -20,7 +20,7 @@ class Converted:
 
 @contextmanager
 def byte_bar(label: str, total: int, *, enabled: bool, unit: str = "B") -> Iterator[Callable[[int], object]]:
-    """A progress bar over bytes, or what else ``unit`` says; call what it yields with how much was just done."""
-    hidden = None if enabled else True  # None: where stderr is no terminal, whose records would fill a log
+    """Show a progress bar in bytes, or in ``unit``; the caller passes each further amount to the yielded function."""
+    hidden = None if enabled else True  # None hides it where stderr is no terminal, because bars would fill a log
     with tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", disable=hidden, leave=False) as bar:
         yield bar.update

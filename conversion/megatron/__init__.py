@@ -1,1 +1,1 @@
-"""What lies in a Megatron checkpoint: tensors, weights of the table, state of model and optimizer."""
+"""Contents of a Megatron checkpoint: tensors, weights of the table, state of model and optimizer."""

@@ -1,4 +1,4 @@
-"""Direct start: a Megatron model's parameters filled straight from an HF folder, each rank reading its own slices."""
+"""Direct start: each rank fills a Megatron model's parameters straight from an HF folder, reading its own slices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_embed.conversion.megatron.weights import CheckpointWeights, is_ign
 def parameters_with_weights(
     module: torch.nn.Module, config: EncoderConfig, *, layer_offset: int
 ) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
-    """Yield each parameter of a stage by name with its row of the table, but for those that start from the recipe.
+    """Yield each parameter of a stage with its name and its row of the table, except those that the recipe sets.
 
     Raises:
         UserError: a parameter has no row.
@@ -48,13 +48,13 @@ def load_hf_weights(
 ) -> None:
     """Fill every parameter of this rank's part of the model.
 
-    Only the bytes of this rank's slices are read (``folder.bytes_requested`` counts them).
+    This reads only the bytes of this rank's slices (``folder.bytes_requested`` counts them).
 
     Args:
         encoder: the stage's module, or with interleaved stages a list of (module, its layer offset).
         layer_offset: global index of the stage's first layer.
-        casts: what weights are cast to the parameters' dtype with; by default they may be rounded. A weight that every
-            tensor-parallel rank holds is counted by the first, so that the ranks' counts add up.
+        casts: casts weights to the parameters' dtype; by default they may be rounded. The first tensor-parallel rank
+            counts a weight that every rank holds, so that the ranks' counts add up.
 
     Raises:
         UserError: the folder does not fit the config, a parameter has no row in the table or another shape, or
@@ -84,13 +84,13 @@ def load_hf_weights(
 def refuse_overflow(
     stages: Sequence[tuple[torch.nn.Module, int]], iter_dir: Path, config: EncoderConfig, casts: Casts
 ) -> None:
-    """Refuse parameters that were filled from a checkpoint of a wider dtype and overflowed.
+    """Refuse parameters that overflowed when they were filled from a checkpoint of a wider dtype.
 
-    megatron-core casts while it loads, and looks at nothing.
+    megatron-core casts while it loads, without a check.
 
     Args:
         stages: (module, its layer offset).
-        casts: names the weight and its value.
+        casts: names the weight and its value in the message.
 
     Raises:
         UserError: a finite value of the checkpoint became infinite.

@@ -1,9 +1,9 @@
-"""What lies where in a Megatron checkpoint, and how to look into it without running anybody's code.
+"""Layout of a Megatron checkpoint, and ways to inspect it without running anybody's code.
 
 ``DIR/latest_checkpointed_iteration.txt`` names the newest ``DIR/iter_0000000/``, which holds megatron-core's files
 (``.metadata``, ``*.distcp``, ``common.pt``, ``metadata.json``) and ours: ``run_config.yaml`` and ``hf/``, the source's
-files beside the weights, so that export needs nothing that may have moved. ``checksums.json`` says what all of them
-should be, see :mod:`megatron_embed.conversion.io.checksums`.
+files beside the weights, so that export does not depend on files that may have moved. ``checksums.json`` holds the
+checksums of all of them, see :mod:`megatron_embed.conversion.io.checksums`.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ from megatron_embed.conversion.megatron.safe_loading import load_common, safe_me
 TRACKER, RUN_CONFIG, SIDECARS = "latest_checkpointed_iteration.txt", "run_config.yaml", "hf"
 
 
-# ---- where things are
+# ---- locations
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
-    """``root/iter_0000100``."""
+    """Return ``root/iter_0000100`` for iteration 100."""
     return root / f"iter_{iteration:07d}"
 
 
 def write_tracker(root: Path, iteration: int) -> None:
-    """Make ``iteration`` the one that ``root`` stands for. Replaced in one step."""
+    """Make ``iteration`` the current one of ``root``, by an atomic replacement."""
     with atomic_file(root / TRACKER) as file:
         file.write(f"{iteration}\n".encode())
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """The iteration folder that ``path`` means.
+    """Return the iteration folder that ``path`` means.
 
     Args:
         path: a checkpoint folder with a tracker, one of its ``iter_…`` folders, or a training run's ``save_dir``.
 
     Raises:
-        UserError: none of these; says what was found.
-        DamagedCheckpoint: a file is cut short, missing, or (but for the tensors, which are checked as they are read)
-            not as it was written; names the newest sound checkpoint before it.
+        UserError: ``path`` is none of these; the message says what was found.
+        DamagedCheckpoint: a file is cut short, missing, or has other contents than were written (tensors are checked
+            later, while they are read); the message names the newest sound checkpoint before it.
     """
     folder = _locate(path)
     try:
@@ -102,7 +102,7 @@ def _locate(path: str | os.PathLike[str]) -> Path:
 
 
 def has_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether :func:`resolve` would find a checkpoint."""
+    """Return whether :func:`resolve` would find a checkpoint."""
     try:
         _locate(path)
     except UserError:
@@ -110,17 +110,19 @@ def has_checkpoint(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-# ---- which of them are sound
+# ---- soundness
 
 
 def with_older(
     error: DamagedCheckpoint, iter_dir: Path, check: Callable[[Path], bool] | None = None
 ) -> DamagedCheckpoint:
-    """The error, saying also which is the newest sound checkpoint before ``iter_dir``: all of its files are read.
+    """Return the error with the newest sound checkpoint before ``iter_dir`` in its message.
+
+    All of that checkpoint's files are read.
 
     Args:
-        iter_dir: the damaged one; a name without a number stands behind every other.
-        check: in the place of :func:`is_sound`, such as one whose work several ranks share.
+        iter_dir: the damaged checkpoint; a name without a number comes after all others.
+        check: function in place of :func:`is_sound`, such as one that shares the work among ranks.
     """
     root, damaged = iter_dir.parent, _number(iter_dir)
     numbers = {number: path for path in root.glob("iter_*") if (number := _number(path)) is not None}
@@ -139,9 +141,9 @@ def with_older(
 
 
 def is_sound(iter_dir: Path, *, part: int = 0, parts: int = 1) -> bool:
-    """Whether a checkpoint's files, or the ``part``-th of ``parts`` shares of them, are all as they were written.
+    """Return whether a checkpoint's files, or the ``part``-th of ``parts`` shares of them, are all as written.
 
-    Without checksums: whether they are all there, as long as ``.metadata`` says.
+    Without checksums, return whether all files exist with the lengths that ``.metadata`` states.
     """
     try:
         checks = Checksums.read(iter_dir)
@@ -156,15 +158,15 @@ def is_sound(iter_dir: Path, *, part: int = 0, parts: int = 1) -> bool:
 
 
 def check_lengths(iter_dir: Path, metadata: Metadata) -> None:
-    """That the tensors' files of a checkpoint without checksums are as long as its metadata says.
+    """Check that the tensors' files of a checkpoint without checksums have the lengths that its metadata states.
 
     Raises:
-        DamagedCheckpoint: one is shorter, or missing.
+        DamagedCheckpoint: a file is shorter, or missing.
     """
     lengths: dict[str, int] = {}
     for info in (metadata.storage_data or {}).values():
         if (name := str(info.relative_path)) != Path(name).name:
-            continue  # refused when it is to be read
+            continue  # the reader refuses it
         lengths[name] = max(lengths.get(name, 0), info.offset + info.length)
     for name, wanted in lengths.items():
         path = iter_dir / name
@@ -179,7 +181,7 @@ def _number(iter_dir: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-# ---- what it says of itself
+# ---- the checkpoint's own statements
 
 
 def write_run_config(iter_dir: Path, values: Mapping[str, Any]) -> None:
@@ -189,10 +191,10 @@ def write_run_config(iter_dir: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_run_config(iter_dir: Path) -> dict[str, Any]:
-    """Contents of ``run_config.yaml``; empty where there is none (a checkpoint of another program).
+    """Return the contents of ``run_config.yaml``; empty where there is none (a checkpoint of another program).
 
     Raises:
-        UserError: not valid YAML, or not sections.
+        UserError: the file is not valid YAML, or does not consist of sections.
     """
     path = iter_dir / RUN_CONFIG
     if not path.is_file():
@@ -200,13 +202,13 @@ def read_run_config(iter_dir: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        # Megatron-Bridge tags Python classes in its run_config.yaml; nothing of it is needed here
+        # Megatron-Bridge's run_config.yaml has tags for Python classes; none of it is needed here
         return {}
     return values if isinstance(values, dict) else {}
 
 
 def encoder_config(iter_dir: Path) -> EncoderConfig | None:
-    """The encoder of a checkpoint, from its ``run_config.yaml`` or else ``hf/config.json``; None: it does not say."""
+    """Return a checkpoint's encoder, from ``run_config.yaml`` or else ``hf/config.json``; None if neither states it."""
     values = read_run_config(iter_dir).get("encoder")
     if isinstance(values, dict):
         try:
@@ -219,15 +221,15 @@ def encoder_config(iter_dir: Path) -> EncoderConfig | None:
 
 
 def says_nothing(iter_dir: Path) -> bool:
-    """Whether a checkpoint holds neither a ``run_config.yaml`` that can be read nor its source's files."""
+    """Return whether a checkpoint has neither a readable ``run_config.yaml`` nor its source's files."""
     return not read_run_config(iter_dir) and not (iter_dir / SIDECARS).is_dir()
 
 
 def sources(iter_dir: Path) -> list[Path]:
-    """Folders that must outlive an export of a checkpoint: itself, and what it says it was made from.
+    """Return the folders that must outlive an export of a checkpoint: itself, and those from which it was made.
 
-    That is the model that it was imported from or trained on (of a hub id its folder in the cache), the checkpoint that
-    its training started from, and what that one was made from.
+    The latter are the model from which it was imported or trained (for a hub id its folder in the cache), the
+    checkpoint from which its training started, and the sources of that checkpoint.
     """
     found: list[Path] = []
     waiting = [iter_dir]
@@ -249,7 +251,7 @@ def sources(iter_dir: Path) -> list[Path]:
 
 
 def _folders(recorded: str) -> list[Path]:
-    """What a recorded source may mean: a folder, a checkpoint's newest iteration, a hub id's folder in the cache."""
+    """Return the possible folders of a recorded source: a folder, a checkpoint's newest iteration, a hub cache's."""
     path = Path(recorded).expanduser()
     if has_checkpoint(path):
         return [resolve(path).resolve()]
@@ -264,12 +266,12 @@ def _folders(recorded: str) -> list[Path]:
 
 
 def sentence_settings(iter_dir: Path, config: EncoderConfig) -> SentenceSettings:
-    """Sentence settings of a checkpoint's ``run_config.yaml``, defaults where it says nothing.
+    """Return the sentence settings of a checkpoint's ``run_config.yaml``, with defaults for those that it lacks.
 
-    One that was imported from a ready embedder before they were all kept there has them in the embedder's own files.
+    An older import of a ready embedder does not keep all settings there; it has them in the embedder's own files.
 
     Raises:
-        UserError: a setting that is not known.
+        UserError: a setting is not known.
     """
     run = read_run_config(iter_dir)
     kept, data = run.get("sentence"), run.get("data")
@@ -280,21 +282,21 @@ def sentence_settings(iter_dir: Path, config: EncoderConfig) -> SentenceSettings
     stated = {name: data[name] for name in names if data.get(name) is not None}
     if isinstance(kept, dict):
         return with_the_recipes(kept, replace(default_settings(config), **stated), str(iter_dir / RUN_CONFIG))
-    longest = config.max_position_embeddings  # of which imports took no notice then
+    longest = config.max_position_embeddings  # imports ignored it at that time
     lengths = {name: min(value, longest) for name, value in stated.items() if name.endswith("_length")}
     return replace(default_settings(config), **{**stated, **lengths})
 
 
 def was_made_bidirectional(iter_dir: Path, *, bidirectional: bool, consent: str = declared_attention.CONSENT) -> bool:
-    """Whether a checkpoint was made, as its ``run_config.yaml`` or the user says, of an embedder of causal attention.
+    """Return whether a checkpoint was made from an embedder with causal attention, by its own or the user's word.
 
     Args:
         bidirectional: whether the user says so.
-        consent: how the user can say so.
+        consent: the way in which the user can say so.
 
     Raises:
-        UserError: it was, by its source's files, and neither says so: an import from before it was asked. (What was
-            trained since was trained bidirectionally.)
+        UserError: its source's files show that it was, but neither ``run_config.yaml`` nor the user says so. This is an
+            import from before consent was needed. (A model trained since then was trained bidirectionally.)
     """
     run, sidecars = read_run_config(iter_dir), iter_dir / SIDECARS
     model = run.get("model")
@@ -317,7 +319,7 @@ def write_sidecars(iter_dir: Path, hf_folder: Path) -> None:
 
 
 def write_common(iter_dir: Path, iteration: int) -> None:
-    """``common.pt`` and ``metadata.json``, without which dist_checkpointing sees no checkpoint."""
+    """Write ``common.pt`` and ``metadata.json``, without which dist_checkpointing sees no checkpoint."""
     torch.save({"iteration": iteration, "checkpoint_version": 3.0}, iter_dir / "common.pt")
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {f"{key}_version": 1 for key in backends}

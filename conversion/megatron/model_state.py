@@ -1,6 +1,6 @@
-"""A model's (and its optimizer's) distributed checkpoint, through megatron-core's dist_checkpointing.
+"""The distributed checkpoint of a model and its optimizer, through megatron-core's dist_checkpointing.
 
-Layout-free: what was saved under one TP × PP × DP loads under any other.
+It does not depend on the layout: a state saved under one TP × PP × DP loads under any other.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from megatron_embed.conversion.megatron.param_groups import ask_for_saved_groups
 from megatron_embed.conversion.megatron.safe_loading import load_common, refuse_unsafe_loading, safe_metadata
 from megatron_embed.conversion.megatron.tensor_writer import bytes_on_all_ranks, write_tensors
 
-#: iteration folder while it is being written
+#: ending of an iteration folder while it is written
 PARTIAL = ".partial"
-#: whether the optimizer has a parameter group that the checkpoint lacks; beside the plain values that were saved
+#: key, beside the saved plain values: whether the optimizer has a parameter group that the checkpoint lacks
 NEW_GROUPS = "new parameter groups"
 
 
@@ -51,15 +51,15 @@ def save_model_state(
 
     Args:
         encoders: this rank's stages.
-        optimizer: megatron-core's; its state is saved too.
+        optimizer: megatron-core's optimizer, whose state is saved too.
         common: plain values, the same on every rank.
-        finish: called on rank 0 with the folder before it gets its name (sidecars, run_config.yaml).
+        finish: function that rank 0 calls with the folder before it gets its name (sidecars, run_config.yaml).
 
     Returns:
         The iteration folder.
 
     Raises:
-        UserError: it could not be written (a full disk); what was there before is as it was.
+        UserError: the checkpoint could not be written (a full disk); earlier files stay as they were.
     """
     target = iteration_folder(root, iteration)
     partial = target.with_name(f".{target.name}{PARTIAL}")
@@ -72,7 +72,7 @@ def save_model_state(
     needed = bytes_on_all_ranks(state)
 
     def prepare() -> None:
-        for stale in root.glob(f".iter_*{PARTIAL}"):  # of a run that was killed
+        for stale in root.glob(f".iter_*{PARTIAL}"):  # from a killed run
             _remove(stale)
         partial.mkdir(parents=True)
 
@@ -88,7 +88,7 @@ def save_model_state(
         with _quiet():
             sums = write_tensors(state, partial)
         _on_all_ranks(complete if first else None)
-    except (Exception, CheckpointException) as error:  # which is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
         if is_broken_connection(error):
             raise
         if first:
@@ -104,18 +104,18 @@ def save_model_state(
 
 
 def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any = None) -> dict[str, Any]:
-    """Fill the stages (and the optimizer) from an iteration folder, whatever layout it was written under.
+    """Fill the stages (and the optimizer) from an iteration folder that was written under any layout.
 
-    The optimizer may be distributed where the one that was saved was not, and the other way round. What is read is
-    compared with the checkpoint's checksums first, if it has any. If loading fails, the stages hold anything.
+    The optimizer may be distributed where the saved one was not, and the other way round. Data are compared with the
+    checkpoint's checksums first, if it has any. If loading fails, the stages' contents are undefined.
 
     Returns:
         The plain values that were saved beside the tensors and, with an optimizer, :data:`NEW_GROUPS`.
 
     Raises:
-        UserError: the checkpoint lacks a tensor, has one of another shape, or carries what is not plain data.
-        DamagedCheckpoint: a file is not as it was written; on all ranks, whichever read it. Names the newest sound
-            checkpoint before it.
+        UserError: the checkpoint lacks a tensor, has one of another shape, or holds more than plain data.
+        DamagedCheckpoint: a file is not as it was written; raised on all ranks, whichever rank read it. The message
+            names the newest sound checkpoint before it.
     """
     refuse_unsafe_loading()
     try:
@@ -145,7 +145,7 @@ def _fill(iter_dir: Path, encoders: list[Encoder], optimizer: Any) -> dict[str, 
 
 
 def _load(state: dict[str, Any], iter_dir: Path, checks: Checksums | None) -> dict[str, Any]:
-    """The tensors that ``state`` asks for, with the checkpoint's plain values."""
+    """Load the tensors that ``state`` asks for, with the checkpoint's plain values."""
     slice_file = FileSystemReader._slice_file
 
     def checked(reader: Any, file: Any, info: Any) -> Any:
@@ -157,7 +157,7 @@ def _load(state: dict[str, Any], iter_dir: Path, checks: Checksums | None) -> di
     try:
         with mock.patch("torch.load", _load_plain), checking, _quiet():
             return dist_checkpointing.load(state, str(iter_dir), strict=StrictHandling.RAISE_UNEXPECTED)
-    except (Exception, CheckpointException) as error:  # which is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
         error = _first(error)
         if isinstance(error, DamagedCheckpoint):
             raise error from None
@@ -167,25 +167,25 @@ def _load(state: dict[str, Any], iter_dir: Path, checks: Checksums | None) -> di
 
 
 def _make_moments(optimizer: Any) -> None:
-    """Before the first update there are none, and no checkpoint of them: with fp16 many updates may be skipped."""
+    """Create the moments, which no state has before its first update; with fp16 many updates may be skipped."""
     for each in optimizer.chained_optimizers:
         if not each.is_stub_optimizer and not each.optimizer.state:
             each.init_state_fn(each.optimizer, each.config)
 
 
 def _open_checked(iter_dir: Path) -> tuple[Checksums | None, Metadata]:
-    """Look through all that is read before the tensors, and at the size of every file."""
+    """Check everything that is read before the tensors, and the size of every file."""
     checks = Checksums.read(iter_dir)
     if checks is not None:
         checks.check_files()
-    metadata = safe_metadata(iter_dir)  # it is a pickle: looked through before megatron-core unpickles it
+    metadata = safe_metadata(iter_dir)  # checks this pickle before megatron-core unpickles it
     if checks is None:
         check_lengths(iter_dir, metadata)
     return checks, metadata
 
 
 def _on_all_ranks(function: Callable[[], Any] | None) -> Any:
-    """What this rank's ``function`` returns; on every rank the error that any rank's raised."""
+    """Return the result of this rank's ``function``; raise any rank's error on every rank."""
     result, failure = None, None
     try:
         result = function() if function is not None else None
@@ -200,7 +200,7 @@ def _on_all_ranks(function: Callable[[], Any] | None) -> Any:
 
 
 def _is_sound_on_all_ranks(iter_dir: Path) -> bool:
-    """:func:`is_sound`, each rank having looked at its share."""
+    """Return :func:`is_sound` for the whole checkpoint, of which each rank checks a share."""
     found: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(found, is_sound(iter_dir, part=dist.get_rank(), parts=dist.get_world_size()))
     return all(found)
@@ -208,7 +208,7 @@ def _is_sound_on_all_ranks(iter_dir: Path) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """megatron-core uses parts of torch that announce their end with every tensor."""
+    """Silence FutureWarning: megatron-core uses deprecated parts of torch, which warn at every tensor."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -218,16 +218,16 @@ _torch_load = torch.load
 
 
 def _load_plain(*args: Any, **kwargs: Any) -> Any:
-    """megatron-core loads sharded objects with ``weights_only=False``: arbitrary code."""
+    """Load plain data only: megatron-core loads sharded objects with ``weights_only=False``, which runs any code."""
     return _torch_load(*args, **{**kwargs, "weights_only": True})
 
 
 def _sharded_model(encoders: list[Encoder]) -> dict[str, Any]:
-    """``{"model": …}``, or ``{"model0": …, "model1": …}`` with interleaved stages: megatron-core's own names."""
+    """Return ``{"model": …}``, or ``{"model0": …, "model1": …}`` for interleaved stages: megatron-core's own names."""
     sharded = {}
     for index, encoder in enumerate(encoders):
         tensors = encoder.sharded_state_dict(metadata=_metadata())
-        # Transformer Engine's per-layer state is for fp8, which is not trained here; the bytes would be pickles.
+        # Transformer Engine's per-layer state serves fp8, in which nothing is trained here; its bytes would be pickles.
         tensors = {name: value for name, value in tensors.items() if not name.endswith("_extra_state")}
         sharded[f"model{index}" if len(encoders) > 1 else "model"] = tensors
     return sharded
@@ -244,7 +244,7 @@ def _metadata() -> dict[str, Any]:
 
 
 def _first(error: BaseException) -> BaseException:
-    """Of the errors of several ranks the first."""
+    """Return the first of several ranks' errors."""
     if isinstance(error, CheckpointException) and error.failures:  # rank → (its exception, its traceback)
         return next(iter(error.failures.values()))[0]
     return error

@@ -1,13 +1,13 @@
-"""The forms in which megatron-core saves an optimizer's state, and how an optimizer of one form loads another's.
+"""The forms in which megatron-core saves an optimizer's state, and loading of one form into an optimizer of another.
 
-Adam's moments are the same tensors, under the same names, in every form. Two things differ: where the fp32 main
-parameters are, and whether torch's own state (the parameter groups, the moments) lies one level down:
+Adam's moments are the same tensors, under the same names, in every form. Two things differ: the place of the fp32 main
+parameters, and whether torch's own state (the parameter groups, the moments) is one level down:
 
 * distributed: main parameters ``optimizer.state.param.…``; torch's state under ``optimizer``
-* plain, of fp16 or bf16 weights: ``optimizer.state.fp32_param.…``; under ``optimizer``
-* plain, of fp32 weights: the weights are the main parameters; at the top
+* plain, for fp16 or bf16 weights: ``optimizer.state.fp32_param.…``; torch's state under ``optimizer``
+* plain, for fp32 weights: the weights are the main parameters; torch's state at the top
 
-So a state changes its form without any arithmetic: what one form asks for by its own name is asked for by the other's.
+So a change of form needs no arithmetic: a request replaces the names of one form by those of the other.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _TORCH_STATE = ("param_groups", "state")
 
 
 class FormChange:
-    """From the form of a checkpoint to that of the optimizer that loads it; between equal forms nothing changes.
+    """Change from a checkpoint's form to that of the optimizer that loads it; equal forms need no change.
 
     Args:
-        wanted: what the optimizer asks for: its ``sharded_state_dict``. Belongs to this object from here on.
-        model: what is asked for the weights. An optimizer whose main parameters are the weights gets the checkpoint's
-            main parameters where it has them, and so weights that are not rounded: the names in ``model`` are changed.
-        names: of every tensor in the checkpoint.
+        wanted: the optimizer's request, its ``sharded_state_dict``. It belongs to this object from now on.
+        model: the request for the weights. An optimizer whose main parameters are the weights gets the checkpoint's
+            main parameters where these exist, and so unrounded weights: the names in ``model`` are changed.
+        names: the names of all tensors in the checkpoint.
 
     Attributes:
-        request: what to ask the checkpoint for.
-        main: what to ask for in a second load, as one load takes no name twice: main parameters that are the weights.
+        request: the request to the checkpoint.
+        main: the request for a second load: main parameters that are the weights. One load takes no name twice.
     """
 
     def __init__(self, wanted: dict[str, Any], model: dict[str, Any], names: Collection[str]) -> None:
@@ -57,7 +57,7 @@ class FormChange:
             self.request = {**wanted.pop("optimizer"), **wanted}
 
     def fit(self, loaded: dict[str, Any], main: dict[str, Any]) -> dict[str, Any]:
-        """What the optimizer's ``load_state_dict`` takes, from what was loaded for ``request`` and ``main``."""
+        """Return the input of the optimizer's ``load_state_dict``, from the loads of ``request`` and ``main``."""
         if self._own == self._saved:
             return loaded
         if self._own == FULL:
@@ -75,7 +75,7 @@ def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorFac
 
 
 def _take_main(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Remove the main parameters from an optimizer's request; the same request with nothing else in it."""
+    """Remove the main parameters from an optimizer's request; return a request for these alone."""
     if "param_state" in wanted:
         return {"param_state": {i: {"param": each.pop("param")} for i, each in wanted["param_state"].items()}}
     return {"fp32_from_fp16_params": wanted.pop("fp32_from_fp16_params")}

@@ -1,7 +1,7 @@
-"""The parameter groups of an optimizer and those of a checkpoint, where these are not the same.
+"""Loading of a checkpoint whose parameter groups differ from the optimizer's.
 
-megatron-core's checkpoint holds the groups as a list of settings, which it merges with the optimizer's own by place:
-with one more or one less on either side nothing can be loaded, though the state of every parameter is there.
+megatron-core's checkpoint holds the groups as a list of settings, and merges it with the optimizer's own list by place.
+With one group more or less on either side it can load nothing, although the state of every parameter is there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def ask_for_saved_groups(wanted: dict[str, Any], saved: dict[str, Any]) -> Group
     """Make ``wanted`` ask for the groups that a checkpoint has, in its order.
 
     Args:
-        wanted: the optimizer's sharded state; changed.
+        wanted: the optimizer's sharded state; changed in place.
         saved: the optimizer's part of the checkpoint's plain values.
 
     Returns:
-        The optimizer's own groups, for :func:`take_groups`; none of an optimizer without parameters on this rank.
+        The optimizer's own groups, for :func:`take_groups`; empty for an optimizer without parameters on this rank.
     """
     holder, of_checkpoint = _holder(wanted), _holder(saved)
     own: Groups = holder.get("param_groups", [])
@@ -37,7 +37,7 @@ def take_groups(loaded: dict[str, Any], own: Groups) -> bool:
     """Put the optimizer's ``own`` groups into ``loaded``, with the checkpoint's settings where it has them.
 
     Returns:
-        Whether it has them all.
+        Whether the checkpoint has all of them.
     """
     if not own:
         return True
@@ -48,7 +48,7 @@ def take_groups(loaded: dict[str, Any], own: Groups) -> bool:
 
 
 def _holder(state: dict[str, Any]) -> dict[str, Any]:
-    """Where the groups lie: optimizers that keep main parameters have torch's state inside their own."""
+    """Return the part that holds the groups: optimizers with main parameters have torch's state inside their own."""
     return state.get("optimizer", state)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's pickles read without running anything that they may carry."""
+"""Reading of a checkpoint's pickles without running any code in them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_embed.bridge.errors import UserError
 
 
 def load_common(iter_dir: Path) -> Any:
-    """``common.pt``, tensors and plain values only.
+    """Load ``common.pt``, accepting only tensors and plain values.
 
     Raises:
-        UserError: it is absent, damaged, or holds anything else.
+        UserError: the file is absent, damaged, or holds anything else.
     """
     refuse_unsafe_loading()
     path = iter_dir / "common.pt"
@@ -31,7 +31,7 @@ def load_common(iter_dir: Path) -> Any:
 
 
 def refuse_unsafe_loading() -> None:
-    """``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` would turn every load into the execution of what is loaded."""
+    """Refuse ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``, with which every load could run code from the loaded file."""
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() not in ("", "0", "false", "no", "n"):
         raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: checkpoints could run code; unset it")
 
@@ -59,12 +59,12 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "pathlib": frozenset(("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")),
     "pathlib._local": frozenset(("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")),
     "builtins": frozenset(("int", "float", "str", "bytes", "bool", "list", "dict", "tuple", "set", "frozenset")),
-    "_codecs": frozenset(("encode",)),  # how protocol 2 spells bytes
+    "_codecs": frozenset(("encode",)),  # protocol 2's form of bytes
 }
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows DCP's metadata classes and nothing else: no other name is even looked up."""
+    """Unpickler that knows only DCP's metadata classes and looks up no other name."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
@@ -76,10 +76,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def safe_metadata(iter_dir: Path) -> Metadata:
-    """Read ``.metadata`` (a pickle) without running anything that it may carry. Call it before megatron-core does.
+    """Read ``.metadata`` (a pickle) without running any code in it. Call this before megatron-core reads it.
 
     Raises:
-        UserError: damaged, or anything but DCP's metadata in it.
+        UserError: the file is damaged, or holds anything but DCP's metadata.
     """
     refuse_unsafe_loading()
     path = iter_dir / ".metadata"
@@ -88,7 +88,7 @@ def safe_metadata(iter_dir: Path) -> Metadata:
             metadata = _MetadataUnpickler(stream).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path}: not this checkpoint's metadata ({error}); refused, nothing of it was run") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise UserError(f"{path}: holds a {type(metadata).__name__}, wanted DCP's Metadata")

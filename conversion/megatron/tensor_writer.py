@@ -1,4 +1,4 @@
-"""How a save of megatron-core's reaches the disk."""
+"""The writing of megatron-core's saves to the disk."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from megatron_embed.conversion.megatron.tensors import without_crc32
 
 
 def write_tensors(state: dict[str, Any], folder: Path) -> dict[str, FileSums]:
-    """The part of a save that megatron-core does; on rank 0 the checksums of the tensors' files of all ranks."""
+    """Do megatron-core's part of a save; return on rank 0 the checksums of the tensors' files of all ranks."""
     sums: dict[str, FileSums] = {}
     failures: list[BaseException] = []
-    # Results of a synchronous save stay in this process. The default is a manager process that imports the main module
-    # again (so scripts without a `__main__` guard fail) and that outlives a run which is killed.
+    # Results of a synchronous save stay in this process. The default is a manager process, which imports the main
+    # module again (so scripts without a `__main__` guard fail) and outlives a killed run.
     filesystem_async._results_queue = queue.Queue()
     writer = filesystem_async.FileSystemWriterAsync
     write = staticmethod(partial(_write_buckets, sums, failures))
     try:
         with without_crc32(), mock.patch.object(writer, "write_preloaded_data_multiproc", write):
             dist_checkpointing.save(state, str(folder))
-    except CheckpointException as error:  # on all ranks, without the system's own error
+    except CheckpointException as error:  # raised on all ranks, without the system's own error
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, system_error(failures[0]) if failures else None)
         raise next((each for each in everyone if each is not None), error) from None
@@ -54,10 +54,10 @@ def _write_buckets(
     buckets: list[Any],
     results: Any,
 ) -> None:
-    """Write this rank's files in threads, where megatron-core forks a process for each, and sum them up.
+    """Write this rank's files in threads and sum them up; megatron-core would fork a process for each file.
 
-    A forked writer that the system kills leaves its parent waiting for ever. One whose parent is killed lives on with
-    that one's connections, so that no other rank notices.
+    If the system kills a forked writer, its parent waits for ever. If a writer's parent is killed, the writer lives on
+    with the parent's connections, so that no other rank notices.
     """
 
     def write(bucket: Any) -> Any:
@@ -81,7 +81,7 @@ def _write_buckets(
 
 
 class _NothingToCount:
-    """In the place of the queue by which forked writers tell their parent that they end."""
+    """Stand-in for the queue by which forked writers report their end to the parent."""
 
     def get(self) -> None: ...
 
@@ -89,7 +89,7 @@ class _NothingToCount:
 
 
 class _SummedFile(BufferedWriter):
-    """A new file that adds up the checksums of what is written, and tells them when it is closed."""
+    """A new file that sums up its bytes and stores the checksums when it is closed."""
 
     def __init__(self, path: Path, sums: dict[str, FileSums]) -> None:
         super().__init__(FileIO(path, "wb"))
@@ -105,7 +105,7 @@ class _SummedFile(BufferedWriter):
 
 
 def bytes_on_all_ranks(state: dict[str, Any]) -> int:
-    """Bytes of the tensors that a save will write."""
+    """Return the bytes of the tensors that a save will write."""
     # plain tensors, such as fp16's loss scale, go into common.pt, which is small
     sharded = [each for each in nested_values(state) if isinstance(each, ShardedBase)]
     tensors = [each for each in sharded if isinstance(each.data, torch.Tensor)]

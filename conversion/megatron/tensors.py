@@ -1,9 +1,9 @@
-"""Megatron checkpoints written and read tensor by tensor, with no model, no process group and no whole copy in memory.
+"""Reader and writer of Megatron checkpoints, tensor by tensor, without a model, process group or whole copy in memory.
 
-The format is torch's distributed checkpoint (DCP) as megatron-core writes it: ``.metadata`` says which chunk of which
-tensor lies at which bytes of which ``.distcp`` file, and each chunk there is what ``torch.save`` makes of a tensor.
-Layers of one kind are one tensor with a leading layer axis: ``decoder.layers.mlp.linear_fc2.weight`` is
-``[layers, hidden, ffn]``, one chunk for each layer and tensor-parallel slice.
+The format is torch's distributed checkpoint (DCP) as megatron-core writes it: ``.metadata`` gives, for each chunk of
+each tensor, the ``.distcp`` file and its bytes there, and a chunk is the output of ``torch.save`` for a tensor. Layers
+of one kind are one tensor with a leading layer axis: ``decoder.layers.mlp.linear_fc2.weight`` is
+``[layers, hidden, ffn]``, with one chunk for each layer and tensor-parallel slice.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _ALIGNED = 64
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of one checkpoint tensor: where it lies, and how to get it when its turn comes."""
+    """A box of one checkpoint tensor: its place, and the function that reads it in its turn."""
 
     key: str
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    #: file group, such as the rank whose share it would be
+    #: number of the file group, such as the rank that would own the chunk
     rank: int
     read: Callable[[], Values]
 
@@ -64,10 +64,10 @@ class Chunk:
 def write_chunks(
     folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[Chunk], object] | None = None
 ) -> dict[str, FileSums]:
-    """Write ``*.distcp`` and ``.metadata`` into ``folder``; a chunk is read while the one before it is written.
+    """Write ``*.distcp`` and ``.metadata`` into ``folder``; read each chunk while the previous one is written.
 
-    torch's own writer does the same from a plan, but keeps the last tensor of every name it wrote until the end of the
-    file: with a name for each layer that is the whole model.
+    torch's own writer does the same from a plan, but keeps the last tensor of every name until the end of the file:
+    with one name per layer this is the whole model.
 
     Returns:
         The checksums of the ``*.distcp`` files, by name.
@@ -78,7 +78,7 @@ def write_chunks(
     sums: dict[str, Summing] = {}
     with ExitStack() as open_files:
         disk = open_files.enter_context(ThreadPoolExecutor(1, "disk"))
-        # the thread that reads ends with the iterator
+        # closing the iterator ends the thread that reads
         read = open_files.enter_context(closing(one_ahead((chunk, fault_in(chunk.read())) for chunk in chunks)))
         for chunk, values in read:
             if chunk.rank not in streams:
@@ -104,7 +104,7 @@ def write_chunks(
 
 
 def _save(stream: BlockWriter, chunk: Chunk, values: Values) -> _StorageInfo:
-    # torch.save aligns the values to its own start; aligned as a whole, they can be mapped
+    # torch.save aligns the values to its own start; with an aligned start, the values can be mapped
     stream.write(b"\0" * (-stream.tell() % _ALIGNED))
     start = stream.tell()
     around = _Around(stream, lambda: write_values(stream, values, chunk.shape, chunk.dtype))
@@ -114,13 +114,13 @@ def _save(stream: BlockWriter, chunk: Chunk, values: Values) -> _StorageInfo:
 
 
 class _Around:
-    """What ``torch.save`` writes around a tensor's values goes to a stream; where it skips them, they are written."""
+    """Stream for ``torch.save``: it passes on the bytes around a tensor's values, and writes the values at the skip."""
 
     def __init__(self, stream: BlockWriter, write_values: Callable[[], None]) -> None:
         self.write, self.tell, self._values = stream.write, stream.tell, write_values
 
     def flush(self) -> None:
-        """torch asks for it at the end of each tensor; the blocks go on being filled."""
+        """Ignore torch's flush at the end of each tensor, so that blocks are filled further."""
 
     def seek(self, skipped: int, whence: int) -> int:
         assert whence == os.SEEK_CUR
@@ -132,7 +132,7 @@ class _Around:
 
 @contextmanager
 def without_crc32() -> Iterator[None]:
-    """torch.save spends half of its time on CRC-32 sums, which torch.load never looks at."""
+    """Switch off torch.save's CRC-32 sums, which take half of its time and which torch.load never checks."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -142,14 +142,14 @@ def without_crc32() -> Iterator[None]:
 
 
 class CheckpointReader:
-    """Tensors of a Megatron checkpoint, each or a part of it on demand; only the chunks in question are read.
+    """Tensors of a Megatron checkpoint, read whole or in part on request; only the chunks concerned are read.
 
-    Nothing of the checkpoint is run: the metadata passes an allow-list, chunks are loaded as tensors only.
+    No code of the checkpoint is run: an allow-list guards the metadata, and chunks are loaded as tensors only.
 
-    What is read is compared with the checkpoint's checksums first, if it has any.
+    Data are compared with the checkpoint's checksums first, if it has any.
 
     Raises:
-        UserError: incomplete, damaged or foreign files.
+        UserError: files are incomplete, damaged or foreign.
     """
 
     def __init__(self, iter_dir: Path) -> None:
@@ -163,7 +163,7 @@ class CheckpointReader:
             raise with_older(error, iter_dir) from None
         storage = self._metadata.storage_data
         self._storage: Mapping[MetadataIndex, _StorageInfo] = storage
-        #: those that :meth:`addresses` speaks of
+        #: the files that the addresses of :meth:`addresses` refer to
         self.files: list[Path] = []
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -172,29 +172,32 @@ class CheckpointReader:
         }
 
     def names(self) -> list[str]:
-        """Names of all tensors, sorted; objects that are no tensors are not among them."""
+        """Return the names of all tensors, sorted, without objects that are no tensors."""
         return sorted(self._tensors)
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Global shape."""
+        """Return the global shape."""
         return tuple(self._tensors[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """dtype as stored."""
+        """Return the stored dtype."""
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, index: Sequence[slice] | None = None) -> Tensor:
-        """The whole tensor, or the box that ``index`` (slices of its leading dimensions) names."""
+        """Read the whole tensor, or the box that ``index`` (slices of its leading dimensions) names."""
         size = self._tensors[key].size
         tensor = self._assemble(key, _box(size, index or ()), self._load)
         assert tensor is not None
         return tensor
 
     def addresses(self, key: str, index: Sequence[slice] | None = None, *, dtype: torch.dtype) -> Tensor | None:
-        """Where the rows of a tensor, or of a box of it, lie in :attr:`files`; None: not in one piece, or otherwise."""
+        """Return the addresses in :attr:`files` of the rows of a tensor or a box of it.
+
+        Return None if rows are divided, the dtype is another one, or the values cannot be copied as stored.
+        """
         entry = self._tensors[key]
         whole = all(chunk.sizes[-1:] == entry.size[-1:] for chunk in entry.chunks)
         if self.dtype(key) != dtype or not math.prod(entry.size) or not entry.size or not whole:
@@ -202,15 +205,15 @@ class CheckpointReader:
         return self._assemble(key, [*_box(entry.size[:-1], index or ()), (0, 1)], self._addresses)
 
     def values(self, key: str, dtype: torch.dtype) -> Values:
-        """Where a tensor lies, if it is stored in this dtype and in whole rows; else the tensor."""
+        """Return a tensor's place in files if it is stored in this dtype and in whole rows, else the tensor itself."""
         rows = self.addresses(key, dtype=dtype)
         return self.read(key) if rows is None else Stored(self.files, rows, self.shape(key), dtype)
 
     def check_files(self) -> None:
-        """Look whether every chunk lies within its file; none is read.
+        """Check that every chunk lies within its file, without reading any.
 
         Raises:
-            UserError: a file that is not there, or too short.
+            UserError: a file is missing, or too short.
         """
         ends: dict[str, int] = {}
         for info in self._storage.values():
@@ -229,7 +232,7 @@ class CheckpointReader:
         box: list[tuple[int, int]],
         load: Callable[[str, ChunkStorageMetadata, _StorageInfo], Tensor | None],
     ) -> Tensor | None:
-        """A box (in global coordinates), put together of what ``load`` gives of each chunk."""
+        """Assemble a box (in global coordinates) from the results of ``load`` for each chunk."""
         shape = [stop - start for start, stop in box]
         parts = [(c, inner) for c in self._tensors[key].chunks if (inner := _overlap(c, box)) is not None]
         covered = sum(math.prod(stop - start for start, stop in inner) for _, inner in parts)
@@ -248,7 +251,7 @@ class CheckpointReader:
             if loaded is None:
                 return None
             part = loaded[tuple(slice(a - at, b - at) for (a, b), at in zip(inner, chunk.offsets, strict=True))]
-            if len(parts) == 1:  # nothing to put together: no copy
+            if len(parts) == 1:  # a single part needs no copy
                 return part
             out = torch.empty(shape, dtype=part.dtype) if out is None else out
             out[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inner, box, strict=True))] = part
@@ -280,7 +283,7 @@ class CheckpointReader:
 
     @contextmanager
     def _open(self, key: str, info: _StorageInfo) -> Iterator[tuple[BinaryIO, Any]]:
-        """(the file, the chunk's part of it)"""
+        """Yield the file, and the chunk's part of it."""
         file = PurePosixPath(str(info.relative_path))
         if len(file.parts) != 1 or file.name in ("", ".", ".."):
             raise UserError(f"{self.path}: {key} is said to lie in {str(file)!r}, outside of the checkpoint; refused")
@@ -299,10 +302,10 @@ class CheckpointReader:
 
 
 def _describe(stream: Any, view: Any, info: _StorageInfo) -> tuple[Any, int | None]:
-    """What ``torch.load`` gives of a chunk, but for the values, and where in the file these lie as they are in memory.
+    """Return the tensor of a chunk without its values, and the position in the file of the values as in memory.
 
-    The chunk's own description (``weights_only``) says what the tensor is. No position: any other object, or a storage
-    at an odd place; ``torch.load`` reads it.
+    The chunk's own description (``weights_only``) defines the tensor. The position is None for any other object, and
+    for a storage at an unusual place; ``torch.load`` must read these.
     """
     with torch.serialization.skip_data():
         tensor = torch.load(view, map_location="cpu", weights_only=True)
@@ -319,8 +322,8 @@ def _describe(stream: Any, view: Any, info: _StorageInfo) -> tuple[Any, int | No
 
 
 def _mapped(stream: Any, like: Tensor, at: int) -> Tensor:
-    """A tensor that is a view of the file: nothing is copied before it is needed."""
-    # only the chunk's pages: a private view of a whole 28 GB file is refused where memory is smaller
+    """Return a tensor that is a view of the file: nothing is copied before it is needed."""
+    # Map only the chunk's pages: the system refuses a private view of a whole 28 GB file where memory is smaller.
     first = at - at % mmap.ALLOCATIONGRANULARITY
     pages = mmap.mmap(stream.fileno(), at - first + like.nbytes, access=mmap.ACCESS_COPY, offset=first)
     return torch.frombuffer(pages, dtype=like.dtype, count=like.numel(), offset=at - first).view(like.shape)
@@ -332,7 +335,7 @@ def _box(size: Sequence[int], index: Sequence[slice]) -> list[tuple[int, int]]:
 
 
 def _overlap(chunk: ChunkStorageMetadata, box: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
-    """What a chunk and a box have in common, in global coordinates; None: nothing."""
+    """Return the overlap of a chunk and a box, in global coordinates; None if there is none."""
     common = [
         (max(start, at), min(stop, at + n))
         for (start, stop), at, n in zip(box, chunk.offsets, chunk.sizes, strict=True)

@@ -18,13 +18,13 @@ from megatron_embed.conversion.io.casts import Casts
 from megatron_embed.conversion.io.stored import Stored, Values
 from megatron_embed.conversion.megatron.tensors import CheckpointReader, Chunk
 
-#: HF tensors kept as they are (``--with-vision``) are called so, followed by their own name
+#: prefix to the names of HF tensors that are kept unchanged (``--with-vision``)
 KEPT = "hf."
 
-#: where the encoder's names begin: ours, Megatron-Bridge's VLM
+#: prefixes of the encoder's names: ours, Megatron-Bridge's VLM
 PREFIXES = ("", "language_model.")
 
-#: checkpoint tensors that are no weights of the encoder
+#: checkpoint tensors that are no weights of the encoder, with the reason
 IGNORED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(optimizer|chained_\d+|loss|rng_state|rerun_state).*"), "training state"),
     (re.compile("log_temperature"), "read as the config's temperature"),
@@ -36,7 +36,7 @@ IGNORED: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a checkpoint tensor is no weight of the encoder."""
+    """Return whether a checkpoint tensor is no weight of the encoder."""
     return any(pattern.fullmatch(name) for pattern, _ in IGNORED)
 
 
@@ -44,7 +44,7 @@ def is_ignored(name: str) -> bool:
 
 
 def pack(weight: Weight, parts: list[Tensor], config: EncoderConfig, *, tp_size: int = 1) -> Tensor:
-    """HF parts (or one rank's even slices of them) → Megatron's weight (or that rank's slice), vocabulary unpadded."""
+    """Pack HF parts, or one rank's even slices of them, into Megatron's weight or slice, with vocabulary unpadded."""
     if weight.kind == "qkv":
         groups = config.num_key_value_heads // tp_size
         return transforms.pack_qkv(*parts, groups=groups, head_dim=config.head_dim)
@@ -54,7 +54,7 @@ def pack(weight: Weight, parts: list[Tensor], config: EncoderConfig, *, tp_size:
 
 
 def unpack(weight: Weight, packed: Tensor, config: EncoderConfig) -> tuple[Tensor, ...]:
-    """Inverse of :func:`pack` on whole weights."""
+    """Invert :func:`pack` on whole weights."""
     if weight.kind == "qkv":
         return transforms.unpack_qkv(packed, groups=config.num_key_value_heads, head_dim=config.head_dim)
     if weight.kind == "gate_up":
@@ -71,10 +71,10 @@ def read_slices(
     tp_size: int = 1,
     read: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
-    """The HF parts of a weight, of each only the slice of one tensor-parallel rank; the vocabulary unpadded.
+    """Read one tensor-parallel rank's slices of the HF parts of a weight; the vocabulary is unpadded.
 
     Args:
-        read: what gives a tensor or a slice of it, such as ``folder.addresses`` for where its rows lie.
+        read: function that reads a tensor or a slice of it, such as ``folder.addresses`` for its rows' addresses.
     """
     read = read or folder.read
     if weight.tp_dim is None or tp_size == 1:
@@ -100,7 +100,7 @@ def read_cast(
     *,
     count: bool = True,
 ) -> Tensor:
-    """A tensor of a folder, or a slice of it, in ``dtype``; for ``read`` of :func:`read_slices`."""
+    """Read a folder's tensor, or a slice of it, in ``dtype``; serves as ``read`` of :func:`read_slices`."""
     return casts(name, folder.read(name, index), dtype, count=count)
 
 
@@ -110,10 +110,10 @@ def read_cast(
 def chunks(
     folder: HFFolder, config: EncoderConfig, *, dtype: torch.dtype, tp: int = 1, pp: int = 1, casts: Casts | None = None
 ) -> Iterator[Chunk]:
-    """All weights of a folder as chunks of a checkpoint, one for each layer and tensor-parallel slice.
+    """Yield all weights of a folder as chunks of a checkpoint, one for each layer and tensor-parallel slice.
 
-    The layout decides only which chunks and files there are: a checkpoint loads under any other. By default no value
-    may be rounded.
+    The layout only determines the chunks and files: a checkpoint loads under any other. By default no value may be
+    rounded.
     """
     casts = casts or Casts(folder.path)
     for weight in mapping.weights(config):
@@ -155,7 +155,7 @@ def _weight_chunks(
             read=partial(_read_chunk, folder, weight, config, tp_rank, tp, tuple(shape), dtype, casts, part),
         )
 
-    if weight.kind == "gate_up":  # as megatron-core's gated MLP: gate and up are separate runs of rows
+    if weight.kind == "gate_up":  # as in megatron-core's gated MLP, gate and up are separate runs of rows
         ffn = config.intermediate_size // tp
         for part in range(2):
             yield chunk(part * config.intermediate_size + tp_rank * ffn, ffn, part)
@@ -192,7 +192,7 @@ def _read_chunk(
 
 
 def kept_chunks(folder: HFFolder, names: list[str]) -> Iterator[Chunk]:
-    """HF tensors stored as they are, under :data:`KEPT`."""
+    """Yield HF tensors, stored unchanged, under :data:`KEPT`."""
     for name in names:
         shape = folder.shape(name)
         dtype = folder.tensor_dtype(name)
@@ -200,7 +200,7 @@ def kept_chunks(folder: HFFolder, names: list[str]) -> Iterator[Chunk]:
 
 
 def _stacked(weight: Weight, config: EncoderConfig) -> tuple[str, tuple[int, ...]]:
-    """(key, leading axes) of a weight where layers of one kind are one tensor."""
+    """Return (key, leading axes) of a weight in the form that stacks layers of one kind into one tensor."""
     if weight.layer is None:
         return weight.megatron, ()
     return weight.megatron.replace(f"decoder.layers.{weight.layer}.", "decoder.layers."), (config.num_hidden_layers,)
@@ -210,13 +210,13 @@ def _stacked(weight: Weight, config: EncoderConfig) -> tuple[str, tuple[int, ...
 
 
 class CheckpointWeights:
-    """The encoder's weights in a checkpoint, whichever way it names them.
+    """The encoder's weights in a checkpoint, under any of the known naming forms.
 
-    Layers stacked into one tensor (megatron-core's default) or each under its own number, names bare or behind
-    ``language_model.`` (Megatron-Bridge's VLM), gated MLPs in one tensor or two, vocabularies padded or not.
+    Layers may be stacked into one tensor (megatron-core's default) or have their own numbers, names may be bare or
+    follow ``language_model.`` (Megatron-Bridge's VLM), gated MLPs may be one tensor or two, vocabularies padded or not.
 
     Raises:
-        UserError: a weight is missing or misshapen, or there are tensors that belong to no encoder.
+        UserError: a weight is missing or misshapen, or some tensors belong to no encoder.
     """
 
     def __init__(self, reader: CheckpointReader, config: EncoderConfig) -> None:
@@ -231,17 +231,17 @@ class CheckpointWeights:
         self._check()
 
     def read(self, weight: Weight) -> Tensor:
-        """The whole packed weight, ``weight.megatron_shape``."""
+        """Read the whole packed weight, ``weight.megatron_shape``."""
         tensor = self._read(weight, self.reader.read)
         assert tensor is not None
         return tensor
 
     def stored_dtype(self, weight: Weight) -> torch.dtype:
-        """dtype of a weight as stored."""
+        """Return the stored dtype of a weight."""
         return self.reader.dtype(self._keys(weight)[0][0])
 
     def read_rows(self, weight: Weight, rows: Sequence[int]) -> Tensor:
-        """Some rows of a weight that no layer has, ``[len(rows), …]``; nothing else of it is read."""
+        """Read only some rows of a weight outside the layers: ``[len(rows), …]``."""
         (key,), _ = self._keys(weight)
         return torch.cat([self.reader.read(key, [slice(row, row + 1)]) for row in rows])
 
@@ -257,18 +257,20 @@ class CheckpointWeights:
         return tensor if layer is None else tensor[0]
 
     def hf_parts(self, weight: Weight) -> tuple[Tensor, ...]:
-        """The weight as HF's tensors, in the order of ``weight.hf``."""
+        """Return the weight as HF's tensors, in the order of ``weight.hf``."""
         return unpack(weight, self.read(weight), self.config)
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype that the embedding is stored in."""
+        """Return the stored dtype of the embedding."""
         (key,), _ = self._keys(next(mapping.weights(self.config)))
         return self.reader.dtype(key)
 
     def hf_values(self, dtype: torch.dtype, casts: Casts, prefix: str = "") -> Iterator[tuple[str, Values]]:
-        """All of them under their HF names, in the table's order: where they lie if they are stored in ``dtype``, else
-        as tensors cast to it, one weight in memory at a time."""
+        """Yield all weights under their HF names, in the table's order, with one weight in memory at a time.
+
+        Weights stored in ``dtype`` come as their places in files, the others as tensors cast to ``dtype``.
+        """
         for weight in mapping.weights(self.config):
             read = partial(self.reader.addresses, dtype=dtype)
             rows = self._read(weight, read) if weight.packs_rows else None
@@ -285,16 +287,16 @@ class CheckpointWeights:
                 yield prefix + name, values
 
     def temperature(self) -> float | None:
-        """The temperature that training learned; None where it was fixed."""
+        """Return the temperature that training learned, or None where it was fixed."""
         name = f"{self._prefix}log_temperature"
         return float(self.reader.read(name).float().exp()) if name in self.reader else None
 
     def kept(self) -> list[str]:
-        """HF names of the tensors stored as they are."""
+        """Return the HF names of the tensors that are stored unchanged."""
         return [name.removeprefix(KEPT) for name in self.reader.names() if name.startswith(KEPT)]
 
     def _keys(self, weight: Weight) -> tuple[list[str], int | None]:
-        """(checkpoint tensors that make up the weight, its index in a stacked one)"""
+        """Return the checkpoint tensors that make up the weight, and its index in a stacked tensor."""
         stacked, lead = _stacked(weight, self.config)
         for name, layer in ((stacked, weight.layer if lead else None), (weight.megatron, None)):
             key = f"{self._prefix}{name}"
