@@ -35,7 +35,11 @@ def run_world(function: Callable[..., Any], world_size: int, *args: Any) -> list
     multiprocessing.set_forkserver_preload(list(PRELOADED))  # heeded when the server starts, at the first world
     with tempfile.TemporaryDirectory() as folder:
         every = (world_size, folder, dict(os.environ), function, args)
-        mp.start_processes(_child, args=every, nprocs=world_size, start_method="forkserver")
+        try:
+            mp.start_processes(_child, args=every, nprocs=world_size, start_method="forkserver")
+        finally:
+            for said in sorted(Path(folder).glob("said*")):
+                os.write(2, said.read_bytes())
         return [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -47,7 +51,10 @@ def _child(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ.clear()  # the server's is that of its start
+    # the environment and the outputs are the server's, as they were when it started
+    for output in (1, 2):
+        os.dup2(os.open(f"{folder}/said{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), output)
+    os.environ.clear()
     os.environ.update(environment)
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
