@@ -19,8 +19,10 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as slow what spawns worlds of processes, and what is exhaustive."""
     for item in items:
         if "distributed" in item.path.parts or item.get_closest_marker("exhaustive"):
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):  # of several workers none is to begin with a long file at the end
+        items.sort(key=lambda item: "distributed" not in item.path.parts)
