@@ -2,7 +2,7 @@
 
     python benchmarks/bm25.py --data scifact [FOLDER …]
 
-What a folder's BM25 must come to is known for some (``KNOWN``); the script fails where one is further than 0.01 away.
+The expected nDCG@10 is known for some folders (``KNOWN``); the script fails if a result differs by more than 0.01.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ALLOWED = 0.01
 
 
 def ndcg_without_us(folder: Path) -> float:
-    """Mean nDCG@10 of the test split: the files by json, bm25s' own call, pytrec_eval's own measure.
+    """Return the mean nDCG@10 of the test split, by json, bm25s and pytrec_eval alone.
 
-    Over the queries that have a relevant document; ``liveqa_medquad`` judges some that have none.
+    The mean is over queries with a relevant document; ``liveqa_medquad`` also judges queries without one.
     """
     judged: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for line in (folder / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()[1:]:

@@ -1,7 +1,7 @@
-"""Training within a budget of processor time: our loop, and sentence-transformers' in two forms.
+"""Training within a budget of processor time: our loop, and two forms of sentence-transformers' loop.
 
-The seconds are user and system time of the process, all threads included (``time.process_time``), from the first
-step's start to the last step's end: imports, loading, building, saving and evaluation do not count.
+Processor seconds are the user and system time of all threads of the process (``time.process_time``), from the start of
+the first step to the end of the last one. Imports, loading, building, saving and evaluation do not count.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from megatron_embed.recipes.training import loop as training
 
 @dataclass
 class Meter:
-    """Processor and wall time of a training, step by step.
+    """Processor and wall time of a training run, step by step.
 
     Attributes:
         budget: processor seconds after which no further step begins.
-        most: steps after which none does.
+        most: number of steps after which no further step begins.
         marks: (processor, wall) seconds at the start and after each step.
     """
 
@@ -38,17 +38,17 @@ class Meter:
     marks: list[tuple[float, float]] = field(default_factory=list)
 
     def start(self) -> None:
-        """The first step begins."""
+        """Note the start of the first step."""
         self.marks = [(time.process_time(), time.perf_counter())]
 
     def enough(self) -> bool:
-        """A step has ended; was it the last one?"""
+        """Note the end of a step, and return whether it was the last one."""
         self.marks.append((time.process_time(), time.perf_counter()))
         return self.processor >= self.budget or self.steps >= self.most
 
     @property
     def steps(self) -> int:
-        """Steps so far."""
+        """Number of steps so far."""
         return len(self.marks) - 1
 
     @property
@@ -62,20 +62,20 @@ class Meter:
         return self.marks[-1][1] - self.marks[0][1]
 
     def a_step(self, skip: int = 2) -> float:
-        """Processor seconds of a warm step: the mean without the first ``skip``."""
+        """Return the processor seconds of a warm step: the mean without the first ``skip`` steps."""
         skip = min(skip, self.steps - 1)
         return (self.marks[-1][0] - self.marks[skip][0]) / (self.steps - skip)
 
 
 class _EnoughError(Exception):
-    """The meter ends our loop before its last step."""
+    """Raised to end our loop when the meter has enough."""
 
 
 def train_ours(cfg: RecipeConfig, meter: Meter, *, keep: bool) -> None:
-    """``recipes.train`` until the meter says enough.
+    """Run ``recipes.train`` until the meter has enough.
 
     Args:
-        keep: write a checkpoint where the meter ends the run; the last step's is written anyway.
+        keep: write a checkpoint if the meter ends the run; the checkpoint of the last step is always written.
     """
 
     class Metered(training.TrainingRun):
@@ -96,12 +96,12 @@ def train_ours(cfg: RecipeConfig, meter: Meter, *, keep: bool) -> None:
 
 
 def train_loop(cfg: RecipeConfig, folder: Path, meter: Meter) -> Any:
-    """sentence-transformers' loss in the textbook loop, batches in our order."""
+    """Train with sentence-transformers' loss in the textbook loop, with batches in our order."""
     return train_theirs(cfg, folder, begin=meter.start, enough=meter.enough)
 
 
 def columns_of(source: Any) -> dict[str, list[str]]:
-    """A source's pairs with their prompts, as the Trainer wants them."""
+    """Return a source's pairs with their prompts as columns for the Trainer."""
     pairs = [source[index] for index in range(len(source))]
     return {
         "query": [pair.query_prompt + pair.query for pair in pairs],
@@ -110,9 +110,10 @@ def columns_of(source: Any) -> dict[str, list[str]]:
 
 
 def train_trainer(cfg: RecipeConfig, folder: Path, meter: Meter) -> Any:
-    """sentence-transformers' Trainer with MultipleNegativesRankingLoss.
+    """Train with sentence-transformers' Trainer and MultipleNegativesRankingLoss.
 
-    As on our side each batch comes from one source, sources in proportion to their size, no text twice in a batch.
+    As on our side, each batch comes from one source, sources are drawn in proportion to their size, and no batch holds
+    a text twice.
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -165,7 +166,7 @@ FORMS = {"trainer": train_trainer, "loop": train_loop}
 
 
 def distinct_passages(paths: Sequence[Path]) -> list[str]:
-    """All positives of the files, each text once, in the files' order."""
+    """Return all positives of the files, each text once, in the files' order."""
     found: dict[str, None] = {}
     for path in paths:
         (source,) = PairDataset([DataSource(path=str(path))]).sources

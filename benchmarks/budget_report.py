@@ -46,7 +46,7 @@ FROM_TRAINED = (
 
 
 def read(workdir: Path, stages: Sequence[str]) -> dict[str, Found]:
-    """Seed → what its stages found."""
+    """Return seed → results of its stages."""
     folders = sorted(workdir.glob("seed-*"), key=lambda path: int(path.name.partition("-")[2]))
     return {
         folder.name.partition("-")[2]: {
@@ -59,13 +59,13 @@ def read(workdir: Path, stages: Sequence[str]) -> dict[str, Found]:
 
 
 def seconds(result: Mapping[str, Any]) -> str:
-    """Processor seconds of a run, and whether they are not its budget's."""
+    """Format the processor seconds of a run, with their deviation from the budget if it is above 3 %."""
     off = result["processor"] / result["budget"] - 1
     return f"{result['processor']:.1f}" + (f" ({off:+.0%} of the budget)" if abs(off) > 0.03 else "")
 
 
 def rows(seeds: Mapping[str, Found], runs: Sequence[str]) -> Iterator[str]:
-    """A line for each seed and run, and the means where there are several seeds."""
+    """Yield a line for each seed and run, and the means if there are several seeds."""
     for seed, found in seeds.items():
         for run in runs:
             if run in found:
@@ -82,7 +82,7 @@ def rows(seeds: Mapping[str, Found], runs: Sequence[str]) -> Iterator[str]:
 
 
 def mining(seeds: Mapping[str, Found]) -> Iterator[str]:
-    """What the audits say."""
+    """Yield lines about the audits of mining."""
     for seed, found in seeds.items():
         for name, audit in found.get("mine", {}).get("audits", {}).items():
             yield (
@@ -134,7 +134,7 @@ def body(seeds: Mapping[str, Found], settings: Mapping[str, Any]) -> str:
 
 
 def write_report(workdir: Path, stages: Sequence[str], settings: Mapping[str, Any], *, name: str) -> Path:
-    """The dated file, of whatever stages have ended."""
+    """Write the dated result file of the stages that have ended."""
     described = {key.replace("_", " "): value for key, value in settings.items() if key != "their_form"}
     described["model"] = SMALL
     described["initial weights"] = "normal, std 0.02, embeddings too (transformers' own)"

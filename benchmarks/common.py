@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model of random weights, the machine's description, result files."""
+"""Shared parts of the benchmarks: a model with random weights, the description of the machine, and result files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def make_embedder(
     max_length: int = 512,
     **overrides: Any,
 ) -> Path:
-    """A random bidirectional embedder as a sentence-transformers folder, with a real tokenizer beside it.
+    """Make a random bidirectional embedder with a real tokenizer, as a sentence-transformers folder.
 
     Args:
-        embedding_std: of the embedding table; transformers' own is 0.02, with which all texts have nearly one vector.
+        embedding_std: standard deviation of the embedding table. With transformers' own 0.02, all texts have nearly the
+            same vector.
     """
     from transformers import Ministral3Config, Ministral3Model
 
@@ -62,7 +63,7 @@ def make_embedder(
 
 
 def matmul_flops(dtype: torch.dtype, *, size: int = 1536, seconds: float = 2.0) -> float:
-    """Floating-point operations a second that this machine's own matrix product reaches."""
+    """Measure the floating-point operations a second of a matrix product on this machine."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     rates = []
     until = time.perf_counter() + seconds
@@ -74,23 +75,23 @@ def matmul_flops(dtype: torch.dtype, *, size: int = 1536, seconds: float = 2.0) 
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
 def resident(field: str) -> int:
-    """Bytes of this process by ``/proc``: ``VmRSS`` now, ``VmHWM`` at most.
+    """Return bytes of resident memory of this process by ``/proc``: ``VmRSS`` is current, ``VmHWM`` is the peak.
 
-    Not ``ru_maxrss``: a process inherits that from the one that started it.
+    ``ru_maxrss`` is unsuitable, because a process inherits it from its parent.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
 def machine() -> str:
-    """Processor, cores, threads, memory."""
+    """Describe the processor, cores, threads and memory."""
     import psutil
 
     name = next(
@@ -102,7 +103,7 @@ def machine() -> str:
 
 
 def write_result(name: str, title: str, body: str, settings: dict[str, Any]) -> Path:
-    """``benchmarks/results/YYYY-MM-DD-<name>.md`` with versions, machine and the full configuration."""
+    """Write ``benchmarks/results/YYYY-MM-DD-<name>.md`` with versions, machine and the full configuration."""
     path = Path(__file__).parent / "results" / f"{date.today():%Y-%m-%d}-{name}.md"
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     lines = [

@@ -3,11 +3,11 @@
     python benchmarks/convert.py --size 3b 8b 14b --workdir /fast/disk
     python benchmarks/convert.py --size tiny          # seconds; writes no result
 
-The models are the real configs' names and shapes with random values. Each step starts with its files out of the page
-cache and ends with ``sync``; conversions are the command line in a process of their own, Python's start included, whose
-anonymous memory (what is not page cache) is sampled. Conversion and cp take turns at going first, each removes what it
-wrote before right before its own next run, and the medians are reported beside every single time. One size is on the
-disk at a time; the largest moment is three models at 8B, 54 GB, and two at 14B, 56 GB.
+The models have the names and shapes of the real configs and random values. Each step starts with its files out of the
+page cache and ends with ``sync``. A conversion is the command line in its own process, including Python's start; its
+anonymous memory (all but page cache) is sampled. Conversion and cp take turns at going first. Each removes its old
+output right before its next run. The report has the medians and every single time. One size is on disk at a time, at
+most three models at 8B (54 GB) and two at 14B (56 GB).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from common import write_result
 CONFIGS = Path(__file__).parents[1] / "tests" / "fixtures" / "hf_configs"
 SCRIPT = Path(__file__).parents[1] / "conversion" / "convert_checkpoints.py"
 SIZES = {"tiny": "ministral-3-3b", "3b": "ministral-3-3b", "8b": "ministral-3-8b", "14b": "ministral-3-14b"}
-#: the issue's limits: seconds against cp, anonymous GiB
+#: limits of the issue: ratio of seconds to those of cp, and anonymous GiB
 RATIO, MEMORY = 1.5, {"tiny": 3.0, "3b": 3.0, "8b": 4.0, "14b": 5.0}
 
 
@@ -46,7 +46,7 @@ SETTLE = 2.0
 
 
 def make_source(folder: Path, size: str) -> int:
-    """A whole VLM of random bf16 values in 5 GB shards, from one random block. Returns the bytes of its tensors."""
+    """Write a whole VLM of random bf16 values, from one random block, in 5 GB shards; return its tensors' bytes."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     from megatron_embed.conversion.hf.folder import INDEX
@@ -74,7 +74,7 @@ def make_source(folder: Path, size: str) -> int:
         with (folder / file).open("wb") as stream:
             stream.write(_header(shard))
             for spec in shard:
-                values = norm if "norm" in spec.name else block  # norms near 0 would leave nothing of the states
+                values = norm if "norm" in spec.name else block  # norms near 0 would make all states vanish
                 left = spec.nbytes
                 while left:
                     at %= len(values)
@@ -103,11 +103,11 @@ def _make_tokenizer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a step's runs, ``sync`` included; of all its processes, the peak of GiB that are not page cache."""
+    """The seconds of a step's runs, ``sync`` included, and the peak GiB of all its processes without page cache."""
 
     runs: tuple[float, ...]
     memory: float
-    #: processor seconds, user and system, the median of the runs
+    #: processor seconds (user and system), the median of the runs
     processor: float
 
     @property
@@ -121,10 +121,10 @@ class Cost:
 
 
 def measure(command: Sequence[str | os.PathLike[str]], written: Path, *cold: Path) -> Cost:
-    """Run a program on files that are not in the page cache, then ``sync``. What it wrote before goes first."""
+    """Remove a program's old output, run it on files that are not in the page cache, and run ``sync``."""
     shutil.rmtree(written, ignore_errors=True)
     forget(*cold)
-    time.sleep(SETTLE)  # the disk may still be discarding what was removed
+    time.sleep(SETTLE)  # the disk may still be discarding the removed files
     began = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
     peak = Peak(process.pid)
@@ -139,7 +139,7 @@ def measure(command: Sequence[str | os.PathLike[str]], written: Path, *cold: Pat
 
 
 class Peak:
-    """Samples the anonymous memory of a process and its children every 20 ms."""
+    """A sampler of the anonymous memory of a process and its children, every 20 ms."""
 
     def __init__(self, pid: int) -> None:
         self._process, self._peak, self._done = psutil.Process(pid), 0, threading.Event()
@@ -170,7 +170,7 @@ def _anonymous(process: psutil.Process) -> int:
 
 
 def forget(*folders: Path) -> None:
-    """Drop the files' pages from the cache: everybody reads from the disk."""
+    """Drop the files' pages from the cache, so that every program reads from disk."""
     subprocess.run(["sync"], check=True)
     for path in files_of(*folders):
         handle = os.open(path, os.O_RDONLY)
@@ -179,20 +179,20 @@ def forget(*folders: Path) -> None:
 
 
 def files_of(*folders: Path) -> Iterator[Path]:
-    """All files below."""
+    """Yield all files below the folders."""
     for folder in folders:
         yield from (path for path in folder.rglob("*") if path.is_file())
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below."""
+    """Return the bytes of all files below a folder."""
     return sum(path.stat().st_size for path in files_of(folder))
 
 
 def against_cp(command: Sequence[str], source: Path, out: Path, work: Path, repeats: int) -> tuple[Cost, Cost]:
-    """Runs of a conversion, and of ``cp -r`` and ``sync`` of what it wrote; every other time cp goes first.
+    """Measure a conversion, and ``cp -r`` with ``sync`` of its output; in every other repeat cp goes first.
 
-    ``out`` stays as the last run wrote it.
+    ``out`` keeps the output of the last run.
     """
     costs, copies = [], []
 
@@ -214,13 +214,13 @@ def against_cp(command: Sequence[str], source: Path, out: Path, work: Path, repe
 
 @dataclass(frozen=True)
 class Row:
-    """A conversion beside the copying of as many bytes as it writes."""
+    """A conversion compared with a copy of the bytes that it writes."""
 
     size: str
     what: str
     nbytes: int
     cost: Cost
-    #: cp -r of the same bytes; None: not measured
+    #: ``cp -r`` of the same bytes; None if not measured
     copied: Cost | None
 
     def cells(self) -> list[str]:
@@ -241,12 +241,12 @@ class Row:
 
 
 def convert(*args: object) -> list[str]:
-    """The command line."""
+    """Return the command line of a conversion."""
     return [sys.executable, str(SCRIPT), *map(str, args), "--no-progress"]
 
 
 def run_size(size: str, work: Path, repeats: int) -> tuple[list[Row], list[str]]:
-    """All steps of one size; the disk is as before afterwards. Returns rows and further findings."""
+    """Run all steps of one size and remove their files; return rows and further findings."""
     work.mkdir(parents=True, exist_ok=True)
     source, megatron, out = work / "source", work / "megatron", work / "hf"
     rows: list[Row] = []
@@ -259,7 +259,7 @@ def run_size(size: str, work: Path, repeats: int) -> tuple[list[Row], list[str]]
     try:
         make_source(source, size)
         import_all = convert("import", "--hf-model", source, "--megatron-path", megatron, "--with-vision")
-        if size == "14b":  # two models fill the disk: no third for cp
+        if size == "14b":  # two models fill the disk, so there is no room for cp's copy
             add("import --with-vision, alone", megatron, measure(import_all, megatron, source), None)
             shutil.rmtree(source)
             export = convert("export", "--megatron-path", megatron, "--hf-path", out)
@@ -289,7 +289,7 @@ def run_size(size: str, work: Path, repeats: int) -> tuple[list[Row], list[str]]
 
 
 def _same_files(source: Path, out: Path) -> list[str]:
-    """The VLM that went there and back against its source, tensor by tensor."""
+    """Compare the imported and exported VLM with its source, tensor by tensor."""
     from megatron_embed.conversion.hf.folder import HFFolder
 
     a, b = HFFolder(source), HFFolder(out)
@@ -300,7 +300,7 @@ def _same_files(source: Path, out: Path) -> list[str]:
 
 
 def with_transformers(source: Path, out: Path) -> None:
-    """What the comparison runs."""
+    """Load and save a model with transformers, for the comparison."""
     from transformers import Mistral3ForConditionalGeneration
 
     model = Mistral3ForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
@@ -311,7 +311,7 @@ def with_transformers(source: Path, out: Path) -> None:
 
 
 def direct_start(source: Path, size: str) -> list[str]:
-    """Four ranks, TP 2 × PP 2, fill a model from the folder; what each asked for against what it holds."""
+    """Fill a model from the folder on four ranks, TP 2 × PP 2; compare the bytes each rank requests and holds."""
     import torch.multiprocessing as mp
 
     forget(source)

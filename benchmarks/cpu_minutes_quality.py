@@ -3,17 +3,18 @@
     python benchmarks/cpu_minutes_quality.py --tokenizer DIR --data medquad.jsonl squad.jsonl --eval liveqa_medquad \\
         --workdir DIR [--minutes 10] [--threads 2] [--seeds 1]
 
-All runs of a seed start from one folder of random weights. A run's number of steps follows from its budget: a trial on
-the same weights, thrown away, says what a step costs; should the run turn out dearer, it ends with the step that
-reaches the budget, where the learning rate is nearly 0. Stages, each in a process of its own and kept in ``--workdir``,
-so that a killed benchmark goes on with what is missing (delete ``seed-N/STAGE.json`` to repeat a stage):
+All runs of a seed start from one folder of random weights. A trial run on the same weights, which is thrown away,
+measures the cost of a step; the budget divided by it gives the number of steps. A run that turns out dearer ends with
+the step that reaches the budget, where the learning rate is nearly 0. Each stage runs in its own process, and its
+result stays in ``--workdir``, so that a killed benchmark continues with the missing stages (delete
+``seed-N/STAGE.json`` to repeat a stage):
 
-    start        random weights, their scores, BM25's
-    theirs ours  the two sides, from the start
-    mine         hard negatives for the training data by the model of ``ours``, from all passages of that data
-    mined        as ``ours`` with them; ``ours`` itself is its counterpart without
-    more-mined more-none    both once more, not from the start but from the model of ``ours``
-    report       benchmarks/results/DATE-NAME.md of what there is
+    start        make random weights; score them and BM25
+    theirs ours  train both sides from the start
+    mine         mine hard negatives with the model of ``ours``, from all passages of the training data
+    mined        train as ``ours``, but with these negatives; compare with ``ours``, which has none
+    more-mined more-none    train with and without the negatives, from the model of ``ours``
+    report       write benchmarks/results/DATE-NAME.md about the finished stages
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from megatron_embed.recipes.retrieval.bm25 import bm25_run
 from megatron_embed.recipes.retrieval.evaluation import metrics
 
 STAGES = ("start", "theirs", "ours", "mine", "mined", "more-mined", "more-none")
-#: what a result depends on; a work folder holds results of one setting of these
+#: settings that results depend on; a work folder holds results for one set of their values
 SETTINGS = ("minutes", "threads", "trial_steps", "batch", "length", "lr", "temperature", "their_form")
 MINING = ("negatives", "rank_range", "max_score_ratio")
 
@@ -65,7 +66,7 @@ def make_start(options: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def config_of(options: argparse.Namespace, seed: int, name: str, steps: int) -> RecipeConfig:
-    """Ours and theirs alike: what a stage trains, from which weights."""
+    """Return the config of a stage's training, for our side and theirs: its data and first weights."""
     folder = seed_folder(options, seed)
     start = folder / ("ours" if name.startswith("more-") else "start")
     mined = name.endswith("mined")
@@ -77,7 +78,7 @@ def config_of(options: argparse.Namespace, seed: int, name: str, steps: int) -> 
 
 
 def train_side(options: argparse.Namespace, cfg: RecipeConfig, name: str, meter: Meter, *, keep: bool) -> Any:
-    """Train by either side; theirs returns its model."""
+    """Train with either side; return the model for theirs and None for ours."""
     shutil.rmtree(str(cfg.train.save_dir), ignore_errors=True)
     if name == "theirs":
         return FORMS[options.their_form](cfg.resolved(), Path(cfg.model.hf_model or ""), meter)
@@ -85,7 +86,7 @@ def train_side(options: argparse.Namespace, cfg: RecipeConfig, name: str, meter:
 
 
 def try_out(options: argparse.Namespace, seed: int, name: str) -> float:
-    """Processor seconds of a step."""
+    """Return the processor seconds of a step."""
     cfg = config_of(options, seed, name, steps=100_000)
     meter = Meter(most=options.trial_steps)
     train_side(options, cfg, name, meter, keep=False)
@@ -94,7 +95,7 @@ def try_out(options: argparse.Namespace, seed: int, name: str) -> float:
 
 
 def train_in_budget(options: argparse.Namespace, seed: int, name: str) -> dict[str, Any]:
-    """One side's training in its budget; the trained model goes to a folder of the stage's name."""
+    """Train one side within its budget; save the trained model in a folder with the stage's name."""
     budget, cost = 60 * options.minutes, in_child(try_out, options, seed, name)
     steps = max(math.floor(budget / cost), 1)
     print(f"seed {seed}, {name}: {cost:.3f} processor seconds a step, {steps} steps planned", flush=True)
@@ -125,7 +126,7 @@ def train_and_score(
 
 
 def mine(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The command line, once a data file, with all files' passages as corpus; its audits."""
+    """Run the mining program for each data file, with the passages of all files as corpus; return its audits."""
     folder = seed_folder(options, seed)
     into = folder / "negatives"
     into.mkdir(exist_ok=True)
@@ -147,7 +148,7 @@ def mine(options: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def in_child(function: Any, options: argparse.Namespace, *arguments: Any) -> Any:
-    """The function's value, from a fresh process."""
+    """Return the function's value, computed in a fresh process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=prepare, initargs=(options.threads,)) as pool:
         return pool.submit(function, options, *arguments).result()
@@ -159,7 +160,7 @@ def prepare(threads: int) -> None:
 
 
 def run_stage(options: argparse.Namespace, seed: int, name: str) -> None:
-    """Run a stage unless its result is there, and keep the result."""
+    """Run a stage and keep its result, unless there is one already."""
     kept = seed_folder(options, seed) / f"{name}.json"
     if kept.exists():
         print(f"seed {seed}, {name}: is there already", flush=True)
@@ -178,7 +179,7 @@ def run_stage(options: argparse.Namespace, seed: int, name: str) -> None:
 
 
 def check_settings(options: argparse.Namespace) -> None:
-    """Refuse a work folder of other settings: its results would be mixed with this run's."""
+    """Refuse a work folder of other settings, because its results would mix with those of this run."""
     settings = {key: getattr(options, key) for key in (*SETTINGS, *MINING)}
     settings |= {"data": [path.name for path in options.data], "evaluated on": options.eval.name}
     path = options.workdir / "settings.json"

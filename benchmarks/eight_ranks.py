@@ -2,8 +2,8 @@
 
     python benchmarks/eight_ranks.py
 
-The cases and the comparison are those of ``tests/distributed/test_gradients.py``, which stops at four ranks: eight
-processes on a small machine take too long for the suite.
+The cases and the comparison are those of ``tests/distributed/test_gradients.py``. That test stops at four ranks,
+because eight processes on a small machine take too long for the suite.
 """
 
 from __future__ import annotations

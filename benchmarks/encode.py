@@ -2,8 +2,9 @@
 
     python benchmarks/encode.py --tokenizer DIR --data nfcorpus_proc
 
-Both sides load one folder, are warm, and take turns; the order of the turns alternates. Encoding is everything from
-texts to a numpy array. sentence-transformers is measured at several batch sizes and its best one counts.
+Both sides load the same folder, are warm, and take turns; the order of the turns alternates. Encoding includes
+everything from texts to a numpy array. sentence-transformers is measured at several batch sizes, and its best one
+counts.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ PROMPTS = {"query": "query", "passage": "document"}
 
 
 def texts_of(folder: Path, kind: str, limit: int | None) -> list[str]:
-    """A BEIR folder's queries or passages; of many, ``limit`` from all over the file."""
+    """Return a BEIR folder's queries or passages; if there are more than ``limit``, that many spread over the file."""
     corpus = Corpus(folder, kind)
     texts = corpus.read(0, len(corpus))[1]
     return texts if limit is None else texts[:: max(1, len(texts) // limit)][:limit]
 
 
 def least_cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The least cosine of two vectors of one text, in fp64."""
+    """Return the least cosine between both sides' vectors of a text, in fp64."""
     a, b = ours.astype(np.float64), theirs.astype(np.float64)
     return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
 
 
 def compare(encoder: Encoder, model: Any, texts: list[str], kind: Any, repeats: int, sizes: Sequence[int]) -> list[str]:
-    """Cells of a row of the table."""
+    """Measure both sides; return the cells of a row of the table."""
     found: dict[str, np.ndarray] = {}
 
     def ours() -> None:
         found["ours"] = encoder.encode(texts, kind=kind)
 
     def theirs(size: int) -> None:
-        # in the place of numpy, which has no bf16, tensors
+        # Ask for tensors, because numpy has no bf16.
         rows = model.encode(texts, prompt_name=PROMPTS[kind], batch_size=size, convert_to_tensor=True)
         found["theirs"] = rows.float().numpy()
 

@@ -1,10 +1,10 @@
-"""What a training run survives: ranks killed and stopped, full disks, damaged checkpoints; and the rerun after each.
+"""Faults that a training run survives: killed and stopped ranks, full disks, damaged checkpoints; each with its rerun.
 
     python benchmarks/faults.py [--only kills all-ranks stopped disk damage] [--kills 20]
 
-Every fault befalls the real command (torchrun for two ranks) with a tiny model. After each the command is given again,
-and the lines of ``metrics.jsonl`` are compared bit for bit with those of a run that nothing happened to; a checkpoint
-that was complete before must still be there, as it was. Full disks are small tmpfs mounts, which takes root.
+Every fault hits the real command (torchrun for two ranks) with a tiny model. The command then runs again, and the lines
+of ``metrics.jsonl`` are compared bit for bit with those of an undisturbed run. Checkpoints that were complete before
+the fault must still exist unchanged. Full disks are small tmpfs mounts, which need root.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from megatron_embed.recipes.config.run_config import save_run_config
 
 EXACT = ("step", "loss", "loss_step", "grad_norm", "learning_rate", "consumed_samples")
 STEPS, EVERY = 48, 3
-#: what a checkpoint is made of, in the order in which it appears
+#: files of a checkpoint, in the order in which they appear
 STATES = ("common.pt", "__0_0.distcp", "__1_0.distcp", ".metadata", "run_config.yaml", "checksums.json")
 FILES = (*STATES, "metadata.json", "__0_1.distcp", "hf/config.json", "hf/tokenizer.json")
 TIMEOUT_MINUTES = 0.25
-#: torchrun itself gives processes that heed no SIGTERM half a minute
+#: torchrun waits half a minute for processes that ignore SIGTERM
 LIMIT_SECONDS = 60
 
 
 @dataclass
 class Ended:
-    """How a command ended: seconds since the fault, its status, and its lines that begin with ``error:``."""
+    """The end of a command: seconds since the fault, its status, and its lines that begin with ``error:``."""
 
     seconds: float
     status: int
@@ -60,7 +60,7 @@ class Command:
         config = folder / f"{name}.yaml"
         keys = [f"train.save_dir={self.run}", f"train.train_iters={steps}", f"train.save_interval={EVERY}"]
         keys += [f"train.timeout_minutes={TIMEOUT_MINUTES}", "optimizer.warmup_iters=2", *overrides]
-        if ranks > 1:  # so that each rank has tensors of its own to write
+        if ranks > 1:  # with tensor parallelism each rank has its own tensors to write
             keys.append("model.tensor_model_parallel_size=2")
         save_run_config(recipe(folder, name, *keys), config)
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
@@ -75,7 +75,7 @@ class Command:
         self._ranks = ranks
 
     def pids(self) -> dict[int, int]:
-        """Process of each rank."""
+        """Return rank → process id."""
         if self._ranks == 1:
             return {0: self.process.pid}
         found = {}
@@ -85,12 +85,12 @@ class Command:
         return found
 
     def wait_for_step(self, step: int) -> None:
-        """Until this command has logged a step."""
-        # the file is replaced when the run goes on: what stands there before is the run's past
+        """Wait until this command has logged a step."""
+        # A continued run replaces the file, so the old file holds only the run's past.
         self._wait(lambda: self._inode() != self._metrics and (numbers(self.run) or [[0]])[-1][0] >= step)
 
     def wait_for_save(self, step: int, file: str = "") -> None:
-        """Until a file of a checkpoint is there, or all of it."""
+        """Wait until a file of a checkpoint or the whole checkpoint exists."""
         self.wait_for_step(step)
         partial = iteration(self.run, step, partial=True) / file
         self._wait(lambda: partial.exists() or newest(self.run) >= step)
@@ -119,7 +119,7 @@ class Command:
 
 
 def numbers(run: Path) -> list[list[Any]]:
-    """What ``metrics.jsonl`` holds by now; the line that is being written is left out."""
+    """Return the current numbers of ``metrics.jsonl``, without an incomplete last line."""
     path, found = run / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -131,7 +131,7 @@ def numbers(run: Path) -> list[list[Any]]:
 
 
 def newest(run: Path) -> int:
-    """Step of the checkpoint that the tracker names; 0: none."""
+    """Return the step of the checkpoint that the tracker names, or 0 if there is none."""
     tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
     return int(tracker.read_text()) if tracker.exists() else 0
 
@@ -142,7 +142,7 @@ def iteration(run: Path, step: int, *, partial: bool = False) -> Path:
 
 
 class Table:
-    """Rows of the result, and whether all of them were as they should be."""
+    """The table of results, with a list of the rows that failed."""
 
     def __init__(self) -> None:
         self.sections: dict[str, list[str]] = {}
@@ -166,7 +166,7 @@ class Table:
 
 
 class Faults:
-    """The scenarios, over one folder with a model and data."""
+    """The scenarios of faults, in one folder with a model and data."""
 
     def __init__(self, folder: Path, table: Table) -> None:
         self.folder, self.table = folder, table
@@ -174,7 +174,7 @@ class Faults:
         self._whole: dict[tuple[int, int], list[list[Any]]] = {}
 
     def undisturbed(self, ranks: int, steps: int) -> list[list[Any]]:
-        """The numbers of a run that nothing happened to."""
+        """Return the numbers of an undisturbed run."""
         if (ranks, steps) not in self._whole:
             command = Command(self.folder, f"whole-{ranks}-{steps}", ranks, steps)
             ended = command.end(time.monotonic())
@@ -184,7 +184,7 @@ class Faults:
         return self._whole[ranks, steps]
 
     def kills(self, count: int) -> None:
-        """One of two ranks killed again and again, in training and while a checkpoint is written; each goes on."""
+        """Kill one of two ranks repeatedly, in training and while a checkpoint is written; each rerun continues."""
         whole, run = self.undisturbed(2, STEPS), self.folder / "killed"
         for number in range(count):
             before, victim, saving = newest(run), number % 2, number % 4 >= 2
@@ -213,7 +213,7 @@ class Faults:
         self._finish("One of two ranks killed (SIGKILL)", run, 2, whole)
 
     def all_ranks(self) -> None:
-        """torchrun and both ranks killed at once."""
+        """Kill torchrun and both ranks at once."""
         whole, run = self.undisturbed(2, STEPS), self.folder / "all-killed"
         for number in range(4):
             before, saving = newest(run), number % 2 == 1
@@ -234,7 +234,7 @@ class Faults:
         self._finish("All processes killed (SIGKILL)", run, 2, whole)
 
     def stopped(self) -> None:
-        """One of two ranks stopped, in training and while a checkpoint is written."""
+        """Stop one of two ranks, in training and while a checkpoint is written."""
         steps = 4 * EVERY
         whole, run = self.undisturbed(2, steps), self.folder / "stopped"
         limit = 60 * TIMEOUT_MINUTES + LIMIT_SECONDS
@@ -257,7 +257,7 @@ class Faults:
         self._finish("One of two ranks stopped (SIGSTOP)", run, 2, whole)
 
     def disk(self) -> None:
-        """Disks that fill up at different files of a checkpoint; then there is room, and the run goes on."""
+        """Fill the disk at different files of a checkpoint; then make room and continue the run."""
         steps, section = 4 * EVERY, "A full disk"
         for ranks in (1, 2):
             whole = self.undisturbed(ranks, steps)
@@ -276,10 +276,13 @@ class Faults:
                     self.table.add(section, fault, ended, f"{kept} kept, then {steps}", good)
 
     def damage(self) -> None:
-        """Every kind of file of the newest checkpoint, changed and cut short: refused, then gone on from the older."""
+        """Change and truncate every kind of file of the newest checkpoint.
+
+        The command must refuse it, and with the fallback continue from the older checkpoint.
+        """
         steps, section = 3 * EVERY, "A damaged checkpoint"
         whole = self.undisturbed(2, steps)
-        made = self.folder / "made"  # as it was when it was stopped after its second checkpoint
+        made = self.folder / "made"  # a run as if it had ended after its second checkpoint
         shutil.copytree(self.folder / f"whole-2-{steps}", made)
         shutil.rmtree(iteration(made, steps))
         (made / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(f"{2 * EVERY}\n")
@@ -298,7 +301,7 @@ class Faults:
                 self.table.add(section, f"{name}: {what}", ended, f"{EVERY} used, then {steps}", good)
 
     def _finish(self, section: str, run: Path, ranks: int, whole: list[list[Any]]) -> None:
-        """Nothing more happens: the run ends with the numbers of the undisturbed one, every one of them."""
+        """Run to the end without a fault; all numbers must equal those of the undisturbed run."""
         before, command = newest(run), Command(self.folder, run.name, ranks, len(whole))
         ended = command.end(time.monotonic())
         good = ended.status == 0 and numbers(run) == whole and self._all_sound(run)

@@ -1,10 +1,10 @@
-"""Training steps at a real shape on one GPU: model FLOPs utilisation, and sentence-transformers beside it.
+"""Training steps at a real shape on one GPU: model FLOPs utilisation, compared with sentence-transformers.
 
     python benchmarks/gpu_step.py --config MODEL_FOLDER_OR_CONFIG.json [--steps 10] [--peak-tflops 989]
 
-Random weights at the shape of the config, bf16, packed, random tokens with the lengths of real questions and
-paragraphs. Try it at a small size on a CPU: ``--layers 2 --hidden 256 --batch 4``. No result is written: commit what
-you measured with the machine's name.
+The weights are random, bf16, with the shape of the config. The tokens are random, packed, with the lengths of real
+questions and paragraphs. To try it at a small size on a CPU, use ``--layers 2 --hidden 256 --batch 4``. The script
+writes no result file; commit your measurements with the name of the machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_embed.recipes.training.targets import Targets
 
 
 def texts(options: argparse.Namespace, vocab: int) -> list[list[int]]:
-    """Queries of 8 to 32 tokens, then passages of which most are at the maximal length."""
+    """Return the token ids of queries (8 to 32 tokens), then of passages (most of the maximal length)."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(low: int, high: int) -> list[int]:
@@ -47,7 +47,7 @@ def texts(options: argparse.Namespace, vocab: int) -> list[list[int]]:
 
 
 class Tokens(torch.nn.Module):
-    """transformers' model as the first module of a SentenceTransformer: ids in, token states out."""
+    """transformers' model as the first module of a SentenceTransformer, from ids to token states."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -62,7 +62,7 @@ class Tokens(torch.nn.Module):
 
 
 def our_seconds(options: argparse.Namespace, config: EncoderConfig, sequences: list[list[int]]) -> dict[str, Any]:
-    """Median seconds of this project's step, and how it ran."""
+    """Return the median seconds of this project's step, and how it ran."""
     transformer = transformer_config(config, Layout(), dtype=torch.bfloat16, recompute=options.recompute)
     encoders = build_stages(config, transformer)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def our_seconds(options: argparse.Namespace, config: EncoderConfig, sequences: l
 
 
 def their_seconds(options: argparse.Namespace, config: EncoderConfig, sequences: list[list[int]]) -> float:
-    """The same batch through sentence-transformers' CachedMultipleNegativesRankingLoss, bf16 weights, fused AdamW."""
+    """Return the seconds of the same batch with CachedMultipleNegativesRankingLoss, bf16 weights and fused AdamW."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.models import Normalize, Pooling
@@ -152,7 +152,7 @@ def main() -> None:
     flops = model_flops(config, tokens=tokens, squared_lengths=sum(len(ids) ** 2 for ids in sequences))
     with parallel_world(Layout()):
         ours = our_seconds(options, config, sequences)
-    peak = peak_memory_bytes()  # of ours
+    peak = peak_memory_bytes()  # of our side, as theirs has not run yet
     if device.type == "cuda":
         torch.cuda.empty_cache()
     theirs = their_seconds(options, config, sequences)

@@ -1,8 +1,9 @@
-"""Memory of the loss alone: 4096 queries × 8 passages over 2 ranks, beside what the whole score matrix would take.
+"""Memory of the loss alone: 4096 queries × 8 passages over 2 ranks, compared with that of the whole score matrix.
 
     python benchmarks/loss_memory.py
 
-Peak growth of resident memory in a process that computes the loss and its gradient, gathered embeddings included.
+It is the peak growth of resident memory in a process that computes the loss and its gradient, with the gathered
+embeddings.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ QUERIES, SLOTS, WORLD = 4096, 8, 2
 
 
 def measure(width: int) -> tuple[float, float]:
-    """(bytes of growth, the loss) on this rank."""
+    """Return (bytes of growth, the loss) on this rank."""
     import torch.distributed as dist
 
     from megatron_embed.recipes.config.schema import LossSection

@@ -1,10 +1,10 @@
-"""A real run from random weights, beside sentence-transformers with the same weights, data and hyper-parameters.
+"""A real run from random weights, compared with sentence-transformers on equal weights, data and hyper-parameters.
 
     python benchmarks/medquad_quality.py --tokenizer DIR --data medquad.jsonl --eval liveqa_medquad --steps 500
 
-Each seed draws weights, data order and nothing else anew. The export of our run is evaluated (not the Megatron model),
-by the same code as the model that sentence-transformers trained. The runs are jobs of a pool: ``--jobs`` processes of
-``--threads`` threads each, so that both sides' seconds are taken on an equally busy machine.
+A seed changes only the weights and the data order. The same code evaluates the export of our run (not the Megatron
+model) and the model that sentence-transformers trained. The runs are jobs of a pool of ``--jobs`` processes with
+``--threads`` threads each, so that both sides' seconds are measured on an equally busy machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_embed.recipes.datasets.beir import load_beir
 
 
 def run_side(options: argparse.Namespace, seed: int, side: str) -> dict[str, float]:
-    """One of the six jobs: ``ours`` or ``theirs`` from a seed's weights."""
+    """Run one of the six jobs: ``ours`` or ``theirs`` from a seed's weights."""
     torch.set_num_threads(options.threads)
     host.run_on_cpu()
     collection = load_beir(options.eval)

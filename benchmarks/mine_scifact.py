@@ -1,11 +1,15 @@
-"""Mining on a real BEIR folder, on 1, 2 and 4 ranks, checked against an answer computed another way.
+"""Mining on a real BEIR folder, on 1, 2 and 4 ranks, checked against an independent computation.
 
     python benchmarks/mine_scifact.py --tokenizer DIR --data scifact
 
-The program is run as users run it, with torchrun. Checked: no known positive is among the negatives; the negatives are
-those of a brute-force answer in numpy (all scores in fp64, one argsort a query, the documentation's rules written out
-again; nothing of the project's code), both from the stored vectors and from sentence-transformers' embeddings; 2 and 4
-ranks write the bytes of 1; another model does not use the cache, and refuses vectors of the first put under its keys.
+The program runs as users run it, with torchrun. The script checks that
+
+* no known positive is among the negatives;
+* the negatives are those of a brute-force computation in numpy (all scores in fp64, one argsort for each query, the
+  rules of the documentation, none of the project's code), both from the stored vectors and from
+  sentence-transformers' embeddings;
+* 2 and 4 ranks write the same bytes as 1;
+* another model does not use the cache, and refuses vectors of the first model under its own keys.
 """
 
 from __future__ import annotations
@@ -26,12 +30,12 @@ from typing import Any
 import numpy as np
 from common import SMALL, make_embedder, write_result
 
-ROUNDING = 2e-6  # of fp32 scores of unit vectors: closer ones may change places
+ROUNDING = 2e-6  # rounding error of fp32 scores of unit vectors; documents with closer scores may swap places
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the program is asked for; by default, its defaults."""
+    """The options of the program, with its default values."""
 
     negatives: int = 4
     ranks: tuple[int, int] = (0, 100)
@@ -70,7 +74,7 @@ class Collection:
         return cls(list(full), [(full[row["_id"]], row["text"]) for row in corpus], rows)
 
     def known(self) -> dict[str, set[str]]:
-        """The positives of each query text, over all rows."""
+        """Return the positives of each query text, over all rows."""
         found: dict[str, set[str]] = {}
         for query, positives in self.rows:
             found.setdefault(query, set()).update(positives)
@@ -80,7 +84,7 @@ class Collection:
 def mine(
     folder: Path, data: Path, model: Path, name: str, *, ranks: int = 1, cache: str = "1", rules: Rules = RULES["1"]
 ) -> subprocess.CompletedProcess[str]:
-    """The program, as a user starts it."""
+    """Run the program as a user starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["-m", "megatron_embed.recipes.mine", "--model", str(model), "--data", str(data), "--corpus", str(data)]
     command += ["--output", f"{folder}/{name}.jsonl", "--cache", f"{folder}/cache-{cache}", "--device", "cpu"]
@@ -94,7 +98,7 @@ def brute_force(
     scores: np.ndarray,
     lowest: Sequence[float],
 ) -> list[list[int]]:
-    """For each row, the documents that are its negatives, by the rules of docs/mining.md.
+    """Return the documents that are each row's negatives by the rules of docs/mining.md.
 
     Args:
         scores: ``[rows, documents]``.
@@ -118,7 +122,7 @@ def brute_force(
 
 
 def compare(found: list[list[str]], wanted: list[list[int]], texts: list[str], scores: np.ndarray) -> tuple[int, float]:
-    """(rows whose negatives are the same in the same order, greatest difference of score where they are not)"""
+    """Return (number of rows with the same negatives in the same order, greatest difference of score in other rows)."""
     places = {text: place for place, text in enumerate(texts)}
     same, worst = 0, 0.0
     for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
@@ -133,7 +137,7 @@ def compare(found: list[list[str]], wanted: list[list[int]], texts: list[str], s
 
 
 def stored(cache: Path) -> dict[str, np.ndarray]:
-    """The vectors of a cache by what they are of, read with numpy alone."""
+    """Read the vectors of a cache with numpy alone: "KIND ROWS" of the encoded texts → vectors."""
     found = {}
     for manifest in cache.glob("*/manifest.json"):
         value = json.loads(manifest.read_text())
@@ -144,7 +148,7 @@ def stored(cache: Path) -> dict[str, np.ndarray]:
 
 
 def embedded(model: Path, collection: Collection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(queries, positives end to end, passages), by sentence-transformers."""
+    """Return sentence-transformers' vectors of queries, of positives end to end, and of passages."""
     from sentence_transformers import SentenceTransformer
 
     theirs: Any = SentenceTransformer(str(model), device="cpu")
@@ -157,7 +161,7 @@ def embedded(model: Path, collection: Collection) -> tuple[np.ndarray, np.ndarra
 
 
 def check_answers(folder: Path, collection: Collection, model: Path) -> list[str]:
-    """A line for each file of ``RULES``."""
+    """Check the output for each entry of ``RULES`` and return a line about it."""
     counts = [len(positives) for _, positives in collection.rows]
     vectors = stored(folder / "cache-1")
     sizes = (f"query {len(counts)}", f"passage {sum(counts)}", f"passage {len(collection.documents)}")
@@ -175,7 +179,7 @@ def check_answers(folder: Path, collection: Collection, model: Path) -> list[str
 
 
 def check_file(folder: Path, name: str, collection: Collection, scored: dict[str, tuple[np.ndarray, Any]]) -> str:
-    """A line about the negatives in ``name.jsonl``."""
+    """Check the negatives in ``name.jsonl`` and return a line about them."""
     rules = RULES[name]
     output = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     wanted_rows = [(query, texts if len(texts) > 1 else texts[0]) for query, texts in collection.rows]
@@ -196,11 +200,11 @@ def check_file(folder: Path, name: str, collection: Collection, scored: dict[str
 
 
 def check_other_model(folder: Path, data: Path, other: Path) -> str:
-    """A line about a second model beside the first one's cache."""
+    """Check a second model with the first one's cache and return a line about it."""
     cache = folder / "cache-1"
 
     def folders() -> dict[str, Path]:
-        """What vectors are of → where they lie; of several, the last that was made."""
+        """Return "KIND ROWS" of the encoded texts → folder of their vectors, the newest if there are several."""
         by_age = sorted(cache.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
         stamps = [(json.loads(path.read_text())["fingerprint"], path.parent) for path in by_age]
         return {f"{stamp['kind']} {stamp['rows']}": path for stamp, path in stamps}

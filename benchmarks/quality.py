@@ -1,4 +1,4 @@
-"""What the quality benchmarks share: our recipe for the small model, sentence-transformers' training, the scores."""
+"""Shared parts of the quality benchmarks: our recipe for the small model, sentence-transformers' training, scores."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.ministral3 import ministral3_tiny_embed_config
 from megatron_embed.recipes.retrieval.evaluation import evaluate
 
-#: the same on both sides, as the result files say it
+#: the optimizer of both sides, as described in the result files
 OPTIMIZER = "AdamW 0.9/0.999, no weight decay, clipping at 1.0, 10 % warm-up, linear decay to 0"
 
 
 def recipe(run: Path, model: Path, data: Sequence[Path], settings: Any, *, seed: int, steps: int) -> RecipeConfig:
-    """Our training of the small model, in fp32.
+    """Return the config of our training of the small model, in fp32.
 
     Args:
         run: the run's folder.
-        settings: something with ``length``, ``batch``, ``lr`` and ``temperature``.
+        settings: an object with ``length``, ``batch``, ``lr`` and ``temperature``.
     """
     cfg = apply_overrides(
         ministral3_tiny_embed_config(),
@@ -50,7 +50,7 @@ def recipe(run: Path, model: Path, data: Sequence[Path], settings: Any, *, seed:
 
 
 def load_theirs(folder: Path, length: int) -> Any:
-    """A folder as a sentence-transformers model on the CPU, all texts cut at ``length`` tokens."""
+    """Load a folder as a sentence-transformers model on the CPU that truncates texts to ``length`` tokens."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu")
@@ -65,11 +65,11 @@ def train_theirs(
     begin: Callable[[], None] = lambda: None,
     enough: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """The textbook loop around MultipleNegativesRankingLoss: our order, schedule, clipping, optimizer.
+    """Train with MultipleNegativesRankingLoss in the textbook loop, with our order, schedule, clipping and optimizer.
 
     Args:
         begin: called before the first step.
-        enough: asked after each step; true ends the training.
+        enough: called after each step; True ends the training.
     """
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
@@ -99,7 +99,7 @@ def train_theirs(
 
 
 def scores(model: Any, collection: Any) -> dict[str, float]:
-    """nDCG@10, recall@100 and MRR@10 of a sentence-transformers model."""
+    """Return nDCG@10, recall@100 and MRR@10 of a sentence-transformers model."""
 
     def encode(texts: list[str], kind: str) -> Any:
         return (model.encode_query if kind == "query" else model.encode_document)(texts, batch_size=64)

@@ -1,9 +1,9 @@
-"""Seconds of a training step whose batch costs 30 ms to read: prepared in the background, and in the step itself.
+"""Seconds of a training step whose batch takes 30 ms to read, prepared in the background or in the step itself.
 
     python benchmarks/read_ahead.py --tokenizer DIR --data squad.jsonl
 
-The same model and batches on both sides, which take turns block by block. What a batch costs is added to its reading,
-once as waiting (a slow disk, a network) and once as Python at work, which takes its share of the processor.
+Both sides have the same model and batches and take turns block by block. The cost is added to the reading of a batch,
+once as waiting (a slow disk, a network) and once as running Python, which takes its share of the processor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def work(seconds: float) -> None:
 
 
 def block(ours: Ours, cost: Callable[[float], None], steps: range, *, ahead: bool) -> list[tuple[float, float]]:
-    """(seconds of a step, seconds that it waited for its batch) of some steps, the first of which is left out."""
+    """Run some steps; return (seconds of a step, seconds that it waited for its batch) for all but the first."""
 
     def prepare(step: int) -> PackedBatch:
         cost(COST)

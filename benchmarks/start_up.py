@@ -1,14 +1,14 @@
-"""From a program's start to its first batch of training pairs, at the first start and at the second; and the memory.
+"""Time and memory from a program's start to its first batch of training pairs, at the first and the second start.
 
     python benchmarks/start_up.py [--rows 2000000] [--beside CHECKOUT]
 
-Two files of synthetic pairs, one with few repeated texts, one in which four queries share each positive. Each start is
-a process of its own that opens the data, draws the first batch and reads its texts. The first start reads every row
-and writes it into a table in a cache folder of its own; the second maps it. ``--beside`` names a checkout of another
-commit, whose starts are measured in turn with these.
+The data are two files of synthetic pairs: one with few repeated texts, one in which four queries share each positive.
+Each start is a separate process that opens the data, draws the first batch and reads its texts. The first start reads
+every row and writes it into a table in a separate cache folder; the second start maps the table. ``--beside`` names a
+checkout of another commit, whose starts are measured in turn with these.
 
-Memory is resident memory, anonymous and file-mapped together, beyond what the process had once its imports were done:
-at the end, and at its highest.
+Memory is the growth of resident memory (anonymous and file-mapped together) since the end of the imports, at the end
+and at its peak.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ GOALS = {"seconds to the first batch at the second start": 5, "MB of resident gr
 
 
 def write_pairs(path: Path, rows: int, sharing: int, seed: int = 0) -> None:
-    """JSON lines: queries of about 60 characters, positives of about 300, negatives on every fifth row.
+    """Write JSON lines: queries of about 60 characters, positives of about 300, negatives in every fifth row.
 
     Args:
-        sharing: queries that have the same positive. With 1, a row in fifty repeats another's positive.
+        sharing: number of queries that share each positive. With 1, one row in fifty repeats another's positive.
     """
     chance = random.Random(seed)
     words = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyzäé", k=chance.randint(2, 9))) for _ in range(5000)]
@@ -57,23 +57,23 @@ def write_pairs(path: Path, rows: int, sharing: int, seed: int = 0) -> None:
 
 
 def memory() -> dict[str, float]:
-    """MB of this process: resident, of that anonymous, and the highest resident so far."""
+    """Return the MB of this process: resident memory, the anonymous part of it, and the peak of resident memory."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     names = {"resident": "VmRSS", "anonymous": "RssAnon", "highest": "VmHWM"}
     return {name: int(fields[field].split()[0]) * 1024 / 1e6 for name, field in names.items()}
 
 
 def start(path: str, batch: int) -> None:
-    """One start, in a process of its own: prints what it measured."""
+    """Run one start, in this separate process, and print the measurements."""
     from megatron_embed.recipes.config.schema import DataSource
 
     try:
         from megatron_embed.recipes.datasets.pairs import PairDataset
         from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
-    except ImportError:  # of a commit before there were tables
+    except ImportError:  # a commit from before the tables
         from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset  # type: ignore[no-redef]
 
-    Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     imported, before = time.time(), memory()
     data = PairDataset([DataSource(path=path)])
     opened = time.time()
@@ -93,7 +93,7 @@ def start(path: str, batch: int) -> None:
 
 
 def measured(path: Path, cache: Path, batch: int, checkout: str | None) -> dict[str, Any]:
-    """Start a process, and put its times in relation to its start."""
+    """Start a process and return its measurements, with times relative to its start."""
     command = [sys.executable, __file__, "--start", str(path), "--batch", str(batch)]
     environment = {**os.environ, "MEGATRON_EMBED_CACHE": str(cache)}
     if checkout is not None:
@@ -108,7 +108,7 @@ def measured(path: Path, cache: Path, batch: int, checkout: str | None) -> dict[
 
 
 def compare(folder: Path, options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """Rows of the table, and what else there is to say."""
+    """Run all starts; return the rows of the table and further notes."""
     table, notes, missed = [], {}, []
     for shape, sharing in SHAPES.items():
         path = folder / "pairs.jsonl"
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024, help="queries a step")
     parser.add_argument("--beside", metavar="CHECKOUT", help="another commit, measured in turn")
     parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--start", help=argparse.SUPPRESS)  # what the script calls itself with
+    parser.add_argument("--start", help=argparse.SUPPRESS)  # the script calls itself with this option
     options = parser.parse_args()
     if options.start:
         start(options.start, options.batch)

@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py --tokenizer DIR --data squad.jsonl medquad.jsonl
 
-Both sides are warm, and take turns step by step, so that whatever else the machine does hits both. A step is
-everything: tokenising, forward, loss, backward, clipping, AdamW (torch's fused kernel on both sides).
+Both sides are warm and take turns step by step, so that other load on the machine affects both. A step includes
+everything: tokenising, forward, loss, backward, clipping and AdamW (torch's fused kernel on both sides).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def builder_of(folder: Path, dataset: PairDataset, batch: int, length: int) -> BatchBuilder:
-    """The batches that both sides train on."""
+    """Return the builder of the batches that both sides train on."""
     tokenizer = TextTokenizer.from_folder(
         folder,
         query_prompt="query: ",
@@ -49,7 +49,7 @@ def builder_of(folder: Path, dataset: PairDataset, batch: int, length: int) -> B
 
 
 class Ours:
-    """A step of this project on a world of one."""
+    """A training step of this project on a single rank."""
 
     def __init__(self, folder: Path, builder: BatchBuilder, dtype: torch.dtype, mode: str):
         from megatron_embed.bridge.encoder import build_stages, transformer_config
@@ -110,7 +110,7 @@ class Theirs:
 
 
 def of_halves(path: Path, folder: Path, words: int = 80) -> DataSource:
-    """Pairs of texts that are all longer than the limit: two stretches of each long paragraph."""
+    """Make pairs whose texts are all longer than the limit: two consecutive stretches of each long paragraph."""
     made = folder / "halves.jsonl"
     with path.open(encoding="utf-8") as file, made.open("w", encoding="utf-8") as out:
         for line in file:
@@ -122,7 +122,7 @@ def of_halves(path: Path, folder: Path, words: int = 80) -> DataSource:
 
 
 def compare(folder: Path, data: PairDataset, args: dict[str, Any], matmul: float) -> str:
-    """One row of the table."""
+    """Measure both sides; return one row of the table."""
     dtype = DTYPES[args["dtype"]]
     builder = builder_of(folder, data, args["batch"], args["length"])
     ours = Ours(folder, builder, dtype, args["mode"])
@@ -141,7 +141,7 @@ def compare(folder: Path, data: PairDataset, args: dict[str, Any], matmul: float
         for name, rival in rivals.items():
             took[name] = timed(lambda n=number, rival=rival: rival.step(n))
         if number < args["warmup"]:
-            if number == args["warmup"] - 1 and len(rivals) > 1:  # the best of its settings goes on
+            if number == args["warmup"] - 1 and len(rivals) > 1:  # after the warm-up, only their best setting goes on
                 best = min(rivals, key=lambda name: took[name])
                 rivals = {best: rivals[best]}
             continue
@@ -166,7 +166,7 @@ def compare(folder: Path, data: PairDataset, args: dict[str, Any], matmul: float
 
 
 def cached_over_direct(folder: Path, data: PairDataset, dtype: torch.dtype, steps: int) -> float:
-    """Seconds of a cached step over those of a direct one, same batches (64 pairs, at most 256 tokens), in turns."""
+    """Return the ratio of a cached step's seconds to a direct one's, on equal batches (64 pairs, up to 256 tokens)."""
     builder = builder_of(folder, data, 64, 256)
     sides = {mode: Ours(folder, builder, dtype, mode) for mode in ("direct", "cached")}
     seconds: dict[str, list[float]] = {mode: [] for mode in sides}
@@ -177,10 +177,10 @@ def cached_over_direct(folder: Path, data: PairDataset, dtype: torch.dtype, step
 
 
 def peak_memory(folder: Path, data: Path, side: str, dtype: str, threads: int) -> float:
-    """Peak resident GiB of two cached steps of 1024 pairs, by one side alone in this process.
+    """Return the peak resident GiB of two cached steps of 1024 pairs by one side, alone in this process.
 
     Args:
-        side: ``ours``, or the name of a setting of theirs.
+        side: ``ours``, or the name of one of their settings.
     """
     torch.set_num_threads(threads)
     select_device("cpu")
@@ -197,7 +197,7 @@ def peak_memory(folder: Path, data: Path, side: str, dtype: str, threads: int) -
 
 
 def peak_memories(folder: Path, data: Path, args: dict[str, Any], threads: int) -> str:
-    """A sentence with both sides' peak, each from a process of its own."""
+    """Return a sentence with both sides' peak memory, each measured in a separate process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         ours, theirs = (
@@ -211,7 +211,7 @@ def peak_memories(folder: Path, data: Path, args: dict[str, Any], threads: int) 
 
 
 def benchmark_rows(sentence_pairs: Path, paragraph_pairs: Path, scratch: Path) -> list[dict[str, Any]]:
-    """What is measured."""
+    """Return the settings of each row of the table."""
     sentences, paragraphs, halves = (
         PairDataset([source])
         for source in (
@@ -233,7 +233,7 @@ def benchmark_rows(sentence_pairs: Path, paragraph_pairs: Path, scratch: Path) -
             "mode": "cached",
             "steps": 2,
             "warmup": 1,
-            "dtypes": ["fp32"],  # minutes a step
+            "dtypes": ["fp32"],  # only one dtype, because a step takes minutes
         },
     ]
 

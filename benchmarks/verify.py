@@ -1,12 +1,12 @@
-"""``convert-checkpoints verify`` at the real sizes: seconds, peak memory, and whether one changed key is named.
+"""``convert-checkpoints verify`` at the real sizes: seconds, peak memory, and whether it names a changed key.
 
     python benchmarks/verify.py --size 3b 14b --workdir /fast/disk
     python benchmarks/verify.py --size tiny           # seconds; writes no result
 
-The models are the real configs' names and shapes with random values; everything is the command line in a process of
-its own. ``verify`` compares configs, tokenizer, settings and every tensor, then embeds with both sides in fp32, one
-layer at a time. Memory is the peak of what is not page cache (``RssAnon + RssShmem``, sampled every 20 ms) beside
-``VmHWM``, which counts the mapped files' pages too. One size is on the disk at a time, two models at most.
+The models have the names and shapes of the real configs and random values. Every run is the command line in its own
+process. ``verify`` compares configs, tokenizer, settings and every tensor, then embeds with both sides in fp32, one
+layer at a time. Memory is the peak without page cache (``RssAnon + RssShmem``, sampled every 20 ms) and ``VmHWM``,
+which also counts the pages of mapped files. One size is on disk at a time, with at most two models.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 from common import write_result
 from convert import SIZES, Peak, convert, forget, make_source, size_of
 
-#: the issue's limit in GiB, page cache not counted
+#: limit of the issue in GiB, without page cache
 LIMIT = 4.0
 
 
 class HighWater:
-    """Reads ``VmHWM`` of a process for as long as it lives."""
+    """A reader of a process's ``VmHWM`` for as long as it lives."""
 
     def __init__(self, pid: int) -> None:
         self._status, self.bytes, self._done = Path(f"/proc/{pid}/status"), 0, threading.Event()
@@ -71,13 +71,13 @@ def run(*args: object, cold: tuple[Path, ...] = (), status: int = 0) -> dict[str
 
 
 def embeddings_of(output: str) -> str:
-    """The last column of the table's row of embeddings."""
+    """Return the last column of the table's row about embeddings."""
     row = next(line for line in output.splitlines() if line.startswith("│ embeddings"))
     return row.split("│")[4].strip()
 
 
 def run_size(size: str, work: Path) -> tuple[list[list[str]], list[str]]:
-    """All runs of one size; the disk is as before afterwards. Returns rows and further findings."""
+    """Do all runs of one size and remove their files; return rows and further findings."""
     work.mkdir(parents=True, exist_ok=True)
     source, megatron, out = work / "source", work / "megatron", work / "hf"
     rows: list[list[str]] = []

@@ -1,7 +1,8 @@
-"""The whole way in some minutes on any machine: ``make demo``.
+"""All steps from a VLM to an evaluated embedder, in some minutes on any machine: ``make demo``.
 
-A small Ministral 3 VLM in Hugging Face form is imported to Megatron, fine-tuned as an embedder at TP 2 × PP 2,
-exported, loaded in sentence-transformers, and evaluated before and after beside BM25. Every step prints its command.
+The demo imports a small Ministral 3 VLM in Hugging Face form to Megatron, fine-tunes it as an embedder at TP 2 × PP 2,
+exports it, loads it in sentence-transformers, and evaluates it before and after training, with BM25 for comparison.
+Every step prints its command.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ console = Console(highlight=False)
 
 
 def main() -> int:
-    """Run the demo; 0 when the held-out nDCG@10 rose by :data:`WANTED_RISE` and the export equals the checkpoint."""
+    """Run the demo; return 0 if held-out nDCG@10 rose by :data:`WANTED_RISE` and the export equals the checkpoint."""
     args = arguments()
     began = time.perf_counter()
     quiet()
@@ -65,7 +66,7 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; its defaults are ``make demo``."""
+    """Parse the command line; its defaults are those of ``make demo``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="replaced if it exists")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -77,20 +78,20 @@ def arguments() -> argparse.Namespace:
 
 
 def quiet() -> None:
-    """Other packages' warnings and progress bars stay out of the demo, in this process and in those that it starts."""
+    """Hide other packages' warnings and progress bars, in this process and in its child processes."""
     warnings.filterwarnings("ignore")
     os.environ.update(PYTHONWARNINGS="ignore", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
 
 def packages(names: list[str] | None) -> list[str]:
-    """The option for examples/docstrings.py, where it is not its default."""
+    """Return the packages option for examples/docstrings.py, if it is not the default."""
     return [] if names is None else ["--packages", *names]
 
 
 def train_command(
     args: argparse.Namespace, vlm: Path, megatron: Path, run: Path, train: Path, held_out: Path
 ) -> list[Any]:
-    """torchrun with the recipe and what the demo changes of it."""
+    """Return the torchrun command with the recipe and the demo's overrides."""
     quarter = max(1, args.train_iters // 4)
     return [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4),
@@ -105,7 +106,7 @@ def train_command(
 
 
 def step(title: str) -> None:
-    """A heading."""
+    """Print a heading."""
     step.number += 1  # type: ignore[attr-defined]
     console.print(f"\n[bold]{step.number}. {title}[/bold]")  # type: ignore[attr-defined]
 
@@ -114,12 +115,12 @@ step.number = 0  # type: ignore[attr-defined]
 
 
 def python(*arguments: Any) -> None:
-    """Show a command, run it, say how long it took; a failure ends the demo with the command's own status."""
+    """Show a command, run it and print its time; a failure ends the demo with the command's own status."""
     command = [sys.executable, *map(str, arguments)]
     shown = shlex.join([os.path.relpath(sys.executable), *command[1:]])
     console.print(f"$ {shown}", style="dim", soft_wrap=True, markup=False)
     began = time.perf_counter()
-    # One thread a process: four training processes share the cores.
+    # Four training processes share the cores, so each gets a quarter of them as threads.
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4)), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
@@ -129,18 +130,18 @@ def python(*arguments: Any) -> None:
 
 
 def took(began: float) -> None:
-    """The time since ``began``."""
+    """Print the time since ``began``."""
     console.print(f"  {time.perf_counter() - began:.1f} s", style="green")
 
 
 def evaluate(model: Path, held_out: Path, output: Path, device: str) -> None:
-    """The evaluation program."""
+    """Run the evaluation program."""
     options = ("--model", model, "--data", held_out, "--output", output, "--device", device)
     python("-m", "megatron_embed.recipes.evaluate", *options)
 
 
 def compare(run: Path, export: Path, held_out: Path, device: str) -> tuple[dict[str, Any], float]:
-    """Encode held-out pairs with the export, in sentence-transformers, and with the trained Megatron checkpoint.
+    """Encode held-out pairs with the export in sentence-transformers and with the trained Megatron checkpoint.
 
     Returns:
         The pairs with sentence-transformers' vectors, and the smallest cosine between the two encoders' vectors.
@@ -178,7 +179,7 @@ def compare(run: Path, export: Path, held_out: Path, device: str) -> tuple[dict[
 def report(
     path: Path, run: Path, rows: dict[str, Any], cosine: float, megatron: Path, pairs: dict[str, Any], device: str
 ) -> None:
-    """The HTML page: scores, similarities before and after, the training curves."""
+    """Write the HTML page: scores, similarities before and after training, and training curves."""
     from megatron_embed.recipes import Encoder
     from megatron_embed.recipes.training.run_report import heat_map, read_run, table, write_report
 
@@ -200,7 +201,7 @@ def report(
 
 
 def summary(rows: dict[str, Any], cosine: float, out: Path, seconds: float, *, wanted: float) -> int:
-    """The closing table, and the exit status."""
+    """Print the closing table and return the exit status."""
     table = Table(title="Held-out docstring pairs")
     table.add_column("system")
     for metric in METRICS:

@@ -1,4 +1,4 @@
-"""Retrieval pairs from text that every machine with this project has: docstrings of installed Python packages.
+"""Retrieval pairs from docstrings of installed Python packages, which every machine with this project has.
 
 A pair is a docstring's first sentence (the query) and the rest of it (the passage).
 
@@ -20,21 +20,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-#: dependencies of this project whose docstrings are prose enough; the standard library comes first
+#: dependencies of this project with enough prose in their docstrings; the standard library comes before them
 PACKAGES = ("numpy", "torch", "matplotlib", "pandas", "networkx", "sympy", "sklearn", "scipy")
 _SKIPPED = {"tests", "test", "testing", "_vendor", "site-packages", "dist-packages", "idlelib", "lib2to3"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One docstring, cut in two."""
+    """One docstring, cut into two parts."""
 
     query: str
     passage: str
 
 
 def installed_pairs(packages: Iterable[str] = PACKAGES) -> list[Pair]:
-    """All usable pairs of this installation, in the order of the files; none repeats a query or a passage."""
+    """Return all usable pairs of this installation, in the order of the files; no query or passage is repeated."""
     seen: set[str] = set()
     pairs = []
     with multiprocessing.Pool() as pool:
@@ -47,12 +47,12 @@ def installed_pairs(packages: Iterable[str] = PACKAGES) -> list[Pair]:
 
 
 def pairs_of_file(path: Path) -> list[Pair]:
-    """The usable pairs of one source file; none of a file that cannot be parsed."""
+    """Return the usable pairs of one source file; a file that cannot be parsed has none."""
     return [pair for docstring in _docstrings(path) if (pair := split_docstring(docstring)) is not None]
 
 
 def split_docstring(text: str) -> Pair | None:
-    """First sentence and rest; None where either says too little."""
+    """Return the first sentence and the rest, or None if either is too short."""
     paragraphs = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
     head = re.match(r"(.+?[.!?])(?:\s|$)", " ".join(paragraphs[0].split()))
     if head is None:
@@ -68,7 +68,7 @@ def split_docstring(text: str) -> Pair | None:
 
 
 def write_corpus(folder: Path, pairs: list[Pair], *, held_out: int) -> tuple[Path, Path]:
-    """Write ``train.jsonl`` and a BEIR folder ``held-out`` of ``held_out`` pairs that training never sees.
+    """Write ``train.jsonl`` and the BEIR folder ``held-out`` with ``held_out`` pairs that are not in ``train.jsonl``.
 
     Returns:
         The two paths.
@@ -103,7 +103,7 @@ def _source_files(packages: Iterable[str]) -> Iterator[Path]:
 def _docstrings(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            warnings.simplefilter("ignore")  # other packages may have invalid escape sequences
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return
@@ -115,7 +115,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Docstrings of installed packages as retrieval pairs.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="pairs kept for evaluation")

@@ -3,15 +3,15 @@
     pip install mteb
     python examples/mteb_local_task.py MODEL_FOLDER BEIR_FOLDER
 
-The export is a plain sentence-transformers model, so mteb takes it as it is, with the prompts that it states. The
-numbers are those of ``python -m megatron_embed.recipes.evaluate --model MODEL_FOLDER --data BEIR_FOLDER``.
+The export is a plain sentence-transformers model, so mteb loads it unchanged and uses its prompts. The numbers are
+those of ``python -m megatron_embed.recipes.evaluate --model MODEL_FOLDER --data BEIR_FOLDER``.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # must be set before the first import of a Hugging Face package
 
 import argparse
 from pathlib import Path
@@ -27,7 +27,7 @@ from megatron_embed.recipes.datasets.beir import load_beir
 
 
 def local_task(folder: Path, split: str = "test") -> AbsTaskRetrieval:
-    """A BEIR folder as an mteb task. Queries that no document answers are left out, as everywhere in this project."""
+    """Return a BEIR folder as an mteb task, without queries that no document answers, as everywhere in this project."""
     collection = load_beir(folder, split)
 
     class LocalRetrieval(AbsTaskRetrieval):
@@ -39,7 +39,7 @@ def local_task(folder: Path, split: str = "test") -> AbsTaskRetrieval:
             eval_splits=[split],
             eval_langs=["eng-Latn"],
             main_score="ndcg_at_10",
-            dataset={"path": str(folder), "revision": "local"},  # never asked for: load_data is our own
+            dataset={"path": str(folder), "revision": "local"},  # required, but unused by our load_data
         )
 
         def load_data(self, *_args: Any, **_kwargs: Any) -> None:
@@ -61,11 +61,11 @@ def local_task(folder: Path, split: str = "test") -> AbsTaskRetrieval:
 
 
 def evaluate(model: Path, folder: Path, split: str = "test") -> dict[str, float]:
-    """All of mteb's scores of a sentence-transformers folder."""
+    """Return all of mteb's scores for a sentence-transformers folder."""
     result = mteb.evaluate(
         SentenceTransformer(str(model)),
         local_task(folder, split),
-        cache=None,  # else a second model in a folder of the same name would get the first one's scores
+        cache=None,  # with a cache, a second model in a folder of the same name would get the first one's scores
         co2_tracker=False,
         show_progress_bar=False,
     )

@@ -1,4 +1,4 @@
-"""A small Ministral 3 VLM with random weights: the real Hugging Face classes, a tokenizer trained on the spot.
+"""Make a small Ministral 3 VLM with random weights, from the real Hugging Face classes and a newly trained tokenizer.
 
 ``python examples/tiny_vlm.py OUT --text train.jsonl`` writes a Hugging Face model folder.
 """
@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 from transformers.utils import logging
 
-#: the first ids of Ministral 3's own vocabulary
+#: tokens with the first ids of Ministral 3's own vocabulary
 SPECIAL_TOKENS = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
@@ -26,10 +26,10 @@ def build_tiny_vlm(folder: Path, texts: Iterable[str], *, hidden: int, layers: i
     """Save a random ``Mistral3ForConditionalGeneration`` with its tokenizer.
 
     Args:
-        texts: what the tokenizer is trained on.
+        texts: training texts of the tokenizer.
 
     Returns:
-        Parameters of the language tower.
+        The number of parameters of the language tower.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = train_tokenizer(folder, texts, vocabulary)
@@ -79,7 +79,7 @@ def build_tiny_vlm(folder: Path, texts: Iterable[str], *, hidden: int, layers: i
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Mistral3ForConditionalGeneration(config)
-        # Embeddings that outweigh what random layers add to them, as a trained model's do: else every text looks alike.
+        # Embeddings must outweigh the random layers' output, as in a trained model; otherwise all texts look alike.
         with torch.no_grad():
             model.get_input_embeddings().weight.normal_(std=0.2)
     model.save_pretrained(folder)
@@ -87,10 +87,10 @@ def build_tiny_vlm(folder: Path, texts: Iterable[str], *, hidden: int, layers: i
 
 
 def train_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> int:
-    """Train a byte-level BPE with Ministral 3's control tokens; ``<s> … </s>`` around every text.
+    """Train a byte-level BPE with Ministral 3's control tokens and ``<s> … </s>`` around every text.
 
     Returns:
-        Its size, ``vocabulary`` at most.
+        The size of its vocabulary, at most ``vocabulary``.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -119,7 +119,7 @@ def train_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> int:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="A small random Ministral 3 VLM in Hugging Face form.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE.jsonl", help="what to train the tokenizer on")

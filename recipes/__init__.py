@@ -1,4 +1,4 @@
-"""Training recipes. Names load on first use, so that `--list` and `--help` need neither torch nor megatron-core."""
+"""Training recipes. Names load on first use, so `--list` and `--help` need neither torch nor megatron-core."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     RECIPES: dict[str, Callable[[], RecipeConfig]]
     SIZES: dict[str, EncoderConfig]
 
-#: recipe function → the module of its family
+#: recipe function → module of its model family
 _RECIPE_MODULES = {
     "ministral3_3b_embed_config": "ministral3",
     "ministral3_8b_embed_config": "ministral3",
@@ -38,7 +38,7 @@ _RECIPE_MODULES = {
     "qwen3_4b_embed_config": "qwen3",
     "qwen3_8b_embed_config": "qwen3",
 }
-#: other exported name → its module
+#: every other exported name → its module
 _MODULES = {
     "Encoder": "megatron_embed.recipes.encoding.encoder",
     "RecipeConfig": "megatron_embed.recipes.config.schema",
@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
             importlib.import_module(f"{__name__}.{module}") for module in dict.fromkeys(_RECIPE_MODULES.values())
         ]
         return {model: encoder for module in modules for model, encoder in module.SIZES.items()}
-    if name == "train":  # the module is callable: see train.py
+    if name == "train":  # the module is callable, see train.py
         return importlib.import_module(f"{__name__}.train")
     module = f"{__name__}.{_RECIPE_MODULES[name]}" if name in _RECIPE_MODULES else _MODULES.get(name)
     if module is None:

@@ -1,4 +1,4 @@
-"""What the programs of this package share: the training command line, and how a program ends."""
+"""The training command line, and the start and end that all programs of this package share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """What the training command line asks for; ``cfg`` is None with ``--list``."""
+    """Parsed arguments of the training command line; ``cfg`` is None with ``--list``."""
 
     cfg: RecipeConfig | None
     list_recipes: bool
@@ -42,8 +42,8 @@ class TrainArguments:
 def parse_train_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     """Read ``RECIPE [--config FILE.yaml] [--list] [--dry-run] [section.key=value …]``.
 
-    Bad arguments (an unknown recipe, key or value) end the program with status 2 and one message; under torchrun
-    the first rank prints it.
+    Bad arguments (an unknown recipe, key or value) end the program with status 2 and one message. Under torchrun the
+    first rank prints it.
     """
     parser = _train_parser()
     args = parser.parse_intermixed_args(argv)
@@ -52,13 +52,16 @@ def parse_train_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     cfg, _ = read_words(args)
     if "WORLD_SIZE" in os.environ:
         world_size = int(os.environ["WORLD_SIZE"])
-    else:  # a dry run shows the smallest world that the layout fits, unless told otherwise
+    else:  # by default a dry run shows the smallest world that the layout fits
         world_size = args.world_size or (layout_of(cfg).model_parallel_size if args.dry_run else 1)
     return TrainArguments(cfg, False, args.dry_run, world_size, args.debug)
 
 
 def read_words(args: argparse.Namespace) -> tuple[RecipeConfig, list[str]]:
-    """(config, overrides) of ``[RECIPE] [--config FILE] [section.key=value …]``; bad ones end the program."""
+    """Return (config, overrides) of ``[RECIPE] [--config FILE] [section.key=value …]``.
+
+    Bad arguments end the program.
+    """
     words = list(args.words)
     recipe = words.pop(0) if words and "=" not in words[0] else None
     try:
@@ -86,7 +89,7 @@ def _train_parser() -> argparse.ArgumentParser:
 
 
 class FirstRankParser(Parser):
-    """Bad arguments: one line from the first rank, status 2."""
+    """An argument parser that ends on bad arguments with status 2 and one line from the first rank."""
 
     def end(self, message: str) -> NoReturn:
         _exit_with(2, message)
@@ -104,7 +107,7 @@ def _base(recipe: str | None, config: Path | None) -> RecipeConfig:
 
 
 def recipe_table() -> Table:
-    """Every recipe with size, layout and batch, as ``--list`` prints it."""
+    """Return the table that ``--list`` prints: every recipe with size, layout and batch."""
     from rich.table import Table
 
     table = Table(title="Recipes")
@@ -128,15 +131,15 @@ def recipe_table() -> Table:
 
 
 def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
-    """Run a program's body and exit: 0, or with one readable line on stderr 2 (the command line or the config is wrong
-    in itself) or 1 (anything else).
+    """Run a program's body and exit with its status.
 
-    A traceback is shown with ``debug``, and for errors that no user can have caused. Of several torchrun ranks on a
-    host, the first to fail speaks; what the others then meet is its consequence.
+    The status is 0 for success, 2 for a wrong command line or config, and 1 for any other error. An error prints one
+    readable line on stderr. A traceback follows with ``debug``, and for errors that no user can have caused. Of several
+    torchrun ranks on a host only the first to fail prints its error, because it causes the errors of the others.
     """
     environment.set_defaults()
     if not debug:
-        warnings.filterwarnings("ignore")  # other packages' advice to their developers
+        warnings.filterwarnings("ignore")  # other packages' warnings address their developers
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         liveness.watch(_exit_with)
 
@@ -158,12 +161,12 @@ def _exit_with(status: int, message: str) -> NoReturn:
         liveness.begin_end()
     liveness.say_end(message.strip())
     if _speaks_for_all():
-        # on a terminal another rank's progress bar may stand on this line
+        # On a terminal, the current line may hold another rank's progress bar.
         new_line = "\n" if not alone and sys.stderr.isatty() else ""
         print(f"{new_line}error: {message.strip()}", file=sys.stderr, flush=True)
     if not alone:
-        # A thread of a collective or a writer that waits for another rank must not keep this one alive, nor may a
-        # process that this one started outlive it.
+        # A collective's or a writer's thread that waits for another rank must not keep this process alive, and no
+        # child process may outlive it.
         for child in multiprocessing.active_children():
             child.kill()
         liveness.end_lost()
@@ -174,7 +177,7 @@ def _exit_with(status: int, message: str) -> NoReturn:
 
 
 def _speaks_for_all() -> bool:
-    """Whether this rank is the first of its host's to fail; torchrun gives them a folder that lives as long as they."""
+    """Return whether this rank is the first on its host to fail. The ranks agree through torchrun's shared folder."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file or not Path(error_file).parents[1].is_dir():
         return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""Say what a data file holds, as training will see it: ``python -m megatron_embed.recipes.data FILE …``."""
+"""Describe a data file as training will read it: ``python -m megatron_embed.recipes.data FILE …``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
-    """A model's tokenizer with the prompts and lengths that training would give it."""
+    """Return a model's tokenizer with the prompts and maximal lengths that training would use."""
     from megatron_embed.recipes.datasets.tokenization import TextTokenizer
     from megatron_embed.recipes.encoding.source import ModelSource
 
-    source = ModelSource.open(model, bidirectional=True)  # no attention is computed
+    source = ModelSource.open(model, bidirectional=True)  # accepts any attention, as none is computed here
     return TextTokenizer.from_folder(
         source.files,
         query_prompt=data.query_prompt,
@@ -34,7 +34,11 @@ def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0: every row can be used; 1: some cannot, or a file cannot be read; 2: bad arguments or config."""
+    """Run the command line and exit.
+
+    The status is 0 if all rows are usable, 1 if a row is unusable or a file unreadable, and 2 for bad arguments or a
+    bad config.
+    """
     parser = FirstRankParser(prog="megatron_embed.recipes.data", description="Look through training data.")
     parser.add_argument("files", nargs="*", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
     parser.add_argument("--config", metavar="FILE.yaml", help="a run_config.yaml: its sources, prompts and lengths")

@@ -2,7 +2,7 @@
 
 ``torchrun … -m megatron_embed.recipes.encode --model M --input corpus.jsonl --output DIR``
 
-Imports torch only to encode, so that ``--help`` and bad arguments do not wait for it.
+The module imports torch only to encode, so ``--help`` and bad arguments do not wait for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_embed.recipes.retrieval.vectors import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
+    """Run the command line and exit with status 0, 1 (failed, with one message) or 2 (bad arguments)."""
     parser = FirstRankParser(
         prog="megatron_embed.recipes.encode",
         description="Encode a corpus. Several processes: torchrun --nproc-per-node N -m …. Run again to resume.",

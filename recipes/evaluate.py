@@ -1,4 +1,4 @@
-"""Measure retrieval quality on BEIR folders, with BM25 beside it.
+"""Measure a model's retrieval quality on BEIR folders, and that of BM25.
 
 ``python -m megatron_embed.recipes.evaluate --model HF_FOLDER_OR_MEGATRON_CHECKPOINT --data BEIR_FOLDER …``
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line; exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
+    """Run the command line and exit with status 0, 1 (failed, with one message) or 2 (bad arguments)."""
     parser = FirstRankParser(prog="megatron_embed.recipes.evaluate", description="Evaluate on BEIR folders.")
     parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
     parser.add_argument("--data", required=True, nargs="+", metavar="BEIR_FOLDER", help="collections")
@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> None:
             check_writable(args.output.parent)
     first_rank = os.environ.get("RANK", "0") == "0"
     collections = load_collections(args.data, args.split)
-    if first_rank or args.strict:  # an error ends all ranks
+    if first_rank or args.strict:  # with strict, all ranks must raise the error
         report([odd for collection in collections for odd in collection.odd], strict=args.strict)
     from megatron_embed.recipes.encoding.encoder import Encoder
 

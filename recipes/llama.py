@@ -1,4 +1,4 @@
-"""Recipes for Llama. Each is a function without parameters; a sibling is the difference."""
+"""Recipes for Llama. Each is a function without parameters; larger sizes start from a sibling and change it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COMMON: dict[str, Any] = {
 }
 _1B: dict[str, Any] = {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
 _8B: dict[str, Any] = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128}
-#: Hub id → encoder, see :data:`megatron_embed.recipes.SIZES`.
+#: hub id → encoder, see :data:`megatron_embed.recipes.SIZES`
 SIZES: dict[str, EncoderConfig] = {
     **{f"meta-llama/Llama-3.2-1B{kind}": EncoderConfig(**_COMMON, **_1B, tie_word_embeddings=True) for kind in _KINDS},
     **{f"meta-llama/Llama-3.1-8B{kind}": EncoderConfig(**_COMMON, **_8B, tie_word_embeddings=False) for kind in _KINDS},

@@ -1,4 +1,4 @@
-"""What commands show of the library's log: on stderr, from the first rank, above any progress bar."""
+"""Show the library's log on stderr, from the first rank, above any progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOGGER = "megatron_embed"
 
 
 class _AboveBars(logging.Handler):
-    """Write a line where no bar stands; bars below it are drawn again."""
+    """A handler that writes each line above the progress bars and redraws them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -23,15 +23,16 @@ class _AboveBars(logging.Handler):
 
 @contextmanager
 def shown_log() -> Iterator[None]:
-    """Show what is logged under ``megatron_embed`` for as long as a command runs; of other ranks errors alone.
+    """Show the records logged under ``megatron_embed`` while a command runs; other ranks show errors only.
 
-    A program that imports the package decides for itself: ``logging.basicConfig(level=logging.INFO)`` shows the same.
+    A program that imports the package sets up logging itself: ``logging.basicConfig(level=logging.INFO)`` shows the
+    same records.
     """
     logger, handler = logging.getLogger(LOGGER), _AboveBars()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    logger.propagate = False  # else a handler that some library gave the root would say it again
+    logger.propagate = False  # otherwise a root handler that another library set would repeat each record
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 ``torchrun … -m megatron_embed.recipes.mine --model M --data TRAIN --corpus BEIR_FOLDER_OR_JSONL --output OUT.jsonl``
 
-Imports torch only to mine, so that ``--help`` and bad arguments do not wait for it.
+The module imports torch only to mine, so ``--help`` and bad arguments do not wait for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_embed.recipes.retrieval.mining_report import audit_as_text, beside
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
+    """Run the command line and exit with status 0, 1 (failed, with one message) or 2 (bad arguments)."""
     parser = FirstRankParser(prog="megatron_embed.recipes.mine", description="Mine hard negatives.")
     parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
     parser.add_argument("--data", required=True, help="training data, any form that training takes")

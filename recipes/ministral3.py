@@ -1,4 +1,4 @@
-"""Recipes for Ministral 3. Each is a function without parameters; a sibling is the difference."""
+"""Recipes for Ministral 3. Each is a function without parameters; other sizes start from a sibling and change it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_YARN, "rope_theta": 1e9},
     },
 }
-#: Hub id → encoder, see :data:`megatron_embed.recipes.SIZES`.
+#: hub id → encoder, see :data:`megatron_embed.recipes.SIZES`
 SIZES: dict[str, EncoderConfig] = {
     f"mistralai/Ministral-3-{size}-{kind}-2512": EncoderConfig(**{**_COMMON, **own})
     for size, own in _SIZES.items()

@@ -1,4 +1,4 @@
-"""The options by which a command line says which layout its model runs under, and the encoder that they ask for."""
+"""Command-line options for a model's layout, and the encoder that they select."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a model is laid out and run."""
+    """Add the options that set how a model is laid out and run."""
     parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel ranks of a model replica")
     parser.add_argument("--pp", type=positive, default=1, metavar="N", help="pipeline stages of a model replica")
     parser.add_argument(
@@ -28,7 +28,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_encoder(args: argparse.Namespace, *, scores: bool = False) -> Encoder:
-    """The encoder that :func:`add_model_arguments` ask for; ``scores`` as in :meth:`Encoder.from_pretrained`."""
+    """Return the encoder that the options of :func:`add_model_arguments` select.
+
+    ``scores`` is that of :meth:`Encoder.from_pretrained`.
+    """
     layout, world = Layout(tp=args.tp, pp=args.pp), int(os.environ.get("WORLD_SIZE", "1"))
     if world % layout.model_parallel_size:
         raise UsageError(

@@ -1,6 +1,6 @@
 """Memory, communication and pipeline bubble of a recipe's layouts: ``python -m megatron_embed.recipes.plan RECIPE``.
 
-Needs neither weights nor GPUs: a model's ``config.json`` is enough, and the hub ids of the recipes are known.
+The plan needs neither weights nor GPUs. It needs a model's ``config.json``, or the hub id of a recipe's model.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """What the command line asks for.
+    """Parsed arguments of the command line.
 
     Attributes:
-        given: whether the overrides say the layout.
-        recompute: as the overrides say it; None: they do not, and the least that fits is taken.
+        given: True if the overrides set the layout.
+        recompute: the overrides' value; None if they set none, and the plan then takes the least that fits.
     """
 
     cfg: RecipeConfig
@@ -42,7 +42,7 @@ class PlanArguments:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> PlanArguments:
-    """Bad arguments end the program with status 2 and one message."""
+    """Parse the command line. Bad arguments end the program with status 2 and one message."""
     parser = FirstRankParser(
         prog="megatron_embed.recipes.plan",
         description="Memory, communication and bubble of a recipe's layouts: of the one that the keys "
@@ -85,7 +85,7 @@ def _size(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0: done; 1: failed, with one message; 2: bad arguments."""
+    """Run the command line and exit with status 0, 1 (failed, with one message) or 2 (bad arguments)."""
     args = parse_arguments(argv)
     run_program(lambda: _report(args), debug=args.debug)
 

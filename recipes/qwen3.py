@@ -1,4 +1,4 @@
-"""Recipes for Qwen3 (dense). Each is a function without parameters; a sibling is the difference."""
+"""Recipes for Qwen3 (dense). Each is a function without parameters; larger sizes start from a sibling and change it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "4B": {"num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
     "8B": {"num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
 }
-#: Hub id → encoder, see :data:`megatron_embed.recipes.SIZES`.
+#: hub id → encoder, see :data:`megatron_embed.recipes.SIZES`
 SIZES: dict[str, EncoderConfig] = {
     f"Qwen/Qwen3-{size}{kind}": EncoderConfig(**{**_COMMON, **own}, max_position_embeddings=positions)
     for size, own in _SIZES.items()

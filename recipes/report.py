@@ -1,4 +1,4 @@
-"""Write an HTML page about one or several runs: ``python -m megatron_embed.recipes.report RUN_DIR …``."""
+"""Write an HTML page about one or more runs: ``python -m megatron_embed.recipes.report RUN_DIR …``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_embed.recipes.training.run_report import read_run, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0, 1 (failed, one message) or 2 (bad arguments)."""
+    """Run the command line and exit with status 0, 1 (failed, with one message) or 2 (bad arguments)."""
     parser = FirstRankParser(prog="megatron_embed.recipes.report", description="An HTML page about runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of runs (train.save_dir)")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html in the first run")

@@ -1,8 +1,7 @@
 """Fine-tune an embedding model: ``torchrun --nproc-per-node N -m megatron_embed.recipes.train RECIPE …``.
 
-The work is in :mod:`megatron_embed.recipes.training.loop`. The module itself is callable: imports bind the name
-``train`` of the package to this module, and ``from megatron_embed.recipes import train; train(cfg)`` must work
-whatever was imported before.
+:mod:`megatron_embed.recipes.training.loop` holds the loop. This module is callable because importing it binds the
+package's name ``train`` to it, and ``from megatron_embed.recipes import train; train(cfg)`` must work after any import.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ sys.modules[__name__].__class__ = _CallableModule
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit status 0: done; 1: failed, with one message; 2: a wrong command line or config, with one message."""
+    """Run the command line and exit with status 0, 1 (failed) or 2 (wrong command line or config), with one message."""
     args = parse_train_arguments(argv)
 
     def body() -> None:
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
             print(describe_run(args.cfg, args.world_size, recipes=RECIPES, sizes=SIZES))
             return
-        validate(args.cfg, args.world_size)  # both before the imports that take seconds
+        validate(args.cfg, args.world_size)  # both checks run before the imports, which take seconds
         check_inputs(args.cfg)
         from megatron_embed.recipes.training.loop import train
 

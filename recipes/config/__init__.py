@@ -1,1 +1,1 @@
-"""The recipe: its sections and keys, run_config.yaml, overrides, checks."""
+"""The recipe: its sections and keys, ``run_config.yaml``, overrides and checks."""

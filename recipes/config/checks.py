@@ -1,4 +1,4 @@
-"""Checks of a recipe against the world it runs in, and the pipeline's stages. All raise before anything is loaded."""
+"""Checks of a recipe against its world size and its model. All run before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_embed.recipes.config.schema import LossSection, RecipeConfig
 
 
 def layout_of(cfg: RecipeConfig) -> Layout:
-    """The recipe's parallel sizes."""
+    """Return the recipe's parallel sizes."""
     model = cfg.model
     return Layout(
         tp=model.tensor_model_parallel_size,
@@ -20,7 +20,7 @@ def layout_of(cfg: RecipeConfig) -> Layout:
 
 
 def start_of(cfg: RecipeConfig) -> tuple[str, str]:
-    """Where a run's first weights lie: the key that says so, and what it says; empty where no key does."""
+    """Return the key that names a run's first weights, and its value; the value is empty if no key names any."""
     if cfg.checkpoint.pretrained_checkpoint:
         return "checkpoint.pretrained_checkpoint", cfg.checkpoint.pretrained_checkpoint
     if cfg.checkpoint.load and not cfg.model.hf_model:
@@ -29,18 +29,19 @@ def start_of(cfg: RecipeConfig) -> tuple[str, str]:
 
 
 def loss_mode(wanted: str, pp: int) -> str:
-    """Return what ``loss.mode`` asks for: ``direct``, ``cached``, or ``auto``, which is direct where a batch fits.
+    """Resolve ``loss.mode`` as far as the pipeline decides it: return ``direct``, ``cached`` or ``auto``.
 
-    ``auto`` is ``cached`` on several pipeline stages: one micro-batch would leave all but one idle.
+    ``auto`` becomes ``cached`` on several pipeline stages, because a single micro-batch would leave all stages but one
+    idle. Otherwise it stays ``auto``, which is direct where a batch fits into one micro-batch.
     """
     return "cached" if wanted == "auto" and pp > 1 else wanted
 
 
 def validate(cfg: RecipeConfig, world_size: int, *, inputs: bool = True) -> None:
-    """Refuse a recipe that cannot run on ``world_size`` ranks; ``inputs=False`` allows a model or data not yet named.
+    """Refuse a recipe that cannot run on ``world_size`` ranks; ``inputs=False`` allows a recipe without model or data.
 
     Raises:
-        UsageError: naming the key, the value found and the value wanted.
+        UsageError: the message names the key, the value found and the value wanted.
     """
     if inputs:
         _validate_inputs(cfg)
@@ -61,15 +62,16 @@ def validate(cfg: RecipeConfig, world_size: int, *, inputs: bool = True) -> None
 
 
 def check_candidates(loss: LossSection, batch: int, replicas: int, negatives: int, why: str) -> None:
-    """Refuse batches in which a query is scored against its positive alone: their loss is 0, whatever is learned.
+    """Refuse batches that score a query against its positive alone, because their loss is always 0.
 
     Args:
-        batch: queries a step, over all ranks.
+        batch: queries in a step, over all ranks.
         replicas: data-parallel ranks.
-        negatives: hard negatives that a query has at most; ``why`` says what that follows from.
+        negatives: most hard negatives that a query has.
+        why: the reason for that number, for the message.
 
     Raises:
-        UserError: naming the key that leaves a single candidate.
+        UserError: the message names the key that leaves a single candidate.
     """
     if negatives or loss.embedding_distillation_weight:
         return
@@ -142,10 +144,10 @@ def _validate_values(cfg: RecipeConfig) -> None:
 
 
 def validate_layout(cfg: RecipeConfig, encoder: EncoderConfig) -> None:
-    """Refuse a layout that this encoder cannot be cut into, before any weight is loaded.
+    """Refuse a layout or width that this encoder does not allow, before any weight is loaded.
 
     Raises:
-        UserError: naming the key, the value found and what it must divide.
+        UserError: the message names the key, the value found and the size that it must divide or not exceed.
     """
     check_layout(encoder, layout_of(cfg))
     data = cfg.data

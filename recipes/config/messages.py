@@ -1,4 +1,4 @@
-"""Messages about keys and values of a recipe: the key, what was found and what is wanted."""
+"""Messages about a recipe's keys and values: each names the key, the value found and the values wanted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megatron_embed.bridge.errors import UsageError
 
-#: what other programs call a key → the key here
+#: name of a key in other programs → the key here
 ALIASES: dict[str, str] = {
     name: key
     for key, names in {
@@ -81,17 +81,17 @@ def _example(section: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name that ``name`` was probably meant to be, if any is near."""
+    """Return the known name nearest to ``name``, or None if none is near enough."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
 def suggest(key: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown key: the key of ``known`` that was probably meant, or those there are."""
+    """Return the end of a message about an unknown key: the most likely key of ``known``, or the list of keys."""
     section, _, leaf = key.rpartition(".")
     if any(name.startswith(f"{key}.") for name in known):
         return f"; wanted one of its keys, such as {_example(key, known)}"
-    # The right name in the wrong section, or in none, is nearer than any spelling, and so is what others call it.
+    # A right name in the wrong section, in no section, or from another program is a better guess than similar spelling.
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
     if match := leaves.get(leaf) or ALIASES.get(leaf.lower().replace("-", "_")):
         return f"; did you mean {match!r}?"
@@ -112,7 +112,7 @@ def explain_validation_error(
     Args:
         known: the dotted keys of a recipe.
         of_a_source: the keys of an entry of ``data.train``.
-        prefix: the section that was validated by itself.
+        prefix: the name of the section, if it was validated by itself.
         found: the value as the user typed it.
     """
     problem = error.errors()[0]

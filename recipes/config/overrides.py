@@ -12,18 +12,19 @@ from megatron_embed.bridge.errors import UsageError
 from megatron_embed.recipes.config.messages import suggest
 from megatron_embed.recipes.config.schema import RecipeConfig, explain_refusal, keys
 
-# Keys that hold one path or several: a bare value is one path, verbatim; [..] and {..} are YAML.
+# These keys hold one or more paths. A bare value is one path, taken verbatim; [..] and {..} are YAML.
 _PATHS = ("data.train", "data.eval")
 
 
 def apply_overrides(cfg: RecipeConfig, overrides: Iterable[str]) -> RecipeConfig:
-    """A copy of ``cfg`` with ``section.key=value`` overrides applied, the last one of a key winning.
+    """Return a copy of ``cfg`` with ``section.key=value`` overrides applied; the last override of a key wins.
 
-    A string key takes everything after the first ``=`` verbatim; only where null is a value does ``null`` mean null.
-    Lists are ``[a,b]``; everything else parses as YAML.
+    A string key takes everything after the first ``=`` verbatim; ``null`` means null only for keys that allow null.
+    Lists are ``[a,b]``. All other values are parsed as YAML.
 
     Raises:
-        UsageError: no ``=``, an unknown key (with the nearest known one), or a value that the key does not take.
+        UsageError: an override lacks ``=``, has an unknown key (the message names the nearest known one), or has a
+            value that the key does not take.
     """
     cfg = cfg.model_copy(deep=True)
     fields = dict(keys())
@@ -36,7 +37,8 @@ def apply_overrides(cfg: RecipeConfig, overrides: Iterable[str]) -> RecipeConfig
         section, _, name = key.rpartition(".")
         try:
             holder, value = getattr(cfg, section) if section else cfg, _parse(key, fields[key].annotation, text)
-            BaseModel.__setattr__(holder, name, value)  # not the section's own: the message shows what was typed
+            # The section's own __setattr__ would raise a message without the text that the user typed.
+            BaseModel.__setattr__(holder, name, value)
         except ValidationError as error:
             raise UsageError(explain_refusal(error, prefix=section, found=text)) from None
     return cfg
@@ -55,4 +57,4 @@ def _parse(key: str, annotation: Any, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        return text  # the field's own check names the key and what it wants
+        return text  # the field's own check then names the key and the values that it takes

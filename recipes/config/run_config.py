@@ -1,4 +1,4 @@
-"""A recipe as nested plain values and as ``run_config.yaml``: read, written, compared."""
+"""Read, write and compare recipes as nested plain values and as ``run_config.yaml``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_embed.conversion.io.atomic import atomic_file
 from megatron_embed.recipes.config.messages import refuse_unknown_keys
 from megatron_embed.recipes.config.schema import RecipeConfig, explain_refusal, keys
 
-#: recipe functions by their names: commands hand in :data:`megatron_embed.recipes.RECIPES`
+#: name → recipe function; commands pass :data:`megatron_embed.recipes.RECIPES`
 Recipes = Mapping[str, Callable[[], RecipeConfig]]
 NO_RECIPES: Recipes = MappingProxyType({})
 
@@ -23,10 +23,11 @@ NO_RECIPES: Recipes = MappingProxyType({})
 def config_from_dict(
     values: Mapping[str, Any], *, base: RecipeConfig | None = None, where: str = "config"
 ) -> RecipeConfig:
-    """A config from nested plain values laid over ``base``'s.
+    """Return a config of nested plain values laid over those of ``base``.
 
     Raises:
-        UsageError: an unknown key (with the nearest known one) or a bad value, named ``where: key``.
+        UsageError: a key is unknown (the message names the nearest known one) or a value is bad; the message starts
+            with ``where: key``.
     """
     refuse_unknown_keys(values, [key for key, _ in keys()], where=where)
     merged: dict[str, Any] = (base or RecipeConfig()).to_dict()
@@ -39,7 +40,7 @@ def config_from_dict(
 
 
 def recipe_named(values: Mapping[str, Any], recipes: Recipes) -> RecipeConfig | None:
-    """Return the config of the recipe that ``values`` name; None where ``recipes`` have none of this name."""
+    """Return the config of the recipe that ``values`` name, or None if ``recipes`` has none of this name."""
     recipe = recipes.get(values.get("recipe", ""))
     return None if recipe is None else recipe()
 
@@ -50,11 +51,11 @@ def load_run_config(
     """Read a ``run_config.yaml``.
 
     Args:
-        base: its values are kept for keys that the file lacks; None: those of the recipe that the file names.
-        recipes: where that recipe is looked for; one that is not there leaves the defaults.
+        base: supplies the values of keys that the file lacks; None: the recipe that the file names supplies them.
+        recipes: the recipes to look up that name in; an unknown name leaves the defaults.
 
     Raises:
-        UsageError: a file that cannot be read, an unknown key or a bad value.
+        UsageError: the file is unreadable, a key is unknown or a value is bad.
     """
     path = Path(path)
     try:
@@ -69,7 +70,7 @@ def load_run_config(
 
 
 def save_run_config(cfg: RecipeConfig, path: str | Path) -> None:
-    """Write ``cfg`` as YAML, atomically: a reader sees the old file or the new one, never half."""
+    """Write ``cfg`` as YAML, atomically: a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
@@ -77,12 +78,12 @@ def save_run_config(cfg: RecipeConfig, path: str | Path) -> None:
 
 
 def to_yaml(cfg: RecipeConfig) -> str:
-    """``cfg`` as ``run_config.yaml`` holds it."""
+    """Return ``cfg`` as the text of a ``run_config.yaml``."""
     return yaml.safe_dump(cfg.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def changed_keys(a: RecipeConfig, b: RecipeConfig, prefixes: Iterable[str]) -> list[tuple[str, Any, Any]]:
-    """(key, value in a, value in b) for every key that starts with one of ``prefixes`` and differs."""
+    """Return (key, value in a, value in b) for every differing key that starts with one of ``prefixes``."""
     flat_a, flat_b, wanted = dict(_flat(a)), dict(_flat(b)), tuple(prefixes)
     return [(key, flat_a[key], flat_b[key]) for key in flat_a if key.startswith(wanted) and flat_a[key] != flat_b[key]]
 

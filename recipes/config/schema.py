@@ -1,6 +1,6 @@
-"""The recipe: its sections, keys, defaults, and the checks that need nothing but the values.
+"""The recipe: its sections, keys and defaults, and the checks that need only the values.
 
-Every key is a field below; strict throughout, so that a typo or a value of the wrong type never trains silently.
+Every key is a field below. All fields are strict, so a typo or a value of the wrong type never trains silently.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-# Strict integers: 1.0, "1" and true are mistakes. Floats accept "5e-6", which YAML takes for a string.
+# Integers are strict: 1.0, "1" and true are errors. Floats accept "5e-6", which YAML reads as a string.
 Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
@@ -32,10 +32,10 @@ Flag = Annotated[bool, Field(strict=True)]
 
 
 class Section(BaseModel):
-    """Keys are closed and values are checked, at construction and at every assignment.
+    """A section with a closed set of keys, whose values are checked at construction and at every assignment.
 
     Raises:
-        UsageError: an unknown key or a bad value, by either of which pydantic's own error never surfaces.
+        UsageError: a key is unknown or a value is bad; pydantic's own error never surfaces.
     """
 
     model_config = ConfigDict(
@@ -53,7 +53,7 @@ class Section(BaseModel):
         except ValidationError as error:
             raise self._refused(error) from None
 
-    # With this mark pydantic validates sections inside of others itself, and so knows where in the whole an error is.
+    # With this mark pydantic validates nested sections itself, so its errors have the full path of the key.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -70,10 +70,10 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """What is trained, and how it is laid out over the ranks."""
+    """The model to train, and its layout over the ranks."""
 
     hf_model: str | None = None
-    """Hugging Face folder or id; weights are read straight from it unless checkpoint.pretrained_checkpoint is set."""
+    """Hugging Face folder or id; its weights are read directly unless checkpoint.pretrained_checkpoint is set."""
     tensor_model_parallel_size: Count = 1
     """Ranks that share every layer; TP × PP × CP divides the world, the rest is data parallel."""
     pipeline_model_parallel_size: Count = 1
@@ -81,22 +81,22 @@ class ModelSection(Section):
     context_parallel_size: Count = 1
     """Ranks that share every sequence."""
     virtual_pipeline_model_parallel_size: Count | None = None
-    """Interleaved stages a rank; null: none."""
+    """Interleaved stages of each rank; null: no interleaving."""
     sequence_parallel: Flag | None = None
-    """Activations outside the matrices split over the TP ranks; null: true where TP > 1."""
+    """Split activations outside the matrix products over the TP ranks; null: true if TP > 1."""
     pooling: Pooling = "avg"
-    """avg, cls, last or weighted_avg, over the real tokens."""
+    """Pooling over the real tokens: avg, cls, last or weighted_avg."""
     normalize: Flag = True
     """L2-normalise the embeddings."""
     bidirectional: Flag = False
-    """Train a ready embedder with causal attention bidirectionally, as a base model; without it one is refused."""
+    """Train a ready embedder with causal attention as a bidirectional base model; false: refuse such an embedder."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of weights and activations; the optimizer and the loss are fp32."""
+    """Precision of weights and activations; the optimizer and the loss are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass instead of kept."""
+    """Activations to compute again in the backward pass instead of keeping them."""
 
 
-#: the keys that say how a model is laid out over the ranks
+#: keys that set the layout of a model over the ranks
 LAYOUT_KEYS = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
@@ -109,25 +109,25 @@ class LossSection(Section):
     """The contrastive objective."""
 
     temperature: Positive = 0.02
-    """Scores are divided by it."""
+    """Divisor of the scores."""
     learn_temperature: Flag = False
     """Train the temperature too."""
     mode: Literal["auto", "direct", "cached"] = "auto"
-    """The same gradient in one pass (direct) or two (cached). direct needs the per-rank batch in one micro-batch."""
+    """One pass (direct, needs the per-rank batch in one micro-batch) or two (cached); the gradient is the same."""
     in_batch_negatives: Flag = True
-    """Other queries' passages are negatives."""
+    """Use other queries' passages as negatives."""
     cross_rank_negatives: Flag = True
-    """So are the passages of the other data-parallel ranks."""
+    """Use the passages of the other data-parallel ranks as negatives too."""
     symmetric: Flag = False
-    """Add the passage → query direction: the mean of the two."""
+    """Add the passage → query direction; the loss is the mean of the two directions."""
     query_query_negatives: Flag = False
-    """Other queries are negatives of a query too; then all directions share one softmax."""
+    """Use other queries as negatives of a query too; all directions then share one softmax."""
     passage_passage_negatives: Flag = False
-    """Other queries' passages are negatives of a positive too; then all directions share one softmax."""
+    """Use other queries' passages as negatives of a positive too; all directions then share one softmax."""
     false_negative_margin: Number | None = None
-    """A negative scoring above positive + margin is masked; null: none is."""
+    """Mask negatives that score above positive + margin; null: mask none."""
     matryoshka_dims: list[Count] = []
-    """Prefixes of the embedding that are trained beside all of it: the loss is the mean over these widths."""
+    """Widths of embedding prefixes to train beside the whole embedding; the loss is the mean over all widths."""
     score_distillation_weight: NonNegative = 0.0
     """Weight of the KL divergence to the teacher scores in the data."""
     embedding_distillation_weight: NonNegative = 0.0
@@ -142,7 +142,7 @@ class LossSection(Section):
         return dims
 
     def widths(self, hidden_size: int) -> list[int]:
-        """The widths that the loss is the mean over: the whole embedding's first, then ``matryoshka_dims``."""
+        """Return the widths that the loss averages over: the whole embedding's first, then ``matryoshka_dims``."""
         return [hidden_size, *(dim for dim in self.matryoshka_dims if dim != hidden_size)]
 
 
@@ -152,14 +152,14 @@ class DataSource(Section):
     path: str
     """JSONL, JSON or Parquet file, BEIR folder, or hf://org/name."""
     weight: Positive | None = None
-    """Share of the batches drawn from it; null for every source: as many as it has rows."""
+    """Share of the batches drawn from this source; null for every source: proportional to their rows."""
     query_prompt: str | None = None
-    """null: data.query_prompt."""
+    """Prompt of its queries; null: data.query_prompt."""
     passage_prompt: str | None = None
-    """null: data.passage_prompt."""
+    """Prompt of its passages; null: data.passage_prompt."""
 
     def stated(self) -> set[str]:
-        """The keys that were given a value here, and did not get it from elsewhere."""
+        """Return the keys whose values this entry itself sets."""
         return {name for name in self.model_fields_set if getattr(self, name) is not None}
 
 
@@ -168,24 +168,24 @@ def _as_list(value: Any) -> Any:
 
 
 class DataSection(Section):
-    """What is read, and how texts become tokens."""
+    """The data to read, and the way texts become tokens."""
 
     train: list[DataSource] | None = None
     """Path, list of paths, or list of {path, weight, query_prompt, passage_prompt}."""
     query_prompt: str = "query: "
-    """Put before every query exactly as written."""
+    """Prefix of every query, exactly as written."""
     passage_prompt: str = "passage: "
-    """Put before every passage exactly as written."""
+    """Prefix of every passage, exactly as written."""
     query_max_length: Count = 512
-    """Tokens, BOS and EOS included."""
+    """Most tokens of a query, BOS and EOS included."""
     passage_max_length: Count = 512
-    """Tokens, BOS and EOS included."""
+    """Most tokens of a passage, BOS and EOS included."""
     negatives_per_query: CountOrZero = 4
-    """Hard negatives used, if the data has them."""
+    """Most hard negatives of a query, if the data has them."""
     packing: Flag = True
     """Lay sequences end to end instead of padding them."""
     eval: list[str] | None = None
-    """BEIR folder(s), evaluated every train.eval_interval."""
+    """BEIR folder or folders, evaluated every train.eval_interval steps."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -201,10 +201,10 @@ class DataSection(Section):
         return _as_list(value)
 
     def sources(self) -> list[DataSource]:
-        """The training sources with their prompts filled in."""
+        """Return the training sources with their prompts filled in."""
         return [
             DataSource.model_construct(
-                source.stated(),  # still
+                source.stated(),  # the copy keeps the keys that the entry itself set
                 path=source.path,
                 weight=source.weight,
                 query_prompt=self.query_prompt if source.query_prompt is None else source.query_prompt,
@@ -215,16 +215,16 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """Batches, steps, where the run lives."""
+    """Batches, steps and the folder of the run."""
 
     global_batch_size: Count = 128
-    """Queries a step, over all ranks."""
+    """Queries in a step, over all ranks."""
     micro_batch_size: Count | None = None
-    """Texts a micro-batch, packed or padded; set, it replaces micro_batch_tokens."""
+    """Texts in a micro-batch, packed or padded; if set, it replaces micro_batch_tokens."""
     micro_batch_tokens: Count = 16384
-    """Tokens a micro-batch."""
+    """Most tokens in a micro-batch."""
     train_iters: Count = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     eval_interval: Count = 200
     """Steps between evaluations on data.eval."""
     save_interval: Count = 200
@@ -232,66 +232,66 @@ class TrainSection(Section):
     log_interval: Count = 10
     """Steps between lines of metrics.jsonl."""
     save_dir: str | None = None
-    """null: $SAVE_DIR, or runs/<recipe>."""
+    """Folder of the run; null: $SAVE_DIR, or runs/<recipe>."""
     seed: CountOrZero = 42
-    """Of the data order."""
+    """Seed of the data order."""
     timeout_minutes: Positive = 10.0
-    """How long ranks wait for one that does not answer; then every rank ends, saying which and where it stood."""
+    """Minutes that ranks wait for a silent rank. Then every rank ends and says which one it was and where it stood."""
 
 
 class OptimizerSection(Section):
-    """Adam with betas 0.9/0.999 and eps 1e-8, and the learning rate's course."""
+    """Adam with betas 0.9/0.999 and eps 1e-8, and the schedule of the learning rate."""
 
     lr: Positive = 5e-6
     """The highest learning rate."""
     min_lr: NonNegative = 0.0
     """The learning rate at the end."""
     temperature_lr: Positive = 1e-2
-    """The highest learning rate of a learned temperature's logarithm, on lr's course; it has no weight decay."""
+    """The highest learning rate of a learned temperature's logarithm, with lr's schedule and no weight decay."""
     weight_decay: NonNegative = 0.01
-    """Decoupled, as in AdamW."""
+    """Decoupled weight decay, as in AdamW."""
     clip_grad: NonNegative = 1.0
     """Largest gradient norm; 0: no clipping."""
     warmup_iters: CountOrZero | None = None
     """Steps of linear warm-up; null: 10 % of train_iters."""
     lr_decay_style: Literal["linear", "cosine"] = "linear"
-    """After the warm-up."""
+    """Shape of the learning rate's decay after the warm-up."""
     distributed: Flag = True
     """Shard the optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: Flag = True
-    """Reduce gradients over the data-parallel ranks while backward goes on."""
+    """Reduce gradients over the data-parallel ranks during backward."""
 
 
 class CheckpointSection(Section):
-    """Where weights and state come from."""
+    """The source of weights and state."""
 
     pretrained_checkpoint: str | None = None
     """Start from this Megatron checkpoint's weights."""
     load: str | None = None
-    """Continue another run's checkpoint: weights, optimizer, data position."""
+    """Continue from another run's checkpoint: weights, optimizer, data position."""
     resume: Flag = True
     """Continue from save_dir if it holds a checkpoint of the same model, data, loss, optimizer and seed; false: start
-    afresh there, and move the run that it holds to save_dir/replaced-1."""
+    anew there and move the run that it holds to save_dir/replaced-1."""
     allow_fallback: Flag = False
-    """Where the checkpoint to continue from is damaged, say so and continue from the newest sound one before it."""
+    """If the checkpoint to continue from is damaged, say so and continue from the newest sound one before it."""
 
 
 class LoggerSection(Section):
-    """Beside metrics.jsonl, which is always written."""
+    """Logs beside metrics.jsonl, which is always written."""
 
     tensorboard: Flag = True
-    """Write save_dir/tensorboard."""
+    """Write TensorBoard logs to save_dir/tensorboard."""
     wandb_project: str | None = None
-    """Weights & Biases project; null: none."""
+    """Weights & Biases project; null: no logging there."""
 
 
 class RecipeConfig(Section):
-    """One training run. `train` takes it; `run_config.yaml` is its YAML form."""
+    """The config of one training run. `train` takes it; `run_config.yaml` is its YAML form."""
 
     recipe: str = "custom"
-    """The recipe function's name; names the run's folder."""
+    """Name of the recipe function; it names the run's folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there are at least as many GPUs as local processes, else cpu."""
+    """auto, cpu or cuda; auto: cuda if there are at least as many GPUs as local processes, else cpu."""
     model: ModelSection = ModelSection()
     loss: LossSection = LossSection()
     data: DataSection = DataSection()
@@ -301,7 +301,7 @@ class RecipeConfig(Section):
     logger: LoggerSection = LoggerSection()
 
     def resolved(self) -> RecipeConfig:
-        """A copy in which every null that stands for a derived value holds that value."""
+        """Return a copy in which derived values replace the nulls that stand for them."""
         cfg = self.model_copy(deep=True)
         model, train, optimizer = cfg.model, cfg.train, cfg.optimizer
         if model.tensor_model_parallel_size == 1:
@@ -310,18 +310,18 @@ class RecipeConfig(Section):
             model.sequence_parallel = True
         if train.save_dir is None:
             train.save_dir = os.environ.get("SAVE_DIR") or f"runs/{cfg.recipe}"
-        train.save_dir = os.path.expanduser(train.save_dir)  # which no shell does behind "train.save_dir="
+        train.save_dir = os.path.expanduser(train.save_dir)  # a shell does not expand "~" after "train.save_dir="
         if optimizer.warmup_iters is None:
             optimizer.warmup_iters = train.train_iters // 10
         return cfg
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values by section; ``run_config.config_from_dict`` is the inverse."""
+        """Return the plain values of each section; ``run_config.config_from_dict`` is the inverse."""
         return self.model_dump(mode="json")
 
 
 def keys(model: type[Section] = RecipeConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key with its pydantic field, in the order of the sections."""
+    """Yield every dotted key with its pydantic field, in the order of the sections."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from keys(field.annotation, f"{prefix}{name}.")

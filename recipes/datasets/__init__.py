@@ -1,1 +1,1 @@
-"""Training data and corpora: what files hold, read once and kept as Arrow tables that are mapped into memory."""
+"""Training data and corpora. Files are read once and kept as Arrow tables that are mapped into memory."""

@@ -20,14 +20,14 @@ WANTED = "an object with _id, text and, for documents, title"
 
 @dataclass(frozen=True)
 class Collection:
-    """What a retriever is measured on.
+    """The data of one evaluation of a retriever.
 
     Attributes:
         corpus: document id → text, title first.
-        queries: query id → text, of the queries in ``qrels``.
-        qrels: query id → {document id: grade}. A query for which no document is relevant is left out: nothing could
-            answer it. Judged documents that the corpus lacks are left in, and never found.
-        odd: what can be used and looks odd, of each file: above all judgements of documents that the corpus lacks.
+        queries: query id → text of the query, for the queries in ``qrels``.
+        qrels: query id → {document id: grade}. Queries without a relevant document are left out, because nothing can
+            answer them. Judged documents that the corpus lacks are kept, and no search finds them.
+        odd: usable but odd rows of each file, above all judgements of documents that the corpus lacks.
     """
 
     name: str
@@ -38,20 +38,20 @@ class Collection:
 
 
 def is_beir(path: str | Path) -> bool:
-    """Whether ``path`` is a folder with a corpus and queries."""
+    """Return whether ``path`` is a folder with a corpus and queries."""
     return (Path(path) / "corpus.jsonl").is_file() and (Path(path) / "queries.jsonl").is_file()
 
 
 def document_text(row: dict[str, Any]) -> str:
-    """Title and text as one text, as BEIR has it."""
+    """Return title and text joined as BEIR joins them."""
     return f"{row.get('title') or ''} {row.get('text') or ''}".strip()
 
 
 def id_of(row: Mapping[str, Any], key: str) -> str:
-    """A row's id as text.
+    """Return a row's id as text.
 
     Raises:
-        RowError: it is neither text nor a whole number; ``null`` would become the id of every such row.
+        RowError: the id is neither text nor a whole number; ``null`` would become the same id for every such row.
     """
     id_ = row[key]
     if isinstance(id_, bool) or not isinstance(id_, str | int):
@@ -60,13 +60,13 @@ def id_of(row: Mapping[str, Any], key: str) -> str:
 
 
 def text_row(row: Any, keys: Sequence[str] = ("_id",)) -> tuple[str, dict[str, Any]]:
-    """(id, row) of a document or query.
+    """Return (id, row) of a document or query.
 
     Args:
-        keys: one of these holds the id.
+        keys: keys that may hold the id.
 
     Raises:
-        RowError: no object, no id or text, or one of another type.
+        RowError: the row is no object, lacks an id or a text, or has one of another type.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"found {kind_of(row)}; wanted {WANTED}")
@@ -80,10 +80,10 @@ def text_row(row: Any, keys: Sequence[str] = ("_id",)) -> tuple[str, dict[str, A
 
 
 def check_folder(folder: str | Path, split: str) -> None:
-    """Refuse what is no BEIR folder with this split; of its files only the first kilobytes are read.
+    """Refuse a path that is no BEIR folder with this split. Read only the first kilobytes of its files.
 
     Raises:
-        UserError: a folder or file that is not there, or no JSON lines.
+        UserError: the folder or a file is missing, or a file does not hold JSON lines.
     """
     for name in ("corpus.jsonl", "queries.jsonl"):
         text_file(Path(folder), name)
@@ -94,8 +94,8 @@ def load_beir(folder: str | Path, split: str = "test") -> Collection:
     """Read a BEIR folder.
 
     Raises:
-        UserError: a missing file or split, a malformed line, an empty corpus, queries that are not there, or
-            judgements none of which names a document of the corpus.
+        UserError: a file or split is missing, a line is malformed, the corpus is empty, a judged query is missing, or
+            no judgement names a document of the corpus.
     """
     folder = Path(folder)
     corpus, odd_documents = _read_texts(folder, "corpus.jsonl", "document")
@@ -128,7 +128,7 @@ def load_beir(folder: str | Path, split: str = "test") -> Collection:
 
 
 def _read_texts(folder: Path, name: str, what: str) -> tuple[dict[str, str], OddRows]:
-    """Id → text of ``corpus.jsonl`` or ``queries.jsonl``, and what looks odd there."""
+    """Read ``corpus.jsonl`` or ``queries.jsonl``: return id → text, and the odd rows."""
     texts, odd = {}, OddRows(str(folder / name))
     for id_, row, line in read_texts(folder, name):
         texts[id_] = text = document_text(row)
@@ -140,13 +140,13 @@ def _read_texts(folder: Path, name: str, what: str) -> tuple[dict[str, str], Odd
 
 
 def load_collections(folders: Sequence[str | Path], split: str = "test") -> list[Collection]:
-    """Read several BEIR folders; results are told apart by the folders' names, so these must differ."""
+    """Read several BEIR folders. Their names must differ, because they name the results."""
     check_names(folders)
     return [load_beir(folder, split) for folder in folders]
 
 
 def check_names(folders: Sequence[str | Path]) -> None:
-    """Refuse two BEIR folders of one name."""
+    """Refuse two BEIR folders with the same name."""
     names = [Path(folder).resolve().name for folder in folders]
     for name in names:
         if names.count(name) > 1:
@@ -154,7 +154,7 @@ def check_names(folders: Sequence[str | Path]) -> None:
 
 
 def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(id, row, line) of every row of ``corpus.jsonl`` or ``queries.jsonl``; no id stands there twice."""
+    """Yield (id, row, line) of every row of ``corpus.jsonl`` or ``queries.jsonl``; refuse a repeated id."""
     rows = JsonLineRows(text_file(folder, name))
     seen: set[str] = set()
     for line, value, _ in rows.scan():
@@ -173,10 +173,10 @@ def read_texts(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any], i
 
 
 def text_file(folder: Path, name: str) -> Path:
-    """Where ``corpus.jsonl`` or ``queries.jsonl`` lies.
+    """Return the path of ``corpus.jsonl`` or ``queries.jsonl``.
 
     Raises:
-        UserError: it is not there, or is no JSON lines.
+        UserError: the file is missing or does not hold JSON lines.
     """
     path = folder / name
     if not folder.is_dir():
@@ -188,7 +188,7 @@ def text_file(folder: Path, name: str) -> Path:
 
 
 def qrels_path(folder: Path, split: str) -> Path:
-    """Where the judgements of ``split`` lie."""
+    """Return the path of the judgements of ``split``."""
     return folder / "qrels" / f"{split}.tsv"
 
 
@@ -201,7 +201,7 @@ def _qrels_file(folder: Path, split: str) -> Path:
 
 
 def read_qrels(folder: Path, split: str) -> Iterator[tuple[str, str, int, int]]:
-    """(query id, document id, grade, line) of every judgement."""
+    """Yield (query id, document id, grade, line) of every judgement."""
     path = _qrels_file(folder, split)
     empty = True
     for number, raw in enumerate(path.read_bytes().removeprefix(BOM).split(b"\n"), start=1):
@@ -221,7 +221,7 @@ def read_qrels(folder: Path, split: str) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _is_header(fields: list[str]) -> bool:
-    """Three names; what holds a digit is a judgement, if perhaps a malformed one."""
+    """Return whether the fields are three names; a digit in the third one means a (maybe malformed) judgement."""
     return len(fields) == 3 and bool(fields[2].strip()) and not any(map(str.isdigit, fields[2]))
 
 

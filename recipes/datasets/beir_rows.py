@@ -17,13 +17,13 @@ from megatron_embed.recipes.datasets.text_ids import exact_id
 
 
 class BeirRows:
-    """The train split of a BEIR folder: one row a judged query, in the order of the judgements.
+    """The train split of a BEIR folder: one row for each judged query, in the order of the judgements.
 
-    Of a query and document judged more than once the last judgement counts, as in an evaluation.
+    If a query and document are judged more than once, the last judgement counts, as in an evaluation.
     """
 
     form = "BEIR folder, train split"
-    bytes = done = 0  # the corpus and the queries say themselves how far they are read
+    bytes = done = 0  # the corpus and the queries show their own progress
 
     def __init__(self, folder: str) -> None:
         self._root = Path(folder)
@@ -40,7 +40,11 @@ class BeirRows:
             begin = end
 
     def _judged(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of each query with a positive its line and its number; all documents, and where those of each query end."""
+        """Return four arrays about the queries that have a positive.
+
+        They are each query's line, each query's number, the numbers of all positive documents in the order of the
+        queries, and the end of each query's part of these.
+        """
         ids, relevant, on = (array("Q"), array("Q")), array("b"), array("q")
         for query, document, grade, line in read_qrels(self._root, "train"):
             ids[0].append(exact_id(query))
@@ -52,7 +56,7 @@ class BeirRows:
             DocumentIds(Documents([texts]), [texts], "file").numbers(np.array(wanted))
             for texts, wanted in zip((self._queries, self.corpus), ids, strict=True)
         )
-        wanted = np.array(relevant, dtype=bool)  # of what is not relevant nothing is read
+        wanted = np.array(relevant, dtype=bool)  # queries and documents that are not relevant may be missing
         if len(absent := np.flatnonzero(wanted & ((queries < 0) | (documents < 0)))):
             where = int(lines[absent[0]])
             query, document, _, _ = next(found for found in read_qrels(self._root, "train") if found[3] == where)
@@ -64,7 +68,7 @@ class BeirRows:
         if not len(kept):
             raise UserError(f"{self.path}: no judgement has a grade above 0")
         _, first, which = np.unique(queries[kept], return_index=True, return_inverse=True)
-        begins = first[which]  # where the query of each judgement comes first
+        begins = first[which]  # for each judgement, the position of its query's first judgement
         order, first = np.argsort(begins, kind="stable"), np.sort(first)
         ends = np.searchsorted(begins[order], first, side="right")
         return lines[kept][first], queries[kept][first], documents[kept][order], ends

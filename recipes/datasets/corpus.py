@@ -24,7 +24,7 @@ from megatron_embed.recipes.datasets.text_ids import exact_id, text_id
 
 _ID_KEYS = ("_id", "id", "docid")
 _WANTED = f"texts: {WANTED}, a row, or plain lines"
-#: ``alone``: the text without its title, where it has one
+#: ``alone``: the text without its title, if it has a title
 _SCHEMA = pyarrow.schema(
     {
         "line": pyarrow.int64(),
@@ -36,29 +36,29 @@ _SCHEMA = pyarrow.schema(
 
 
 class Texts(Protocol):
-    """Texts to be embedded, see :mod:`megatron_embed.recipes.retrieval.encode_corpus`; read when they are needed."""
+    """Texts to encode, see :mod:`megatron_embed.recipes.retrieval.encode_corpus`. They are read on use."""
 
     path: str
 
     def __len__(self) -> int: ...
 
     def read(self, first: int, last: int) -> tuple[list[str], list[str]]:
-        """Ids and texts of the rows ``first`` to ``last - 1``."""
+        """Return the ids and texts of the rows ``first`` to ``last - 1``."""
 
     def prompts(self, first: int, last: int) -> list[str] | None:
-        """Prompts of these rows, or None: the kind's own."""
+        """Return the prompts of these rows, or None for the kind's own prompt."""
 
     def digest(self) -> str:
-        """Changes with any text, id or prompt."""
+        """Return a digest that changes with any text, id or prompt."""
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What :meth:`Corpus.check` saw.
+    """The findings of :meth:`Corpus.check`.
 
     Attributes:
-        odd: rows that are kept as they are, without any text, with NUL characters, ….
-        text_ids: ``[rows, 2]`` uint64: of title with text, and of the text alone.
+        odd: odd rows that are kept as they are: without text, with NUL characters, ….
+        text_ids: ``[rows, 2]`` uint64: identity of title with text, and of the text alone.
     """
 
     odd: OddRows
@@ -66,16 +66,16 @@ class CorpusFacts:
 
 
 class Corpus:
-    """A file of texts, as a table that is mapped into memory where it is kept. It is read when it is first needed.
+    """A file of texts as a table, which is mapped into memory if it is kept on disk. It is read on first use.
 
     Args:
         path: a BEIR folder, a file of objects with ``_id``, ``text`` and perhaps ``title``, ``hf://org/name[/config]``
             with such rows, or a file of plain lines, whose ids are the line numbers from 1.
-        kind: of a BEIR folder, ``passage`` means its corpus and ``query`` its queries.
+        kind: for a BEIR folder, ``passage`` selects its corpus and ``query`` its queries.
 
     Raises:
-        UserError: there is nothing, or it has none of these forms. Reading it raises one, too: it holds no rows, or a
-            row has no id or no text; file and line are named.
+        UserError: the path does not exist or has none of these forms. Reading also raises it: the file holds no rows,
+            or a row has no id or no text; the message names file and line.
     """
 
     _keys: Sequence[str] = _ID_KEYS
@@ -96,33 +96,33 @@ class Corpus:
         return len(self._table)
 
     def read(self, first: int, last: int) -> tuple[list[str], list[str]]:
-        """Ids and texts, title first."""
+        """Return the ids and texts of the rows ``first`` to ``last - 1``; texts begin with the title."""
         rows = [self._table.row(index) for index in range(first, last)]
         return [id_ for _, id_, _, _ in rows], [text for _, _, text, _ in rows]
 
     def text(self, index: int) -> str:
-        """One row's text, title first."""
+        """Return the text of one row, title first."""
         return self._table.value("text", index)
 
     def ids(self) -> Iterator[str]:
-        """The id of every row."""
+        """Return an iterator over the ids of all rows."""
         return (id_ for (id_,) in self._table.values("id"))
 
     def id(self, index: int) -> str:
-        """The id of one row."""
+        """Return the id of one row."""
         return self._table.value("id", index)
 
     def line(self, index: int) -> int:
-        """The line of the file on which a row begins."""
+        """Return the line of the file on which a row begins."""
         return self._table.value("line", index)
 
     def prompts(self, first: int, last: int) -> None:
-        """A corpus has no prompts of its own."""
+        """Return None, because a corpus has no prompts of its own."""
 
     def digest(self) -> str:
-        """SHA-256 of the file, or of the files in which ``datasets`` keeps hub data.
+        """Return the SHA-256 of the file, or of the files in which ``datasets`` keeps hub data.
 
-        Of data that it keeps in memory, of the rows: no file stands for these from one run to the next.
+        If ``datasets`` keeps hub data in memory, hash its rows, because no file lasts from one run to the next.
         """
         if self._rows.files:
             return file_digest(*self._rows.files)
@@ -133,10 +133,10 @@ class Corpus:
         return total.hexdigest()
 
     def check(self) -> CorpusFacts:
-        """Look at every row once, so that what is wrong shows before anything is computed.
+        """Check every row once, so that errors show before anything is computed.
 
         Raises:
-            UserError: an id that stands there twice, or no text at all.
+            UserError: an id is repeated, or no row has any text.
         """
         ids = np.empty(len(self), dtype=np.uint64)
         text_ids = np.empty((len(self), 2), dtype=np.uint64)
@@ -178,7 +178,7 @@ class Corpus:
         return Found()
 
     def _parse(self, row: Row) -> tuple[str, str, str]:
-        """(id, title with text, text)"""
+        """Return (id, title with text, text) of a row."""
         if isinstance(row.value, RowError):
             raise row.value
         if isinstance(self._rows, PlainLineRows):
@@ -188,7 +188,7 @@ class Corpus:
 
 
 class BeirTexts(Corpus):
-    """``corpus.jsonl`` or ``queries.jsonl`` of a BEIR folder that training reads: JSON lines with ``_id``, as there."""
+    """``corpus.jsonl`` or ``queries.jsonl`` of a BEIR folder for training: JSON lines with the id under ``_id``."""
 
     _keys = ("_id",)
     _wanted = WANTED
@@ -199,7 +199,7 @@ class BeirTexts(Corpus):
 
 
 def file_digest(*paths: Path | str | os.PathLike[str]) -> str:
-    """SHA-256 over the bytes of the files and their names."""
+    """Return the SHA-256 over the bytes of the files and their names."""
     total = hashlib.sha256()
     for path in map(Path, paths):
         with path.open("rb") as file:

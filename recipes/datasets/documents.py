@@ -1,4 +1,4 @@
-"""Documents that rows name by id: found by it while rows are read, by their number ever after."""
+"""Documents that rows name by id. They are found by id while rows are read, and by number afterwards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megatron_embed.recipes.datasets.text_ids import exact_id
 
 
 class Document(str):
-    """The text of a document, title first, that knows which it is: a table keeps the number and not the text."""
+    """The text of a document, title first, with its number, which a table stores instead of the text."""
 
     number: int
 
 
 class Documents:
-    """The documents of several corpora, numbered from the first of the first one on."""
+    """The documents of several corpora, numbered through from the first document of the first corpus."""
 
     def __init__(self, corpora: Sequence[Corpus]) -> None:
         self.corpora = list(corpora)
@@ -35,22 +35,22 @@ class Documents:
         return document
 
     def find(self, number: int) -> tuple[Corpus, int]:
-        """A document's corpus, and its row there."""
-        if self._ends is None:  # the corpora are read when the first document is wanted
+        """Return a document's corpus and its row there."""
+        if self._ends is None:  # reads the corpora, so it waits for the first use of a document
             self._ends = list(accumulate(map(len, self.corpora)))
         which = next(which for which, end in enumerate(self._ends) if number < end)
         return self.corpora[which], number - (self._ends[which - 1] if which else 0)
 
 
 class DocumentIds:
-    """Which document has an id; 16 bytes a document.
+    """An index from ids to documents; takes 16 bytes for each document.
 
     Args:
-        within: what the ids are unique in, for messages.
-        first: number of the first document of these corpora among all those of ``documents``.
+        within: the scope in which ids are unique, for messages.
+        first: number of the first document of these corpora in ``documents``.
 
     Raises:
-        UserError: an id stands there twice.
+        UserError: an id is repeated.
     """
 
     def __init__(self, documents: Documents, corpora: Sequence[Corpus], within: str = "corpus", first: int = 0) -> None:
@@ -65,16 +65,16 @@ class DocumentIds:
         self._ids = found[self._order]
 
     def numbers(self, wanted: np.ndarray) -> np.ndarray:
-        """``[n]`` identities of ids (:func:`exact_id`) → the documents that have them; −1: none."""
+        """Return the numbers ``[n]`` of the documents with these ids (``[n]`` of :func:`exact_id`); −1 means none."""
         at = np.searchsorted(self._ids, wanted)
         at[at == len(self._ids)] = 0
         return np.where(self._ids[at] == wanted, self._order[at] + self.first, -1)
 
     def document(self, id_: Any) -> Document:
-        """The document with an id.
+        """Return the document with an id.
 
         Raises:
-            RowError: there is none.
+            RowError: no document has this id.
         """
         wanted = np.uint64(exact_id(str(id_)))
         at = int(np.searchsorted(self._ids, wanted))

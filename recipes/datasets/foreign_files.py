@@ -1,4 +1,4 @@
-"""Files of a kind that is not read here, known by their beginning, each refused once and with the way out."""
+"""Recognise files of unsupported kinds by their beginning, and refuse each once with a way to convert it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_embed.bridge.errors import UserError
 
 _WANTED = "wanted UTF-8 text (JSON lines, a JSON list) or Parquet"
-#: how a file begins → what it is, and how it becomes another
+#: (beginning of a file, its kind, a command that converts it)
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"\xff\xfe\0\0", "UTF-32 text", "iconv -f UTF-32 -t UTF-8 {file} > {file}.utf8"),
     (b"\0\0\xfe\xff", "UTF-32 text", "iconv -f UTF-32 -t UTF-8 {file} > {file}.utf8"),
@@ -24,7 +24,7 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (b"ARROW1", "an Arrow table", "with datasets, Dataset.from_file(…).to_parquet(…)"),
     (b"SQLite format 3", "an SQLite database", "select its rows into JSON lines"),
 )
-#: names of columns, of which a table has two at least in its first line
+#: column names; the first line of a table has at least two of them
 _COLUMNS = {
     *("id", "_id", "docid", "query_id", "query", "question", "anchor", "positive", "negative", "negatives"),
     *("passage", "document", "answer", "text", "title"),
@@ -40,7 +40,7 @@ def refuse_foreign(path: str, head: bytes) -> None:
         head: its first kilobytes, without a BOM of UTF-8.
 
     Raises:
-        UserError: naming the kind that was found and how to convert it.
+        UserError: the message names the kind found and a way to convert it.
     """
     for start, kind, way in _KINDS:
         if head.startswith(start):
@@ -64,7 +64,7 @@ def refuse_foreign(path: str, head: bytes) -> None:
 
 
 def _byte_order(head: bytes) -> str | None:
-    """Of UTF-16 in a Latin script every other byte is NUL."""
+    """Return ``BE`` or ``LE`` if the bytes look like UTF-16 in a Latin script, where every other byte is NUL."""
     if len(head) < 4:
         return None
     zeros = [head[first::2].count(0) / len(head[first::2]) for first in (0, 1)]
@@ -75,16 +75,16 @@ def _byte_order(head: bytes) -> str | None:
 
 def _is_binary(head: bytes) -> bool:
     controls = (len(head) - len(head.translate(None, _CONTROLS))) / max(1, len(head))
-    if 0.02 < controls <= 0.3:  # fewer are stray characters, a matter of their rows
+    if 0.02 < controls <= 0.3:  # fewer control characters are stray ones, which their rows report
         try:
-            codecs.getincrementaldecoder("utf-8")().decode(head)  # whose last character may be cut
+            codecs.getincrementaldecoder("utf-8")().decode(head)  # accepts an incomplete last character
         except UnicodeDecodeError:
             return True
     return controls > 0.3
 
 
 def _separator(path: str, head: bytes) -> str | None:
-    """What stands between the cells of a table's first line; None: it is no table."""
+    """Return the separator of the cells in a table's first line, or None if the file is no table."""
     if head.lstrip().startswith((b"{", b"[")):
         return None
     named = Path(path).suffix.lower() in (".csv", ".tsv")

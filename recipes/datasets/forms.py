@@ -1,6 +1,6 @@
-"""The forms in which training data comes, told apart by their keys, each put into this project's own.
+"""The supported forms of training data. Their keys identify them, and each is converted to this project's own form.
 
-``docs/data.md`` shows an example of each. A file has one form: that of its first row.
+``docs/data.md`` shows an example of each. A file has one form, that of its first row.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Form:
     """A form of a row.
 
     Attributes:
-        key: a row that has it is of this form.
-        own: (row, where documents are found) → the row in this project's own form.
-        names: what the own form's fields are called in this one.
+        key: a row with this key has this form.
+        own: (row, lookup of documents) → the row in this project's own form.
+        names: field of this project's own form → its name in this form.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Form:
 
 
 def _columns(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
-    """``negative``, ``negative_1``, … as well as ``negatives``: columns of sentence-transformers."""
+    """Convert columns of sentence-transformers: ``negative``, ``negative_1``, …, or ``negatives``."""
     numbered = [key for key in row if isinstance(key, str) and _NEGATIVE.fullmatch(key)]
     numbered.sort(key=lambda key: int(key.partition("_")[2] or 0))
     found = dict(row)
@@ -143,20 +143,20 @@ FORMS = (
 
 
 def form_of(row: Any) -> Form | None:
-    """The form of a row, or None if it has the keys of none."""
+    """Return the form of a row, or None if the row has the key of no form."""
     if not isinstance(row, Mapping):
         return None
-    for form in FORMS:  # a generator is slower, and this is asked of every row
+    for form in FORMS:  # a loop, because a generator is slower and every row comes here
         if form.key in row:
             return form
     return None
 
 
 def _first_form(rows: Rows) -> tuple[Form, int]:
-    """The form of the first row that has one, and the row's line.
+    """Return the form of the first row that has one, and the row's line.
 
     Raises:
-        UserError: no row has one, or there are no rows.
+        UserError: no row has a form, or there are no rows.
     """
     first, count = None, 0
     for row in rows.scan():
@@ -170,7 +170,7 @@ def _first_form(rows: Rows) -> tuple[Form, int]:
 
 
 def _no_form(first: Row, count: int) -> str:
-    """What is said of a file none of whose rows has a form: once, by its first row, and not of each row."""
+    """Return one message about a file in which no row has a form; it describes the first row only."""
     problem = str(first.value) if isinstance(first.value, RowError) else ""
     if not problem:
         try:
@@ -184,22 +184,22 @@ def _no_form(first: Row, count: int) -> str:
 
 
 class PairReader:
-    """Reads the rows of one file, all in the form of the first row that has one.
+    """A reader of the rows of one file, which all have the form of the first row that has one.
 
     Args:
-        stated: ``query_prompt``, ``passage_prompt``: those that stand in the place of a corpus's instructions.
+        stated: those of ``query_prompt`` and ``passage_prompt`` that replace a corpus's instructions.
 
     Raises:
-        UserError: no row has one, or the documents that rows name cannot be found.
+        UserError: no row has a form, or the documents that rows name cannot be found.
     """
 
     def __init__(self, rows: Rows, stated: Collection[str] = ()) -> None:
         self.stated = stated
         self.form, self.line = _first_form(rows)
-        #: what a file of AutoModel's names its corpora by
+        #: value of the key ``corpus`` in a file of AutoModel's, which names its corpora
         self.named: Any = rows.head().get("corpus") if isinstance(rows, JsonObjectRows) else None
         self.found = corpora_of(rows, self.form.key, self.named)
-        #: all documents that rows may name by id
+        #: the documents that rows may name by id
         self.documents = Documents([Corpus(file) for file in self.found.texts])
         self._ids: dict[str | None, DocumentIds] = {}
         first, count = 0, 0
@@ -209,10 +209,10 @@ class PairReader:
             first, count = first + sum(map(len, corpora)), count + len(files)
 
     def pair(self, value: Any) -> Pair:
-        """What a row says.
+        """Return the pair of a row.
 
         Raises:
-            RowError: it cannot be used, or is of another form than the file.
+            RowError: the row is unusable, or its form differs from the file's.
         """
         if isinstance(value, RowError):
             raise value
@@ -231,7 +231,7 @@ class PairReader:
         return parse_pair(own, self.form.names)
 
     def _without(self, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A row that lacks a key of its form, so that the message says which, and names its own keys."""
+        """Rename the query's key in a row that lacks a key of its form, so that the message names the file's keys."""
         theirs = self.form.names.get("query", "query")
         return {"query" if key == theirs else key: value for key, value in value.items()}
 
@@ -245,14 +245,14 @@ class PairReader:
 
 @dataclass(frozen=True)
 class NamedCorpora:
-    """Where the documents lie that rows name by id.
+    """The files of the documents that rows name by id.
 
     Attributes:
-        corpora: id of a corpus → its files; None stands for the only one.
-        metadata: the files that say so.
-        instructions: id of a corpus → ``query_prompt`` and ``passage_prompt`` that its instructions make. Where any
-            corpus has instructions, they are used as by AutoModel's ``use_dataset_instruction: true``: an instruction,
-            a space and the text; the text alone where it is empty.
+        corpora: id of a corpus → its files; the id None stands for a single corpus without id.
+        metadata: the files that define the corpora.
+        instructions: id of a corpus → the ``query_prompt`` and ``passage_prompt`` of its instructions. If any corpus
+            has instructions, they are used as with AutoModel's ``use_dataset_instruction: true``: the instruction, a
+            space and the text, or the text alone if the instruction is empty.
     """
 
     corpora: Mapping[str | None, list[Path]] = field(default_factory=dict)
@@ -261,7 +261,7 @@ class NamedCorpora:
 
     @property
     def texts(self) -> list[Path]:
-        """The files with documents, in the order in which these are numbered."""
+        """The files with documents, in the order of the documents' numbers."""
         return [file for files in self.corpora.values() for file in files]
 
     @property
@@ -270,13 +270,13 @@ class NamedCorpora:
 
 
 def corpora_of(rows: Rows, key: str, named: Any) -> NamedCorpora:
-    """The corpora of a file whose rows have the form with this key.
+    """Return the corpora of a file whose rows have the form with this key.
 
     Args:
-        named: what an AutoModel file has under ``corpus``.
+        named: the value of ``corpus`` in an AutoModel file.
 
     Raises:
-        UserError: a folder or file that is not there, or metadata that cannot be used.
+        UserError: a folder or file is missing, or metadata is unusable.
     """
     if isinstance(rows, JsonObjectRows):
         return _automodel_corpora(rows.path, named)
@@ -286,7 +286,7 @@ def corpora_of(rows: Rows, key: str, named: Any) -> NamedCorpora:
 
 
 def _corpus_beside(path: Path) -> list[Path]:
-    """``corpus.jsonl``, ``corpus.parquet`` or the files of ``corpus/`` in the folder of the training file."""
+    """Return ``corpus.jsonl``, ``corpus.parquet`` or the files of ``corpus/`` in the folder of the training file."""
     for name in ("corpus.jsonl", "corpus.parquet"):
         if (path.parent / name).is_file():
             return [path.parent / name]
@@ -304,7 +304,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _automodel_corpora(file: str, named: Any) -> NamedCorpora:
-    """The folders that ``"corpus"`` names, relative to the file."""
+    """Return the corpora in the folders that ``"corpus"`` names, relative to the file."""
     found: dict[str | None, list[Path]] = {}
     told: dict[str, dict[str, str]] = {}
     folders: dict[str, Path] = {}
@@ -334,7 +334,7 @@ def _automodel_corpora(file: str, named: Any) -> NamedCorpora:
 
 
 def _instruction(metadata: Path, value: Mapping[str, Any], kind: str) -> str:
-    """The prompt that a corpus's instruction makes; "": it has none."""
+    """Return the prompt of a corpus's instruction, or "" if it has none."""
     key = f"{kind}_instruction"
     instruction = value.get(key)
     if not isinstance(instruction, str | None):

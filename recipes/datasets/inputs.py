@@ -1,4 +1,4 @@
-"""What a recipe names, looked at before anything is read in full: data, evaluation folders, checkpoint, save_dir."""
+"""Check a recipe's data, evaluation folders, checkpoint and save_dir before anything is read in full."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_embed.recipes.datasets.rows import check_file, hub_parts
 
 
 def check_inputs(cfg: RecipeConfig) -> None:
-    """Refuse what training would fail on later. Of files the first kilobytes are read, of a model nothing.
+    """Refuse inputs that training would fail on later. Read the first kilobytes of files and nothing of a model.
 
     Raises:
-        UserError: a source of data, an evaluation folder or a checkpoint that is not there or is no such thing, a
-            ``save_dir`` that cannot be written to, Weights & Biases asked for and not installed; by its key.
+        UserError: a data source, an evaluation folder or a checkpoint is missing or of another kind, ``save_dir`` is
+            not writable, or Weights & Biases is used and not installed; the message names the key.
     """
     for source in cfg.data.train or []:
         with named("data.train"):
@@ -41,7 +41,7 @@ def check_inputs(cfg: RecipeConfig) -> None:
 
 
 def check_source(path: str) -> None:
-    """Refuse a source of training pairs that is not there, or of a kind that is not read. Hub data is not looked up."""
+    """Refuse a source of training pairs that is missing or of an unsupported kind. Do not look up hub data."""
     if path.startswith("hf://"):
         hub_parts(path)
     elif Path(path).is_dir():
@@ -55,6 +55,6 @@ def check_source(path: str) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    """A folder of that name, such as the one in which W&B keeps its runs, is no package."""
+    """Return whether a package is installed; a folder of that name, such as that of W&B's runs, does not count."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None

@@ -1,4 +1,4 @@
-"""What a data file holds, as training will see it."""
+"""Inspect a data file as training will read it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from megatron_embed.recipes.datasets.rows import Rows
 if TYPE_CHECKING:
     from megatron_embed.recipes.datasets.tokenization import Kind, TextTokenizer
 
-_SHOWN = 20  # problems named one by one
+_SHOWN = 20  # problems to list one by one
 _SAMPLES = 3
-_TOKENIZED = 1000  # rows whose lengths in tokens are told: of ten million, those of all would take minutes
+_TOKENIZED = 1000  # rows to measure in tokens, because ten million rows would take minutes
 
 
 @dataclass
 class Findings:
-    """What :func:`look_through` saw of one file."""
+    """The findings of :func:`look_through` in one file."""
 
     rows: Rows
     reader: PairReader
@@ -38,20 +38,20 @@ class Findings:
     count: int = 0
     examples: int = 0
     with_negatives: int = 0
-    #: how many texts have how many characters
+    #: kind of text → {number of characters: number of texts}
     lengths: dict[str, Counter[int]] = field(
         default_factory=lambda: {"query": Counter(), "positive": Counter(), "negative": Counter()}
     )
     duplicate_queries: int = 0
     duplicate_pairs: int = 0
-    #: rows that cannot be used, and what is wrong with the first ones
+    #: number of unusable rows; ``problems`` describes the first ones
     unusable: int = 0
     problems: list[str] = field(default_factory=list)
     samples: list[Pair] = field(default_factory=list)
 
 
 def look_through(path: str, stated: Collection[str] = ()) -> Findings:
-    """Read every row of a source; lengths are in characters. Of ten million pairs 24 bytes each are kept.
+    """Read every row of a source and return the findings, with lengths in characters. Keep 24 bytes for each pair.
 
     Args:
         stated: see :class:`megatron_embed.recipes.datasets.forms.PairReader`.
@@ -74,7 +74,7 @@ def look_through(path: str, stated: Collection[str] = ()) -> Findings:
         found.lengths["query"][len(pair.query)] += 1
         found.lengths["positive"].update(map(len, pair.positives))
         found.lengths["negative"].update(map(len, pair.negatives))
-        query = pair.query.strip()  # the same text as text_id has it
+        query = pair.query.strip()  # text_id also ignores white space around a text
         queries.append(hash(query))
         pairs.extend(hash((query, positive.strip())) for positive in pair.positives)
         line_of_pair.extend([row.line] * len(pair.positives))
@@ -89,15 +89,16 @@ def look_through(path: str, stated: Collection[str] = ()) -> Findings:
 
 
 def _repeats(hashes: array[int]) -> np.ndarray:
-    """Where a hash stands that stood before."""
+    """Return the positions of hashes that occurred earlier."""
     return repeats(np.frombuffer(hashes, dtype=np.int64))
 
 
 def findings_as_text(found: Findings, source: DataSource, tokenizer: TextTokenizer | None = None) -> str:
-    """The findings as text; samples with their prompts and, where there is a tokenizer, with BOS and EOS, truncated.
+    """Return the findings as text, with samples that include their prompts.
 
     Args:
-        source: its prompts, filled in.
+        source: the source with its prompts filled in.
+        tokenizer: if given, samples are truncated and show BOS and EOS.
     """
 
     def seen(text: str, kind: Kind, prompt: str) -> str:
@@ -140,14 +141,14 @@ def findings_as_text(found: Findings, source: DataSource, tokenizer: TextTokeniz
 
 
 def _prompts(pair: Pair, source: DataSource) -> tuple[str, str]:
-    """Of a row's query and passages: its own, else the source's."""
+    """Return the prompts of a row's query and passages: its own, else the source's."""
     query = source.query_prompt if pair.query_prompt is None else pair.query_prompt
     passage = source.passage_prompt if pair.passage_prompt is None else pair.passage_prompt
     return query or "", passage or ""
 
 
 def _in_tokens(found: Findings, source: DataSource, tokenizer: TextTokenizer) -> list[str]:
-    """Lengths in tokens of rows from all over the source, as the model gets them, and how many texts are cut short."""
+    """Measure rows spread over the source in tokens, as the model gets them; return lines on lengths and truncation."""
     reader, lengths = found.reader, {"query": Counter[int](), "passage": Counter[int]()}
     wanted = set(np.linspace(0, found.count - 1, _TOKENIZED).astype(int).tolist())
     for number, (_, pair, _) in enumerate(checked(found.rows, reader)):
@@ -170,12 +171,12 @@ def _in_tokens(found: Findings, source: DataSource, tokenizer: TextTokenizer) ->
 
 
 def _percentiles(counts: Counter[int], wanted: Sequence[float]) -> list[int]:
-    """The least value that so many percent of all do not exceed."""
+    """Return, for each percentage in ``wanted``, the least value that so many percent of the values do not exceed."""
     values = np.array(sorted(counts))
     reached = np.cumsum([counts[value] for value in values.tolist()])
     return [int(values[np.searchsorted(reached, reached[-1] * share / 100)]) for share in wanted]
 
 
 def _clip(text: str, length: int = 100) -> str:
-    """At most so many characters, of the beginning and of the end, where EOS stands."""
+    """Return at most ``length`` characters: the beginning, and the end, which shows EOS."""
     return repr(text if len(text) <= length else f"{text[: length - 21]}…{text[-20:]}")

@@ -1,7 +1,7 @@
-"""Entries of a JSON list, read one after the other without the file ever being in memory.
+"""Read the entries of a JSON list one after the other, without loading the whole file.
 
-A list is cut at its commas and each piece is parsed by itself. Pieces that all are JSON, between commas and brackets,
-are a JSON list: whatever is wrong with a file shows in a piece, at the list's end or around it.
+The list is cut at its commas, and each piece is parsed by itself. Valid JSON pieces between commas and brackets form a
+valid JSON list, so every error of a file shows in a piece, at the list's end or around the list.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.datasets.json_text import BOM, RowError, parse_file, parse_json, read_json
 
-BLOCK = 1 << 20  # bytes read at once; an entry that is longer is read in blocks of growing size
-AROUND = 4 << 20  # bytes that a file may hold before its list, and as many after it
-LONGEST = 1 << 28  # bytes of an entry: whatever is longer has no end
+BLOCK = 1 << 20  # bytes of one read; a longer entry is read in growing blocks
+AROUND = 4 << 20  # most bytes before the list in a file, and after it
+LONGEST = 1 << 28  # most bytes of an entry; a longer one counts as endless
 
-#: a whole string, or a character that is part of the list's structure; a quote or backslash alone has been cut off
+#: a whole string or a structural character; a lone quote or backslash means that the block ends inside a string
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|\\.|[\[\]{},"\\]', re.DOTALL)
 _COMMA = ord(",")
 _DATA = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
@@ -28,10 +28,10 @@ _WANTED = "wanted an object with 'corpus' and 'data', a list of rows"
 
 
 def is_object(path: Path) -> bool:
-    """Whether a file that begins with a key ``corpus`` or ``data`` is one object with a list of rows under ``data``.
+    """Return whether a file is one object with a list of rows under ``data``; it begins with ``corpus`` or ``data``.
 
-    Otherwise it holds JSON lines whose rows have such a key: the first line is JSON by itself and others follow, or its
-    ``data`` is no list.
+    Otherwise the file holds JSON lines whose rows have such a key: its first line is JSON by itself and other lines
+    follow, or its ``data`` is no list.
     """
     with path.open("rb") as file:
         head = file.read(AROUND).removeprefix(BOM).lstrip()
@@ -46,11 +46,11 @@ def is_object(path: Path) -> bool:
 
 
 class JsonList:
-    """The list in a file that is one, or that is an object with a list under ``data``.
+    """The list of a file: the whole file, or the value of ``data`` in a file that is an object.
 
     Attributes:
-        position: bytes of the file that the entries given so far take.
-        around: once all are given, the value of the file with the list empty; an object is without it.
+        position: bytes of the file up to the end of the latest entry.
+        around: after the last entry, the value of the file with an empty list, or its object without the list.
     """
 
     def __init__(self, path: Path, *, in_object: bool) -> None:
@@ -58,11 +58,11 @@ class JsonList:
         self.around: Any = None
 
     def entries(self) -> Iterator[tuple[int, bytes]]:
-        """(line on which it begins, its bytes) of each entry.
+        """Yield (line on which it begins, its bytes) for each entry.
 
         Raises:
-            UserError: after the last entry, if the list has no end or something is wrong around it; before the first,
-                if there is no such list.
+            UserError: before the first entry, if there is no such list; after the last entry, if the list has no end or
+                the text around it is wrong.
         """
         with self.path.open("rb") as file:
             cut = _Cut(file, self._start(file))
@@ -72,17 +72,17 @@ class JsonList:
             self.around = self._read_around(file, cut)
 
     def _start(self, file: BinaryIO) -> int:
-        """Where the list opens."""
+        """Return the position of the list's opening bracket."""
         head = file.read(AROUND)
         start = _list_of_data(head) if self._in_object else head.index(b"[")
         if start is None:
             if len(head) < AROUND:
-                read_json(self.path)  # says what is no JSON
+                read_json(self.path)  # raises the error of invalid JSON
             raise UserError(f"{self.path}: {_WANTED}")
         return start
 
     def _read_around(self, file: BinaryIO, cut: _Cut) -> Any:
-        """What stands around a list that was cut to its end."""
+        """Return the value of the file around the list, once the list was cut to its end."""
         if cut.closed != b"]":
             found = "'}' ends the list" if cut.closed else "the file ends before its list does"
             bad = self._first_bad_entry(file, cut) or f"{cut.line + 1}: not JSON: {found}; wanted ']'"
@@ -91,13 +91,13 @@ class JsonList:
         before = file.read(cut.start)
         file.seek(cut.position)
         after = file.read(AROUND)
-        # line breaks in the place of the list's own: what is wrong behind it is named by the file's lines
+        # Line breaks replace the list's own, so that errors after the list name the lines of the file.
         breaks = b"\n" * (cut.line - before.count(b"\n"))
         try:
             whole = b"%b[%b]%b" % (before.removeprefix(BOM), breaks, after)
             around = parse_file(self.path, whole, columns=False)
         except UserError:
-            if bad := self._first_bad_entry(file, cut):  # it may have closed the list too early
+            if bad := self._first_bad_entry(file, cut):  # a bad entry may have closed the list too early
                 raise UserError(f"{self.path}, line {bad}") from None
             raise
         if len(after) == AROUND:
@@ -107,7 +107,7 @@ class JsonList:
         return around
 
     def _first_bad_entry(self, file: BinaryIO, cut: _Cut) -> str:
-        """The line of the first entry that is no JSON, and why; "": all are. One that is cut short counts."""
+        """Return the line of the first invalid or incomplete entry with the reason, or "" if all are valid."""
         again = _Cut(file, cut.start)
         for line, raw in again.entries():
             try:
@@ -127,7 +127,7 @@ class JsonList:
 
 
 def _list_of_data(head: bytes) -> int | None:
-    """Where the list under ``data`` opens in the beginning of a file; None: an object without, or no JSON."""
+    """Return the position of the list under ``data`` in a file's beginning; None if it has none or is invalid JSON."""
     for start, member in _members(head):
         if (found := _DATA.match(member)) is not None:
             try:
@@ -139,7 +139,7 @@ def _list_of_data(head: bytes) -> int | None:
 
 
 def _members(head: bytes) -> Iterator[tuple[int, bytes]]:
-    """Where each member of an object begins, and its bytes; the last one may be cut short."""
+    """Yield the position and the bytes of each member of an object; the last one may be incomplete."""
     cut = _Cut(io.BytesIO(head), head.find(b"{"))
     for _, raw in cut.entries():
         yield cut.position - 1 - len(raw), raw
@@ -148,13 +148,13 @@ def _members(head: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class _Cut:
-    """A list that is cut into its entries, from behind the bracket that opens it.
+    """A list that is cut into its entries, from its opening bracket on.
 
     Attributes:
-        start: where the bracket stands in the file.
-        position, line: behind the last entry and what ends it; ``line`` counts from 0.
-        closed: the bracket that ended the list; empty while none has.
-        rest: (line, beginning) of an entry that the file's end cut short.
+        start: position of the opening bracket in the file.
+        position, line: position and line after the last entry and its comma or bracket; ``line`` counts from 0.
+        closed: the bracket that ended the list; empty before the end.
+        rest: (line, beginning) of an entry that the end of the file cut.
     """
 
     def __init__(self, file: BinaryIO, start: int) -> None:
@@ -166,7 +166,7 @@ class _Cut:
         self._file = file
 
     def entries(self) -> Iterator[tuple[int, bytes]]:
-        """(line from 1, bytes) of each entry; empty bytes between two commas."""
+        """Yield (line from 1, bytes) for each entry; the bytes between two adjacent commas are empty."""
         buffer, begin, at, depth, first = b"", 0, 0, 1, True
         while True:
             for token in _TOKEN.finditer(buffer, at):
@@ -177,7 +177,7 @@ class _Cut:
                 elif mark in b"]}":
                     depth -= 1
                 elif mark in b'"\\':
-                    if token.end() == at + 1:  # its other part is still in the file
+                    if token.end() == at + 1:  # the rest of the string is not read yet
                         break
                     continue
                 if depth == 0 or (depth == 1 and mark == _COMMA):
@@ -185,7 +185,7 @@ class _Cut:
                     line, raw = self._piece(buffer[begin:at])
                     self.position += at + 1 - begin
                     begin = at + 1
-                    if raw or depth or not first:  # of an empty list there is no entry
+                    if raw or depth or not first:  # an empty list has no entry
                         yield line, raw
                     first = False
                     if self.closed:
@@ -201,7 +201,7 @@ class _Cut:
             buffer += more
 
     def _piece(self, piece: bytes) -> tuple[int, bytes]:
-        """The line on which an entry begins, and its bytes without the white space before them."""
+        """Return the line on which an entry begins, and its bytes without leading white space."""
         raw = piece.lstrip(b" \t\r\n")
         line = self.line + piece.count(b"\n", 0, len(piece) - len(raw)) + 1
         self.line += piece.count(b"\n")

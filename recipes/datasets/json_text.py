@@ -1,4 +1,4 @@
-"""Bytes to text to values, for one line or a whole file: whatever is wrong is said, and Python's own limits, too."""
+"""Decode and parse one line or a whole file of JSON; the errors name what is wrong, also limits of Python's parser."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ BOM = b"\xef\xbb\xbf"
 
 
 class RowError(ValueError):
-    """One row cannot be used; the message says why, without the place."""
+    """An error about an unusable row; its message gives the reason without the place."""
 
 
 def parse_json(raw: bytes, line: int | None = None) -> Any:
-    """The value of one line, or of an entry that begins on ``line`` of its file and may stretch over several.
+    """Parse one line, or an entry that begins on ``line`` of its file and may span several lines.
 
     Raises:
-        RowError: not UTF-8, not JSON, or text that no UTF-8 can hold.
+        RowError: the bytes are not UTF-8 or not JSON, or a text cannot be encoded as UTF-8.
     """
     text = decode(raw, line)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}"
-        if line is not None:  # columns count from the entry's beginning, on its first line
+        if line is not None:  # on the first line of an entry, columns count from its beginning
             place = f"line {line + error.lineno - 1}, {place}" if error.lineno > 1 else f"{place} of the entry"
         raise RowError(f"not JSON: {_reason(error)} at {place}: {_clip(text)}") from None
     except (RecursionError, ValueError) as error:
@@ -37,10 +37,10 @@ def parse_json(raw: bytes, line: int | None = None) -> Any:
 
 
 def decode(raw: bytes, line: int | None = None) -> str:
-    """The text of one line, or of an entry that begins on ``line``.
+    """Decode one line, or an entry that begins on ``line``.
 
     Raises:
-        RowError: not UTF-8.
+        RowError: the bytes are not UTF-8.
     """
     try:
         return raw.decode("utf-8")
@@ -59,12 +59,12 @@ def _reason(error: json.JSONDecodeError) -> str:
 
 
 def _limit(error: Exception) -> str:
-    """What Python's parser, not JSON, has a limit for."""
+    """Name the limit of Python's parser (not of JSON) that an error reports."""
     return "nested too deeply" if isinstance(error, RecursionError) else "a number of more than 4,300 digits"
 
 
 def _refuse_lone_surrogates(value: Any) -> None:
-    """What JSON can write, and no file, tokenizer or hash takes, is a :class:`RowError`."""
+    """Raise a :class:`RowError` for half a surrogate pair, which JSON can hold but files and tokenizers refuse."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -76,16 +76,23 @@ def _clip(text: str, length: int = 60) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file.
+    """Read a whole JSON file.
 
     Raises:
-        UserError: not UTF-8, not JSON; the line is named.
+        UserError: the file is not UTF-8 or not JSON; the message names the line.
     """
     return parse_file(path, path.read_bytes().removeprefix(BOM))
 
 
 def parse_file(path: Path, raw: bytes, *, columns: bool = True) -> Any:
-    """The same of bytes that stand for the file's; ``columns``: whether theirs are the file's, too."""
+    """Parse bytes as the content of the file ``path``, whose lines they have.
+
+    Args:
+        columns: True if the bytes also have the columns of the file, so that messages can name them.
+
+    Raises:
+        UserError: see :func:`read_json`.
+    """
     try:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:

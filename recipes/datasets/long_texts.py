@@ -1,9 +1,9 @@
-"""Of a text far longer than what is kept of it, only the beginning is tokenized, where that changes no id.
+"""Tokenize only the beginning of a text that is far longer than its maximal length, if that changes no id.
 
-A byte-level tokenizer splits a text by a regular expression and gives each piece its ids, whatever stands around it.
-In the expressions known here no alternative takes a space behind anything but white space, or can tell such a space
-from the end of the text. So a space behind a letter or digit, a border, begins a piece in every text, and what stands
-before it is split as if the text ended there: the ids of that beginning are the first ids of the text.
+A byte-level tokenizer splits a text by a regular expression and gives each piece its ids, regardless of the text around
+it. In the expressions below, no alternative matches a space after anything but white space, and none can tell such a
+space from the end of the text. A space after a letter or digit, called a border here, therefore begins a piece in every
+text, and the text before it is split as if it ended there. So the ids of that beginning are the first ids of the text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-#: the expressions for which this has been shown
+#: expressions for which this has been shown
 _TEKKEN = (  # Ministral 3
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -24,19 +24,20 @@ _LLAMA = (  # Llama 3
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Any character that \w knows is no white space to the tokenizer either, whatever its version of Unicode.
+# A character that matches \w is not white space to the tokenizer either, in any version of Unicode.
 _BORDER = re.compile(r"(?<=\w) ")
-_CHARACTERS = 16  # looked at for each token wanted; prose has 4 to 6 a token
+_CHARACTERS = 16  # characters to read for each token of the length; prose has 4 to 6 characters in a token
 _GROWTH = 8
 
 
 def tokenize_starts(
     tokenize: Callable[[list[str]], list[list[int]]], texts: Sequence[str], length: int
 ) -> list[list[int]]:
-    """What ``tokenize`` gives for the texts, from as little of each as fills ``length``.
+    """Return the ids that ``tokenize`` gives for the texts, from a beginning of each text that fills ``length``.
 
     Args:
-        tokenize: texts → ids, cut to at most ``length``; of a tokenizer that :func:`knows_borders` accepts.
+        tokenize: texts → ids, truncated to ``length``, of a tokenizer that :func:`knows_borders` accepts.
+        length: most tokens of a text.
     """
     found: list[list[int]] = [[]] * len(texts)
     left, size = list(range(len(texts))), _CHARACTERS * length
@@ -44,7 +45,7 @@ def tokenize_starts(
         starts = [_start(texts[i], size) for i in left]
         for i, ids in zip(left, tokenize(starts), strict=True):
             found[i] = ids
-        # Ids that fill the length are those of the whole text. Fewer may only mean that the start was too short.
+        # Ids that fill the length are those of the whole text. Fewer ids may mean that the beginning was too short.
         left = [
             i for i, start in zip(left, starts, strict=True) if len(start) < len(texts[i]) and len(found[i]) < length
         ]
@@ -53,16 +54,16 @@ def tokenize_starts(
 
 
 def _start(text: str, size: int) -> str:
-    """The text up to the first border from ``size`` on."""
+    """Return the text up to the first border at or after ``size`` characters."""
     if len(text) <= size or (border := _BORDER.search(text, size)) is None:
         return text
     return text[: border.start()]
 
 
 def knows_borders(tokenizer: Any) -> bool:
-    """Whether all that a tokenizer does to a text is known to leave alone what stands before a border.
+    """Return whether a tokenizer is known to treat the text before a border independently of the text after it.
 
-    Not so with a normalizer, with tokens that are found in the text before it is split, or where the end is kept.
+    This is not so with a normalizer, with tokens that are found before the text is split, or if the end is kept.
     """
     backend = tokenizer.backend_tokenizer
     return (

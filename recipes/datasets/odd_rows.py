@@ -1,4 +1,4 @@
-"""Rows that can be used and look odd: counted, told, and an error where ``--strict`` is given."""
+"""Rows that are usable but look odd. They are counted and reported, and are an error with ``--strict``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ JSON_LOOKING = "lines look like JSON in a file of plain lines"
 
 @dataclass
 class OddRows:
-    """What looks odd in one file.
+    """The odd rows of one file.
 
     Attributes:
-        found: remark → how many rows, and the line of the first.
+        found: remark → (number of rows, line of the first one).
     """
 
     path: str
@@ -29,25 +29,25 @@ class OddRows:
 
     @classmethod
     def again(cls, path: str, found: Mapping[str, Sequence[int]]) -> OddRows:
-        """From ``found`` as JSON gives it back."""
+        """Rebuild odd rows from ``found`` as read from JSON."""
         return cls(path, {remark: (count, line) for remark, (count, line) in found.items()})
 
     def add(self, remark: str, line: int, count: int = 1) -> None:
-        """Count rows, of which the first stands on ``line``."""
+        """Count ``count`` rows with a remark; the first one is on ``line``."""
         before, first = self.found.get(remark, (0, line))
         self.found[remark] = before + count, first
 
     def counts(self) -> dict[str, int]:
-        """Remark → how many rows."""
+        """Return remark → number of rows."""
         return {remark: count for remark, (count, _) in self.found.items()}
 
     def remarks(self) -> list[str]:
-        """One line of text a remark."""
+        """Return one line of text for each remark."""
         return [f"{count:,} {remark}, first line {line}" for remark, (count, line) in self.found.items()]
 
 
 def of_text(text: str) -> list[str]:
-    """What is odd about a text."""
+    """Return the remarks on a text."""
     found = []
     if "\0" in text:
         found.append("rows hold NUL characters")
@@ -57,12 +57,12 @@ def of_text(text: str) -> list[str]:
 
 
 def of_pair(pair: Pair) -> list[str]:
-    """What is odd about a row of training data. All rows are asked at a first start: loops, for they are quick."""
+    """Return the remarks on a row of training data. It uses fast plain loops, because a first start checks all rows."""
     found: list[str] = []
     for text in (pair.query, *pair.positives, *pair.negatives):
         if "\0" in text or "\ufffd" in text:
             found.extend(remark for remark in of_text(text) if remark not in found)
-    positives = {text.strip() for text in pair.positives}  # the same text as text_id has it
+    positives = {text.strip() for text in pair.positives}  # text_id also ignores white space around a text
     for text in pair.negatives:
         if text.strip() in positives:
             found.append("rows have a positive among their negatives")
@@ -71,10 +71,10 @@ def of_pair(pair: Pair) -> list[str]:
 
 
 def report(odd: Iterable[OddRows], *, strict: bool = False) -> None:
-    """Log what looks odd.
+    """Log odd rows.
 
     Raises:
-        UserError: anything does, with ``strict``.
+        UserError: there are odd rows, and ``strict`` is True.
     """
     found = [f"{rows.path}: {remark}" for rows in odd for remark in rows.remarks()]
     if found and strict:

@@ -1,4 +1,4 @@
-"""What one row of training data says: a query, its positives, its hard negatives, a teacher's answers."""
+"""The content of one row of training data: a query, its positives, its hard negatives and a teacher's answers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 from megatron_embed.recipes.datasets.json_text import RowError
 
-_MOST = sys.float_info.max  # of JSON's whole numbers, some are greater; NaN is not at most anything
+_MOST = sys.float_info.max  # whole numbers in JSON can be greater; NaN also fails the comparison
 
 
 class Teacher(NamedTuple):
-    """A teacher's answers for one query, where the data has them (README, "Distillation").
+    """A teacher's answers for one query, if the data has them (README, "Distillation").
 
     Attributes:
-        scores: of the positive (in a :class:`Pair`: of each positive) and each hard negative.
+        scores: scores of the positive (in a :class:`Pair`, of each positive) and of each hard negative.
         query: the query's vector.
-        passages: vectors of the positive and each hard negative.
+        passages: vectors of the positive and of each hard negative.
     """
 
     scores: list[float] | None = None
@@ -27,7 +27,7 @@ class Teacher(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What one row of a source says. Prompts: in the place of the source's, where the row has its own."""
+    """The content of one row of a source. Prompts are the row's own ones, which replace those of the source."""
 
     query: str
     positives: list[str]
@@ -38,16 +38,16 @@ class Pair(NamedTuple):
 
 
 def parse_pair(row: Any, names: Mapping[str, str] = MappingProxyType({})) -> Pair:
-    """Read ``{"query": …, "positive": text or list, "negatives": list}``, and a teacher's answers if there are any.
+    """Read ``{"query": …, "positive": text or list, "negatives": list}`` and a teacher's answers, if any.
 
-    ``scores``: a number for each positive and each negative. ``query_embedding``, ``positive_embedding``,
-    ``negative_embeddings``: vectors. Other keys are not looked at.
+    ``scores`` holds a number for each positive and each negative. ``query_embedding``, ``positive_embedding`` and
+    ``negative_embeddings`` hold vectors. Other keys are ignored.
 
     Args:
-        names: what ``query``, ``positive``, ``negatives`` are called in the file, for messages.
+        names: the names of ``query``, ``positive`` and ``negatives`` in the file, for messages.
 
     Raises:
-        RowError: a missing field, a wrong type, an empty text, no positive.
+        RowError: a field is missing, of a wrong type or empty, or there is no positive.
     """
     name = {field: names.get(field, field) for field in ("query", "positive", "negatives", "scores")}
     wanted = f"{name['query']}, {name['positive']} and, optionally, {name['negatives']}"
@@ -116,8 +116,8 @@ def _check_text(field: str, text: Any) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value."""
+    """Return JSON's name for the type of a value."""
     names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
     if type(value) in (int, float):
         return f"the number {value}"
-    return names.get(type(value), type(value).__name__)  # what Parquet has and JSON has not: bytes, datetime, …
+    return names.get(type(value), type(value).__name__)  # Parquet has types that JSON lacks: bytes, datetime, …

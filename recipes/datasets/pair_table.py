@@ -1,4 +1,4 @@
-"""Training pairs as a table: every row of a source read and checked once, so that a bad line ends a run at once."""
+"""Training pairs as a table. Every row of a source is read and checked once, so a bad line ends a run at its start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_embed.recipes.datasets.table import Found, TableWriter
 from megatron_embed.recipes.datasets.text_ids import text_id
 
 _TEXT, _VECTOR = pyarrow.large_string(), pyarrow.list_(pyarrow.float64())
-#: Passages are texts, or the numbers of documents; of a row's positives, as of its negatives, all are one or the other.
+#: Passages are texts or numbers of documents. All positives of a row have the same kind, and so have its negatives.
 SCHEMA = pyarrow.schema(
     {
         "query": _TEXT,
@@ -40,7 +40,7 @@ SCHEMA = pyarrow.schema(
 
 
 def checked(rows: Rows, reader: PairReader) -> Iterator[tuple[Row, Pair | None, str]]:
-    """Every row with its pair and "", or with None and what is wrong with it."""
+    """Yield (row, its pair, "") for every usable row and (row, None, the problem) for every other row."""
     for row in read_rows(rows):
         try:
             yield row, reader.pair(row.value), ""
@@ -49,7 +49,7 @@ def checked(rows: Rows, reader: PairReader) -> Iterator[tuple[Row, Pair | None, 
 
 
 def pair_of(row: list[Any], document: Callable[[int], str]) -> Pair:
-    """The pair of a row of a table; ``document`` gives the text of a document by its number."""
+    """Return the pair of a table's row; ``document`` returns the text of a document by its number."""
     query, positives, negatives, positive_documents, negative_documents, *prompts, scores, vector, vectors, _ = row
     if positive_documents is not None:
         positives = [document(number) for number in positive_documents]
@@ -65,13 +65,13 @@ def _row_of(pair: Pair, line: int) -> tuple[Any, ...]:
 
 
 def _passages(texts: list[str]) -> tuple[list[str] | None, list[int] | None]:
-    """(texts, None), or (None, numbers) where all of them are documents."""
+    """Return (None, numbers) if all texts are documents, else (texts, None)."""
     numbers = [text.number for text in texts if isinstance(text, Document)]
     return (None, numbers) if numbers and len(numbers) == len(texts) else (texts, None)
 
 
 def _keep(numbers: array[int], row: int, number: int) -> None:
-    """Append a row's number; nothing is kept while all are those that count the rows from 1."""
+    """Append a row's number; store nothing while all numbers count the rows from 1."""
     if numbers or number != row + 1:
         if not numbers:
             numbers.extend(range(1, row + 1))
@@ -79,14 +79,14 @@ def _keep(numbers: array[int], row: int, number: int) -> None:
 
 
 def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
-    """Write all rows, and find what :class:`megatron_embed.recipes.datasets.pairs.PairSource` has to know of them.
+    """Write all rows and return the facts about them for :class:`megatron_embed.recipes.datasets.pairs.PairSource`.
 
-    Arrays: ``groups``, see :meth:`megatron_embed.recipes.datasets.duplicates.TextIds.groups`; ``ends``, ``[rows]``
-    int64, the examples up to and with each row, where any has several positives. Facts: the attributes of
-    ``PairSource``.
+    The arrays are ``groups``, see :meth:`megatron_embed.recipes.datasets.duplicates.TextIds.groups`, and ``ends``,
+    ``[rows]`` int64, the number of examples up to and including each row, present if a row has several positives. The
+    facts are the attributes of ``PairSource``.
 
     Raises:
-        UserError: a row that cannot be used; the first is named, the others are counted.
+        UserError: a row is unusable; the message names the first one and counts the others.
     """
     first_problem, unusable = "", 0
     most, no_scores, no_vectors = 0, -1, -1
@@ -100,7 +100,7 @@ def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
             unusable += 1
             continue
         if unusable:
-            continue  # nothing will be kept
+            continue  # the table will not be kept
         for remark in of_pair(pair):
             odd.add(remark, row.line)
         query = text_id(pair.query)

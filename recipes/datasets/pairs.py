@@ -1,7 +1,7 @@
-"""Training pairs from files: what they say of each example.
+"""Training pairs from files, as examples.
 
-A source is read through at the first start, so that a bad line ends a run before it began, and lies in a table that
-is mapped into memory ever after (:mod:`megatron_embed.recipes.datasets.table`).
+The first start reads a whole source, so that a bad line ends a run before its first step. It writes a table that later
+starts map into memory (:mod:`megatron_embed.recipes.datasets.table`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Example:
     """One query with one positive.
 
     Attributes:
-        negatives: the hard negatives that the data has for the query, all of them, in the data's order.
-        positives: every known positive of the query, ``positive`` included: none of them is a negative.
-        source, line: where it came from.
+        negatives: all hard negatives of the query in the data, in the data's order.
+        positives: every known positive of the query, ``positive`` included; none of them is a negative.
+        source, line: the file of the example, and its line.
     """
 
     query: str
@@ -52,48 +52,48 @@ class Example:
 
 
 class PairSource:
-    """One source, every row checked. A row with several positives counts as that many examples.
+    """One source with all its rows checked. A row with several positives counts as that many examples.
 
     Raises:
-        UserError: it cannot be read in full; file and line are named.
+        UserError: the source cannot be read in full; the message names file and line.
     """
 
     def __init__(self, source: DataSource) -> None:
         self.source = source
         rows = self._rows = open_source(source.path)
-        #: the file that lines are counted in
+        #: the file that line numbers refer to
         self.path = rows.path
-        # Only of a file that names corpora with instructions does it matter which prompts the source states.
+        # The prompts that the source sets matter only for files that name corpora with instructions.
         kind = "-".join(["pairs", *sorted(source.stated())]) if isinstance(rows, JsonObjectRows) else "pairs"
         recipe = Recipe(kind, rows.path, rows.files, SCHEMA, self._write, lambda facts: self._corpora(facts).files)
         self._table, found = open_table(recipe)
         corpora = self._corpora(found.facts)
-        self.__dict__.pop("_reader", None)  # with the ids of all documents
+        self.__dict__.pop("_reader", None)  # frees the ids of all documents
         self._documents = Documents(
             [rows.corpus] if isinstance(rows, BeirRows) else [Corpus(file) for file in corpora.texts]
         )
         #: name of the form
         self.form: str = found.facts["form"]
-        #: of its files, as they were read
+        #: total size of its files
         self.bytes = sum(file.stat().st_size for file in (*rows.files, *corpora.files))
-        #: hard negatives of the row that has most
+        #: most hard negatives of a row
         self.max_negatives: int = found.facts["max_negatives"]
-        #: first row without a teacher's scores, and without its vectors; the widths of the vectors
+        #: first row without a teacher's scores, first row without its vectors (−1: none), and the widths of the vectors
         self.no_scores: int = found.facts["no_scores"]
         self.no_vectors: int = found.facts["no_vectors"]
         self.vector_widths: set[int] = set(found.facts["vector_widths"])
-        #: prompts of passages that rows have of their own
+        #: passage prompts that rows themselves set
         self.passage_prompts: list[str] = found.facts["passage_prompts"]
-        #: rows that can be used and look odd
+        #: rows that are usable but look odd
         self.odd = OddRows.again(rows.path, found.facts["odd"])
-        #: examples that share a text, see :meth:`megatron_embed.recipes.datasets.duplicates.TextIds.groups`
+        #: groups of examples that share a text, see :meth:`megatron_embed.recipes.datasets.duplicates.TextIds.groups`
         self.groups = found.arrays.get("groups")
-        # Only where some row has several positives does an example need more than its row's number.
+        # Present only if a row has several positives; otherwise an example's number is that of its row.
         self._ends = found.arrays.get("ends")
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """Number of rows."""
         return len(self._table)
 
     def __len__(self) -> int:
@@ -119,17 +119,17 @@ class PairSource:
         )
 
     def pair(self, row: int) -> Pair:
-        """What a row says."""
+        """Return the pair of a row."""
         return pair_of(self._table.row(row), self._documents.__getitem__)
 
     def examples(self, row: int) -> range:
-        """The examples that a row counts as."""
+        """Return the numbers of a row's examples."""
         if self._ends is None:
             return range(row, row + 1)
         return range(int(self._ends[row - 1]) if row else 0, int(self._ends[row]))
 
     def place(self, row: int) -> str:
-        """Where a row stands, for messages."""
+        """Return the place of a row in its file, for messages."""
         return place(lambda index: self._table.value("line", index), row, self.rows)
 
     @cached_property
@@ -148,7 +148,7 @@ class PairSource:
 
 
 def _teacher_of(pair: Pair, which: int) -> Teacher:
-    """The answers that go with one of the row's positives."""
+    """Return the teacher's answers for one of the row's positives and the negatives."""
     scores = pair.teacher.scores
     if scores is None or len(pair.positives) == 1:
         return pair.teacher
@@ -156,7 +156,7 @@ def _teacher_of(pair: Pair, which: int) -> Teacher:
 
 
 def open_source(path: str) -> Rows:
-    """Open a file, a BEIR folder or ``hf://org/name``; the form is recognised."""
+    """Open a file, a BEIR folder or ``hf://org/name``, and recognise its form."""
     if not path.startswith("hf://") and Path(path).is_dir():
         check_source(path)
         return BeirRows(path)
@@ -167,7 +167,7 @@ class PairDataset:
     """All training sources, end to end.
 
     Raises:
-        UserError: no source, or one that cannot be read in full; file and line are named.
+        UserError: there is no source, or one cannot be read in full; the message names file and line.
     """
 
     def __init__(self, sources: Sequence[DataSource]) -> None:
@@ -188,5 +188,5 @@ class PairDataset:
         return self.sources[which][index - (self._ends[which] - self.sizes[which])]
 
     def state(self) -> dict[str, list[int]]:
-        """What a position in the data means nothing without: of each source its examples and its files' bytes."""
+        """Return each source's path → [examples, bytes of its files]; a position in the data depends on these."""
         return {source.source.path: [size, source.bytes] for source, size in zip(self.sources, self.sizes, strict=True)}

@@ -1,7 +1,7 @@
-"""Rows of data files, read one after the other and never all in memory.
+"""Rows of data files, read one after the other and never all in memory at once.
 
-A row's problem is part of what it says: :meth:`Rows.scan` yields it in the row's place, so that a caller can name the
-line, count the problems or list them.
+:meth:`Rows.scan` yields an unusable row's error as its value, so that a caller can name the line, and count or list the
+errors.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from megatron_embed.recipes.datasets.foreign_files import refuse_foreign
 from megatron_embed.recipes.datasets.json_lists import JsonList, is_object
 from megatron_embed.recipes.datasets.json_text import BOM, RowError, decode, parse_json
 
-_SLOW = 64 << 20  # bytes whose reading takes some seconds, so that it is shown how far it is
-_TOGETHER = 1000  # rows after which this is shown; rows of a table that are made Python's together
+_SLOW = 64 << 20  # bytes of a file that takes seconds to read, and so gets a progress bar
+_TOGETHER = 1000  # rows between updates of the bar; rows of a table that are converted to Python at a time
 
 
 class Row(NamedTuple):
-    """A row, and where it stands.
+    """A row and its place.
 
     Attributes:
-        line: of the file, on which it begins, from 1; of a table, its number.
-        value: what it says, or the :class:`RowError` that tells why it says nothing.
-        entry: which of all rows it is, from 1, where others stand on its line; otherwise 0.
+        line: the line of the file on which it begins, from 1; for a table, the number of the row.
+        value: the content of the row, or the :class:`RowError` that explains why it has none.
+        entry: the number of the row among all rows, from 1, if other rows share its line; otherwise 0.
     """
 
     line: int
@@ -39,17 +39,17 @@ class Row(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where it stands, for messages."""
+        """The place of the row, for messages."""
         return f"line {self.line}, entry {self.entry}" if self.entry else f"line {self.line}"
 
 
 class Rows(Protocol):
-    """A file's rows.
+    """The rows of a file.
 
     Attributes:
-        form: names what was recognised.
-        files: those that the rows lie in.
-        bytes, done: how much there is to read, and how much of it the latest :meth:`scan` has read.
+        form: name of the recognised form.
+        files: the files that hold the rows.
+        bytes, done: bytes to read, and those that the latest :meth:`scan` has read.
     """
 
     path: str
@@ -59,7 +59,7 @@ class Rows(Protocol):
     done: int
 
     def scan(self) -> Iterator[Row]:
-        """Every row in order.
+        """Yield every row in order.
 
         Raises:
             UserError: the file as a whole cannot be read.
@@ -67,10 +67,10 @@ class Rows(Protocol):
 
 
 def open_rows(path: str) -> Rows:
-    """Open a JSONL, JSON or Parquet file, or ``hf://org/name[/config]``; the form is recognised by its beginning.
+    """Open a JSONL, JSON or Parquet file, or ``hf://org/name[/config]``, and recognise its form by its beginning.
 
     Raises:
-        UserError: no such file, or none of these forms.
+        UserError: the file does not exist or has none of these forms.
     """
     if path.startswith("hf://"):
         return TableRows.from_hub(path)
@@ -78,7 +78,8 @@ def open_rows(path: str) -> Rows:
     if head.startswith(b"PAR1"):
         return TableRows.from_parquet(path)
     head = head.lstrip()
-    if re.match(rb"\[\s*([{\]]|$)", head):  # of objects, or empty: a line of text may begin with a bracket, too
+    # Match only arrays of objects and empty arrays, because a line of plain text may also begin with a bracket.
+    if re.match(rb"\[\s*([{\]]|$)", head):
         return JsonArrayRows(path)
     if re.match(rb'\{\s*"(corpus|data)"\s*:', head) and is_object(Path(path)):
         return JsonObjectRows(path)
@@ -86,7 +87,7 @@ def open_rows(path: str) -> Rows:
 
 
 def read_rows(rows: Rows) -> Iterator[Row]:
-    """Every row; of a large file, how far it is read is shown."""
+    """Yield every row; show a progress bar for a large file."""
     if rows.bytes < _SLOW:
         yield from rows.scan()
         return
@@ -101,16 +102,16 @@ def read_rows(rows: Rows) -> Iterator[Row]:
 
 
 def place(line: Callable[[int], int], index: int, count: int) -> str:
-    """Where row number ``index`` of ``count`` stands, for messages, as :attr:`Row.place`."""
+    """Return the place of row number ``index`` of ``count``, for messages, in the form of :attr:`Row.place`."""
     shared = any(line(other) == line(index) for other in (index - 1, index + 1) if 0 <= other < count)
     return Row(line(index), None, index + 1 if shared else 0).place
 
 
 def check_file(path: str) -> bytes:
-    """The beginning of a file that may hold rows, without a BOM.
+    """Return the beginning of a file that may hold rows, without a BOM.
 
     Raises:
-        UserError: no such file, or one in another encoding, compressed, binary, or a table in text.
+        UserError: the file does not exist, has another encoding, is compressed or binary, or is a table in text.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file or folder; wanted JSON lines, a JSON list, Parquet, or a BEIR folder")
@@ -122,10 +123,10 @@ def check_file(path: str) -> bytes:
 
 
 def hub_parts(path: str) -> list[str]:
-    """``org``, ``name`` and perhaps ``config`` of ``hf://org/name[/config]``.
+    """Return ``org``, ``name`` and perhaps ``config`` of ``hf://org/name[/config]``.
 
     Raises:
-        UserError: it is of another form.
+        UserError: the path has another form.
     """
     parts = path.removeprefix("hf://").split("/")
     if len(parts) not in (2, 3) or not all(parts):
@@ -134,7 +135,7 @@ def hub_parts(path: str) -> list[str]:
 
 
 class _FileRows:
-    """Rows of one file of text."""
+    """The rows of one text file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.files = str(path), [Path(path)]
@@ -142,7 +143,7 @@ class _FileRows:
 
 
 class JsonLineRows(_FileRows):
-    """JSON lines. Blank ones are no rows."""
+    """JSON lines; blank lines are skipped."""
 
     form = "JSON lines"
 
@@ -154,7 +155,7 @@ class JsonLineRows(_FileRows):
         return _value_or_error(parse_json, raw)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """(line, bytes without the line break) of every line that is not blank."""
+        """Yield (line, bytes without the line break) of every line that is not blank."""
         self.done = 0
         with open(self.path, "rb") as file:
             for line, raw in enumerate(file, start=1):
@@ -164,12 +165,12 @@ class JsonLineRows(_FileRows):
                     yield line, text.removesuffix(b"\n")
 
     def begins_with_object(self) -> bool:
-        """Whether the first line does."""
+        """Return whether the first line begins with an object."""
         return next(self.lines(), (0, b""))[1].lstrip().startswith(b"{")
 
 
 class PlainLineRows(JsonLineRows):
-    """Lines of plain text. Blank ones are no rows."""
+    """Lines of plain text; blank lines are skipped."""
 
     form = "plain lines"
 
@@ -178,7 +179,7 @@ class PlainLineRows(JsonLineRows):
 
 
 class JsonArrayRows(_FileRows):
-    """A JSON array of rows, each of which is parsed by itself."""
+    """A JSON array of rows; each row is parsed by itself."""
 
     form, _in_object = "JSON array", False
 
@@ -192,12 +193,12 @@ class JsonArrayRows(_FileRows):
 
 
 class JsonObjectRows(JsonArrayRows):
-    """``{"corpus": …, "data": [rows]}``."""
+    """An object ``{"corpus": …, "data": [rows]}``."""
 
     form, _in_object = "JSON object with corpus and data", True
 
     def head(self) -> Any:
-        """The object without its rows. Reads all of the file, for some of it may stand behind them."""
+        """Return the object without its rows. Read the whole file, because keys may follow the rows."""
         found = JsonList(self.files[0], in_object=True)
         for _ in found.entries():
             pass
@@ -212,10 +213,10 @@ def _value_or_error(read: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class TableRows:
-    """Rows of Arrow tables, of a Parquet file or of what `datasets` keeps of hub data.
+    """The rows of Arrow tables: of a Parquet file or of hub data that `datasets` keeps.
 
     Args:
-        blocks: gives Arrow tables or record batches that together hold all rows.
+        blocks: yields the Arrow tables or record batches that together hold all rows.
     """
 
     def __init__(self, path: str, blocks: Callable[[], Iterator[Any]], form: str, files: list[Path]) -> None:
@@ -224,7 +225,7 @@ class TableRows:
 
     @classmethod
     def from_parquet(cls, path: str) -> TableRows:
-        """A Parquet file; a damaged one, or one with columns of a type that `datasets` has not, is refused."""
+        """Open a Parquet file; refuse a damaged one, or one with a column type that `datasets` lacks."""
         import pyarrow.parquet
 
         def blocks() -> Iterator[Any]:
@@ -237,11 +238,11 @@ class TableRows:
 
     @classmethod
     def from_hub(cls, path: str) -> TableRows:
-        """The train split of ``hf://org/name[/config]``, from the hub or its cache."""
+        """Open the train split of ``hf://org/name[/config]``, from the hub or its cache."""
         parts = hub_parts(path)
         try:
             table = _quiet_datasets().load_dataset("/".join(parts[:2]), *parts[2:], split="train")
-        except Exception as error:  # network, absent repository, absent split, …: datasets has no common base class
+        except Exception as error:  # network, missing repository or split, …: datasets has no common base class
             raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from None
 
         def blocks() -> Iterator[Any]:
@@ -259,7 +260,7 @@ class TableRows:
 
 
 def _values(block: Any) -> list[Any]:
-    """The rows of a table as Python's values."""
+    """Return the rows of a table as Python values."""
     try:
         return block.to_pylist()
     except (OverflowError, ValueError):
@@ -269,20 +270,20 @@ def _values(block: Any) -> list[Any]:
 def _value(block: Any, index: int) -> Any:
     try:
         return block.slice(index, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:  # Arrow does not look into its texts
+    except UnicodeDecodeError as error:  # Arrow does not check its texts
         return RowError(f"not UTF-8: byte 0x{error.object[error.start]:02x} in a column of text")
-    except (OverflowError, ValueError) as error:  # a date beyond Python's
+    except (OverflowError, ValueError) as error:  # a date outside Python's range
         return RowError(f"a value that cannot be read ({error})")
 
 
 @contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Say of a Parquet file what pyarrow or `datasets` says of it."""
+    """Turn errors of pyarrow or `datasets` about a Parquet file into a :class:`UserError`."""
     import pyarrow
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: its schema
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError is about the schema
         raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
 
 

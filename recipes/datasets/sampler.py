@@ -1,6 +1,6 @@
-"""The order in which examples are trained on: a pure function of seed and step.
+"""The order of training examples, as a pure function of seed and step.
 
-Resuming needs the step alone, and no layout changes the order.
+Resuming needs only the step, and the layout does not change the order.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from megatron_embed.recipes.datasets.pairs import PairDataset
 
 
 class GlobalBatchSampler:
-    """Which examples each step trains on: a pure function of the seed and the step.
+    """The choice of examples for each step, as a pure function of the seed and the step.
 
-    Every batch comes from one source. Within a source the examples are shuffled anew each epoch, and the tail that
-    does not fill a batch is dropped (other examples in each epoch). Examples with the same query or the same positive
-    come into different batches (:func:`megatron_embed.recipes.datasets.duplicates.spread`). Without weights an epoch
-    takes every source through once; with weights each step draws its source by weight.
+    Every batch comes from one source. Each epoch shuffles the examples of a source anew and drops the tail that does
+    not fill a batch (other examples in each epoch). Examples with the same query or the same positive go to different
+    batches (:func:`megatron_embed.recipes.datasets.duplicates.spread`). Without weights, an epoch goes once through
+    every source. With weights, each step draws its source by weight.
 
     Args:
         dataset: a :class:`PairDataset`, or the sizes of its sources.
-        weights: one a source; default: the dataset's.
-        groups: one a source; default: the dataset's. See
+        weights: one for each source; default: the dataset's.
+        groups: one array for each source; default: the dataset's. See
             :meth:`megatron_embed.recipes.datasets.duplicates.TextIds.groups`.
 
     Raises:
-        UserError: a source with fewer examples than a batch.
+        UserError: a source has fewer examples than a batch.
     """
 
-    _BLOCK = 1024  # steps whose sources are drawn together, where weights decide
+    _BLOCK = 1024  # with weights, the number of steps whose sources are drawn at a time
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class GlobalBatchSampler:
         self._groups = groups or [None] * len(sizes)
         self._shares = None if weights is None else np.asarray(weights) / np.sum(weights)
         self._starts = [0, *accumulate(self.sizes)]
-        self._batches = [size // global_batch_size for size in self.sizes]  # a source's batches an epoch
+        self._batches = [size // global_batch_size for size in self.sizes]  # each source's batches in an epoch
         for name, size in zip(names, sizes, strict=True):
             if size < global_batch_size:
                 raise UserError(
@@ -65,18 +65,18 @@ class GlobalBatchSampler:
         self._lock = threading.Lock()
         self._order = lru_cache(maxsize=2 * len(self.sizes))(self._shuffled)
         self._plan = lru_cache(maxsize=8)(self._planned)
-        # Batches that each source has given before block k. Grows with the steps asked for, 8 bytes a source and block.
+        # Batches that each source gave before block k. It grows with the steps, by 8 bytes for each source and block.
         self._given = [np.zeros(len(self.sizes), dtype=np.int64)]
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that take every source through once (of the mean course, where weights decide)."""
+        """Steps that go once through every source; with weights, on average."""
         return sum(self._batches)
 
     def batch(self, step: int) -> list[int]:
-        """The examples of a step (from 0), as indices into the dataset: ``global_batch_size`` of one source."""
+        """Return a step's examples (steps count from 0) as dataset indices: ``global_batch_size`` from one source."""
         block, within = divmod(step, self._block_size)
-        with self._lock:  # the next batch is drawn in the background
+        with self._lock:  # a background thread draws the next batch
             plan = self._plan(block)
             which = int(plan[within])
             number = int(self._before(block)[which] + np.count_nonzero(plan[:within] == which))
@@ -90,7 +90,7 @@ class GlobalBatchSampler:
         return self.steps_per_epoch if self._shares is None else self._BLOCK
 
     def _planned(self, block: int) -> np.ndarray:
-        """The source of each step of a block."""
+        """Return the source of each step of a block."""
         generator = np.random.default_rng([self.seed, 0, block])
         if self._shares is None:
             return generator.permutation(np.repeat(np.arange(len(self.sizes)), self._batches))
@@ -105,7 +105,7 @@ class GlobalBatchSampler:
         return self._given[block]
 
     def _shuffled(self, which: int, epoch: int) -> np.ndarray:
-        """The source's examples in the epoch's order."""
+        """Return the examples of a source in the order of an epoch."""
         generator = np.random.default_rng([self.seed, 1, which, epoch])
         dtype = np.int32 if self.sizes[which] < 2**31 else np.int64
         order = np.arange(self.sizes[which], dtype=dtype)

@@ -1,9 +1,9 @@
-"""Arrow tables of what data files hold: written once, kept in a cache folder, mapped into memory ever after.
+"""Arrow tables of the content of data files: written once, kept in a cache folder and mapped into memory afterwards.
 
-An entry of the cache belongs to files as they were: their paths, sizes, times and first and last bytes. To hash them
-whole would read all of the data at every start; the time at which the file system says that a file was last changed
-cannot be set back as the time of the last write can, so that no change is overlooked. Whatever is amiss with the cache,
-a start goes on without it: an entry that is damaged is built again, and nothing is ever unpickled.
+A cache entry belongs to files in a certain state: their paths, sizes, times, and first and last bytes. Hashing whole
+files would read all of the data at every start. The file system's time of the last change (ctime) cannot be set back,
+unlike the time of the last write, so no change is missed. A start never fails because of the cache: it rebuilds a
+damaged entry. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ import pyarrow
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.io.atomic import atomic_output, save_array
 
-#: raised whenever other things are kept, or rows are understood in another way
+#: version of the stored content; raise it whenever that content or the reading of rows changes
 VERSION = 6
-#: Smaller files are read in less than a second: small runs and tests leave nothing behind in a home folder.
+#: Smaller files are not cached: they take less than a second, and small runs and tests leave no files in a home folder.
 LEAST_BYTES = 16 << 20
 
-#: Of a record batch at most: small, so that the columns of a row lie near each other and one is read with the others.
+#: Most rows and characters of a record batch. It is small, so that the columns of a row are near each other on disk.
 _ROWS, _CHARACTERS = 1024, 1 << 18
-_OPEN = 64  # record batches whose columns are kept at hand
-_BLOCK = 1 << 16  # bytes at either end of a file that are part of its stamp
+_OPEN = 64  # record batches whose columns are cached
+_BLOCK = 1 << 16  # bytes at each end of a file that are part of its stamp
 _complained: set[Path] = set()
 _TABLE, _FACTS, _DIGESTS = "rows.arrow", "facts.json", "digests.json"
 
@@ -47,10 +47,10 @@ Stamp = list[Any]
 
 
 class TableWriter:
-    """Writes rows as record batches of an Arrow file.
+    """A writer of rows as record batches of an Arrow file.
 
     Attributes:
-        ends: rows up to and with each record batch.
+        ends: number of rows up to and including each record batch.
     """
 
     def __init__(self, file: Any, schema: pyarrow.Schema) -> None:
@@ -60,11 +60,11 @@ class TableWriter:
         self.ends: list[int] = []
 
     def add(self, row: Sequence[Any], characters: int) -> None:
-        """The next row.
+        """Write the next row.
 
         Args:
-            row: a value for each column.
-            characters: of all its texts, about.
+            row: one value for each column.
+            characters: approximate number of characters of all its texts.
         """
         self._rows.append(row)
         self._characters += characters
@@ -72,7 +72,7 @@ class TableWriter:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left, and where the batches lie."""
+        """Write the remaining rows and the index of the batches."""
         self._flush()
         self._writer.close()
 
@@ -86,11 +86,11 @@ class TableWriter:
 
 
 class Table:
-    """Rows of record batches in memory, or mapped into it; any of them is read by its number.
+    """Rows of record batches in memory or mapped into it, with access by number.
 
     Args:
         content: an Arrow file.
-        ends: rows up to and with each record batch; without them all batches would be looked at.
+        ends: number of rows up to and including each record batch; saves a scan of all batches.
     """
 
     def __init__(self, content: Any, ends: list[int]) -> None:
@@ -102,23 +102,23 @@ class Table:
         return self._ends[-1] if self._ends else 0
 
     def row(self, index: int) -> list[Any]:
-        """A value for each column."""
+        """Return the values of a row, one for each column."""
         columns, within = self._find(index)
         return [column[within].as_py() for column in columns]
 
     def value(self, name: str, index: int) -> Any:
-        """One column's value of a row."""
+        """Return a row's value in one column."""
         columns, within = self._find(index)
         return columns[self.names.index(name)][within].as_py()
 
     def values(self, *names: str) -> Iterator[tuple[Any, ...]]:
-        """These columns' values of every row."""
+        """Yield every row's values in these columns."""
         for number in range(len(self._ends)):
             batch = self._reader.get_batch(number)
             yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
 
     def _find(self, index: int) -> tuple[list[Any], int]:
-        """The columns of a row's batch, and its place there."""
+        """Return the columns of a row's batch, and the row's place in it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._ends, index)
@@ -127,11 +127,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Found:
-    """What reading files through found, beside their rows.
+    """Findings of a full read of files, beside their rows.
 
     Attributes:
-        arrays: none of them empty; read-only where they are mapped.
-        facts: what JSON can hold.
+        arrays: name → array; none is empty, and mapped ones are read-only.
+        facts: name → a value that JSON can hold.
     """
 
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -140,14 +140,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a table is made of files.
+    """The way a table is built from files.
 
     Attributes:
-        kind: tells apart what is kept of the same files.
+        kind: distinguishes several tables of the same files.
         path: the files' name in messages.
-        files: those that the rows lie in; without any, or where they are small, nothing is kept.
-        build: writes the rows, and gives what else it found.
-        others: other files that the rows depend on, by the facts of an entry, or by reading where there is none.
+        files: the files that hold the rows; without files, or with small ones, no entry is kept.
+        build: writes the rows and returns its other findings.
+        others: facts of an entry → other files that the rows depend on; with None it reads ``files`` to find them.
     """
 
     kind: str
@@ -159,13 +159,13 @@ class Recipe:
 
 
 def open_table(recipe: Recipe) -> tuple[Table, Found]:
-    """The rows of files as a table, from the cache or written now.
+    """Return the rows of files as a table, from the cache or newly written.
 
-    Of several processes that want the same at once, on one machine, the first writes it and the others wait for it.
-    What ``build`` raises is raised anew at every start: then nothing is kept.
+    If several processes on one machine open the same table at once, the first writes it and the others wait. An error
+    of ``build`` keeps no entry, so every start raises it anew.
 
     Raises:
-        UserError: what ``build`` raises; a file that was written to while it was read; no room for the table.
+        UserError: ``build`` raises it, a file changed while it was read, or there is no room for the table.
     """
     before = stamps(recipe.files)
     paths = [path for path, *_ in before]
@@ -183,13 +183,13 @@ def open_table(recipe: Recipe) -> tuple[Table, Found]:
         try:
             _store(place, recipe, before)
         except OSError as error:
-            if not place.exists():  # else another process was first
+            if not place.exists():  # otherwise another process wrote it first
                 _complain(error)
     return _load(place, recipe) or _unkept(recipe, before)
 
 
 def _built(recipe: Recipe, file: Any, before: list[Stamp]) -> Found:
-    """Write the table of files whose stamps were ``before``."""
+    """Write the table of files with the stamps ``before``, and check that they did not change."""
     others = list(recipe.others(None))
     of_others = stamps(others)
 
@@ -202,14 +202,14 @@ def _built(recipe: Recipe, file: Any, before: list[Stamp]) -> Found:
         built = recipe.build(writer)
         writer.close()
     except UserError:
-        check_unchanged()  # then nothing else that was found matters
+        check_unchanged()  # a change of the files explains the error better
         raise
     check_unchanged()
     return Found(built.arrays, {**built.facts, "others": of_others, "batches": writer.ends})
 
 
 def _unkept(recipe: Recipe, before: list[Stamp]) -> tuple[Table, Found]:
-    """A table in a file without a name, that goes when the process ends."""
+    """Build a table in an unnamed file, which vanishes when the process ends."""
     try:
         with tempfile.TemporaryFile() as file:
             built = _built(recipe, file, before)
@@ -227,7 +227,7 @@ def _mapped(file: Any) -> mmap.mmap:
 
 
 def cache_folder() -> Path:
-    """``$MEGATRON_EMBED_CACHE``, or ``megatron-embed`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return ``$MEGATRON_EMBED_CACHE``, or ``megatron-embed`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if named := os.environ.get("MEGATRON_EMBED_CACHE"):
         return Path(os.path.abspath(os.path.expanduser(named)))
     above = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -235,9 +235,10 @@ def cache_folder() -> Path:
 
 
 def stamps(files: Sequence[Path]) -> list[Stamp]:
-    """Absolute path, size, times of the last write and of the last change, hash of first and last bytes of each file.
+    """Return the stamp of each file, or an empty list if a file cannot be read.
 
-    An empty list if one is not there.
+    A stamp is the absolute path, the size, the times of the last write and of the last change, and a hash of the first
+    and last bytes.
     """
     found = []
     try:
@@ -247,7 +248,7 @@ def stamps(files: Sequence[Path]) -> list[Stamp]:
                 times = [state.st_mtime_ns, state.st_ctime_ns]
                 found.append([os.path.abspath(path), state.st_size, *times, _hash_of_ends(file, state.st_size)])
     except OSError:
-        return []  # build meets the same, and says it
+        return []  # build meets the same error and reports it
     return found
 
 
@@ -264,10 +265,10 @@ def _digest(value: Any) -> str:
 
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """The first to come goes ahead; those that come meanwhile wait, then go on side by side.
+    """Let the first process go ahead; processes that come meanwhile wait for it and then continue in parallel.
 
-    So that one of a machine's ranks builds, in its memory alone. Where it fails, none of the others has to wait for
-    another. Without locks (read-only folders, some network folders) all go ahead.
+    Thus only one rank of a machine builds the table, and only its memory is used. If it fails, the others need not wait
+    for each other. Without locks (read-only folders, some network folders) all go ahead.
     """
     lock = -1
     with suppress(OSError):
@@ -285,7 +286,10 @@ def _turn(folder: Path) -> Iterator[None]:
 
 
 def _load(place: Path, recipe: Recipe) -> tuple[Table, Found] | None:
-    """An entry, mapped; None: there is none, it is not what was written, or another file that it depends on changed."""
+    """Map an entry into memory.
+
+    Return None if there is no entry, it differs from what was written, or another file that it depends on changed.
+    """
     try:
         digests = json.loads((place / _DIGESTS).read_text(encoding="utf-8"))
         if not isinstance(digests, dict) or not {_TABLE, _FACTS} <= digests.keys():
@@ -303,18 +307,18 @@ def _load(place: Path, recipe: Recipe) -> tuple[Table, Found] | None:
         with (place / _TABLE).open("rb") as file:
             table = Table(_mapped(file), facts["batches"])
         return (table, Found(arrays, facts)) if table.names == recipe.schema.names else None
-    except (OSError, ValueError):  # Arrow's errors are ValueErrors
+    except (OSError, ValueError):  # Arrow's errors are subclasses of ValueError
         return None
 
 
 def _store(place: Path, recipe: Recipe, before: list[Stamp]) -> None:
-    """Write an entry, in the place of what was kept of the same files in another state.
+    """Write an entry, and remove the entries of the same files in other states.
 
     Raises:
-        OSError: it cannot be written.
-        UserError: what the recipe's ``build`` raises.
+        OSError: the entry cannot be written.
+        UserError: the recipe's ``build`` raises it.
     """
-    shutil.rmtree(place, ignore_errors=True)  # damaged, or not there
+    shutil.rmtree(place, ignore_errors=True)  # removes a damaged entry, if there is one
     with ExitStack() as stack:
         try:
             partial = stack.enter_context(atomic_output(place))
@@ -335,7 +339,10 @@ def _store(place: Path, recipe: Recipe, before: list[Stamp]) -> None:
 
 
 def _file_digest(path: Path) -> str:
-    """Of a table its size and its ends, where its index lies: to hash all of it would read all of it."""
+    """Return the digest of a file; for a table use only its size and both ends, which hold its index.
+
+    Hashing the whole table would read all of it at every start.
+    """
     with path.open("rb") as file:
         if path.name != _TABLE:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -344,7 +351,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _complain(error: Exception) -> None:
-    """Once a program and folder, whatever fails there."""
+    """Log a failure of the cache, once for each program and folder."""
     folder = cache_folder()
     if folder not in _complained and os.environ.get("LOCAL_RANK", "0") == "0":
         hint = f"not kept in {folder} ($MEGATRON_EMBED_CACHE), so every start reads all training data: {error}"

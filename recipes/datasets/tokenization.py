@@ -1,4 +1,4 @@
-"""Texts to token ids: the one place where a prompt meets a text."""
+"""Tokenize texts. Only this module joins prompts and texts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megatron_embed.conversion.hf.sentence_files import SentenceSettings
 from megatron_embed.conversion.hf.tokenizer_files import write_tokenizer
 from megatron_embed.recipes.datasets.long_texts import knows_borders, tokenize_starts
 
-#: ``text``: neither of the others, as in sentence-transformers' plain ``encode``
+#: ``text`` is neither of the others, as in sentence-transformers' plain ``encode``
 Kind = Literal["query", "passage", "text"]
 
 
 class TextTokenizer:
-    """A model's tokenizer with the prompts and lengths that it is trained with.
+    """A model's tokenizer with the prompts and maximal lengths of its training.
 
-    The ids of a text are those of the prompt, exactly as written, followed by the text, with the tokenizer's own BOS
-    and EOS, which truncation keeps. Text that looks like a control token (``</s>``, ``[INST]``) stays text. The
-    exported folder gives the same ids in sentence-transformers.
+    It tokenizes the prompt, exactly as written, followed by the text, and adds the tokenizer's own BOS and EOS, which
+    truncation keeps. Text that looks like a control token (``</s>``, ``[INST]``) stays text. The exported folder gives
+    the same ids in sentence-transformers.
     """
 
     def __init__(
@@ -60,16 +60,17 @@ class TextTokenizer:
         passage_max_length: int,
         do_lower_case: bool = False,
     ) -> TextTokenizer:
-        """Load the tokenizer of a model folder; no network, no remote code.
+        """Load the tokenizer of a model folder, without network access and remote code.
 
-        A ready embedder's (a folder with ``modules.json``) is taken as it is. Any other model's gets the edits that
-        export makes, BOS and EOS around every text above all, so that training and the exported embedder agree.
+        The tokenizer of a ready embedder (a folder with ``modules.json``) stays as it is. That of any other model gets
+        the edits that export makes, above all BOS and EOS around every text, so that training and the exported embedder
+        agree.
 
         Args:
-            do_lower_case: prompt and text are lower-cased first.
+            do_lower_case: lower-case prompt and text first.
 
         Raises:
-            UserError: no tokenizer there, or one that cannot be read.
+            UserError: the folder has no tokenizer, or it cannot be read.
         """
         path = Path(path)
         if not (path / "tokenizer.json").is_file():
@@ -96,7 +97,7 @@ class TextTokenizer:
 
     @classmethod
     def from_settings(cls, path: str | Path, settings: SentenceSettings) -> TextTokenizer:
-        """Load the tokenizer of a model folder as its sentence settings want it; see :meth:`from_folder`."""
+        """Load the tokenizer of a model folder with its sentence settings; see :meth:`from_folder`."""
         found = cls.from_folder(
             path,
             query_prompt=settings.query_prompt,
@@ -110,7 +111,7 @@ class TextTokenizer:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills padded columns; any id serves, since padding is masked."""
+        """The id of padding; any id serves, because padding is masked."""
         tokenizer = self.tokenizer
         known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return next(id_ for id_ in known if id_ is not None)
@@ -119,14 +120,14 @@ class TextTokenizer:
         return len(self.tokenizer)
 
     def text(self, text: str, kind: Kind, prompt: str | None = None) -> str:
-        """What the model sees of a text: prompt, then text, nothing added and nothing taken away."""
+        """Return the model's input for a text: the prompt followed by the text, both unchanged."""
         return (self.prompts[kind] if prompt is None else prompt) + text
 
     def tokenize(self, texts: Sequence[str], kind: Kind, prompts: Sequence[str] | None = None) -> list[list[int]]:
-        """Token ids of each text, BOS and EOS included, at most the kind's maximal length.
+        """Return the token ids of each text, BOS and EOS included, truncated to the kind's maximal length.
 
         Args:
-            prompts: one a text, in the place of the kind's own.
+            prompts: one for each text; they replace the kind's own prompt.
         """
         if not texts:
             return []
@@ -148,7 +149,7 @@ class TextTokenizer:
 
 
 def _lower_case(tokenizer: Any) -> None:
-    """Lower-case what a tokenizer is given, before all else that it does, as sentence-transformers does."""
+    """Make a tokenizer lower-case its input before all other steps, as sentence-transformers does."""
     backend = tokenizer.backend_tokenizer
     before = backend.normalizer
     steps: list[Any] = []
@@ -159,7 +160,7 @@ def _lower_case(tokenizer: Any) -> None:
 
 
 def _load(folder: Path) -> Any:
-    # Not AutoTokenizer: beside a tekken.json its answer depends on whether mistral_common is installed.
+    # AutoTokenizer is unsuitable: beside a tekken.json its result depends on whether mistral_common is installed.
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

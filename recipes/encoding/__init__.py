@@ -1,1 +1,1 @@
-"""Texts to vectors with any model, under any layout."""
+"""Encode texts as vectors with any model, under any layout."""

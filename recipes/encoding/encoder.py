@@ -1,4 +1,4 @@
-"""Texts → vectors with any checkpoint, under any layout."""
+"""Encode texts as vectors with any checkpoint, under any layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_embed.recipes.encoding.source import ModelSource
 
 
 class Encoder:
-    """A model ready to encode. Use as a context manager, or call :meth:`close`, to leave its process groups.
+    """A model ready to encode. Use it as a context manager, or call :meth:`close`, to leave its process groups.
 
     Example:
         >>> encoder = Encoder.from_pretrained("runs/demo/checkpoints")
@@ -66,17 +66,17 @@ class Encoder:
 
         Args:
             device: ``auto``, ``cpu`` or ``cuda``.
-            dtype: of the computation; None: that of the model's config, where this holds its weights exactly.
-            layout: None: each process holds the whole model; under torchrun the texts are shared out.
-            max_tokens: token budget of a micro-batch; None: :func:`token_budget`. A longer text is a micro-batch of its
-                own.
-            bidirectional: take a ready embedder of causal attention all the same, as a base model: the vectors are
-                not its own.
-            scores: vectors whose scalar product is the model's similarity: normalised where that is the cosine, also
-                by a model that does not normalise.
+            dtype: dtype of the computation; None: that of the model's config, which must hold the weights exactly.
+            layout: parallel layout; None: each process holds the whole model, and torchrun's processes share the texts.
+            max_tokens: token budget of a micro-batch; None: :func:`token_budget`. A longer text gets its own
+                micro-batch.
+            bidirectional: accept a ready embedder with causal attention as a base model; the vectors then differ from
+                the embedder's own.
+            scores: return vectors whose scalar product is the model's similarity. If that is the cosine, normalise them
+                even if the model does not.
 
         Raises:
-            UserError: no such model, one that cannot be loaded, or an embedder of causal attention.
+            UserError: the model does not exist, cannot be loaded, or is an embedder with causal attention.
         """
         parallel.select_device(device)
         source = ModelSource.open(path, bidirectional=bidirectional)
@@ -112,16 +112,16 @@ class Encoder:
         prompt_name: str | None = None,
         show_progress: bool = False,
     ) -> np.ndarray:
-        """Encode texts; every rank gets all vectors, so under torchrun every rank must call this.
+        """Encode texts. Every rank must call this, and every rank gets all vectors.
 
         Args:
-            kind: which prompt and maximal length: ``query``, ``passage``, or ``text`` for what is neither. They are
-                sentence-transformers' ``encode_query``, ``encode_document`` and plain ``encode``.
-            prompt: in the place of the kind's own.
-            prompt_name: the same by its name among the model's prompts.
+            kind: selects prompt and maximal length: ``query``, ``passage``, or ``text`` for any other text. The kinds
+                correspond to sentence-transformers' ``encode_query``, ``encode_document`` and plain ``encode``.
+            prompt: replaces the kind's own prompt.
+            prompt_name: name of one of the model's prompts that replaces the kind's own.
 
         Returns:
-            ``[len(texts), hidden]`` fp32, in the order of the texts; of a single text ``[hidden]``.
+            ``[len(texts), hidden]`` fp32, in the order of the texts; ``[hidden]`` for a single text.
 
         Raises:
             UserError: the model has no prompt of this name.
@@ -135,10 +135,10 @@ class Encoder:
         return encode_sequences(self.stages, self.plan, sequences, self.config.hidden_size, progress=show_progress)
 
     def named_prompt(self, name: str) -> str:
-        """One of the model's prompts.
+        """Return the model's prompt of this name.
 
         Raises:
-            UserError: it has none of this name.
+            UserError: the model has no prompt of this name.
         """
         stated = None if self.source is None else self.source.settings
         prompts = {} if stated is None else stated.all_prompts
@@ -158,7 +158,7 @@ class Encoder:
 
 
 def token_budget(dtype: torch.dtype) -> int:
-    """Tokens of a micro-batch that only encodes: on CUDA 16384; on a CPU what its caches hold, by a value's bytes."""
+    """Return the tokens of a micro-batch for encoding: 16384 on CUDA, 16384 / bytes of a value for a CPU's caches."""
     return 16384 if host.device().type == "cuda" else 16384 // dtype.itemsize
 
 
@@ -170,7 +170,7 @@ def encode_sequences(
     *,
     progress: bool = False,
 ) -> np.ndarray:
-    """Token ids → ``[n, hidden]`` fp32 on every rank; data-parallel ranks share the work, long and short alike."""
+    """Encode token ids; return ``[n, hidden]`` fp32 on every rank. Data-parallel ranks share all lengths evenly."""
     if not sequences:
         return np.zeros((0, hidden_size), dtype=np.float32)
     rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -199,12 +199,12 @@ def encode_here(
     *,
     progress: bool = False,
 ) -> torch.Tensor | None:
-    """Token ids → ``[n, hidden]`` fp32 on the last stage of this model replica, None on the others.
+    """Encode token ids; return ``[n, hidden]`` fp32 on the last stage of this model replica and None on the others.
 
-    The ranks of a replica must call this together; other replicas take no part.
+    The ranks of a replica must call this together. Other replicas take no part.
 
     Raises:
-        UserError: a vector is not finite; it would be ranked somewhere, and nobody would know.
+        UserError: a vector is not finite; a search would rank it silently.
     """
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     vectors = torch.zeros(len(sequences), hidden_size, device=host.device()) if last else None
@@ -228,7 +228,7 @@ def encode_here(
 
 
 def _windows(batches: list[MicroBatch], *, progress: bool) -> list[list[MicroBatch]]:
-    """Some micro-batches at a time, enough to fill a pipeline; with a bar on rank 0."""
+    """Cut micro-batches into windows that each fill a pipeline; with ``progress``, rank 0 shows a bar over them."""
     size = 4 * parallel_state.get_pipeline_model_parallel_world_size()
     windows = [batches[i : i + size] for i in range(0, len(batches), size)]
     if progress and dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""What the first rank does alone, or each for itself, and all ranks then know."""
+"""Run a function on the first rank or on each rank, and share its result or error with all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """What ``function`` returns on rank 0, or the :class:`UserError` that it raises there, on every rank."""
+    """Run ``function`` on rank 0; on every rank return its result or raise its :class:`UserError`."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -27,7 +27,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
 
 
 def on_every_rank(function: Callable[[], T]) -> list[T]:
-    """What ``function`` returns on each rank, in their order, or the first :class:`UserError` that it raises on any."""
+    """Run ``function`` on every rank; return all results in rank order or raise the first rank's :class:`UserError`."""
     own: tuple[T | None, UserError | None]
     try:
         own = function(), None

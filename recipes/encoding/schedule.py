@@ -1,4 +1,4 @@
-"""Micro-batches through megatron-core's pipeline schedules, forward only or with a loss function."""
+"""Run micro-batches through megatron-core's pipeline schedules, forward only or with a loss function."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 from megatron_embed.bridge.cpu import host
 from megatron_embed.recipes.encoding.micro_batches import MicroBatch
 
-#: (output of the last stage, micro-batch) → what the schedule wants of a loss function
+#: (micro-batch, output of the last stage) → the values that the schedule expects of a loss function
 LossFunction = Callable[..., Any]
 
 
 def encode_micro_batches(stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor] | None:
-    """Forward only, no graph: each micro-batch's ``[n, hidden]`` on the last stage; None on the others."""
+    """Encode without a graph; return each micro-batch's ``[n, hidden]`` on the last stage and None on the others."""
 
     def collect(micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> Tensor:
         return micro_batch.rows(output.detach())
 
-    with torch.no_grad():  # the schedule itself does not forbid a graph
+    with torch.no_grad():  # the schedule itself would build a graph
         outputs = run_schedule(stages, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
     return outputs if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
 
@@ -37,7 +37,7 @@ def run_schedule(
     forward_only: bool,
     collect_non_loss_data: bool = False,
 ) -> list[Any]:
-    """megatron-core's schedule for the current layout; what the loss function reports, on the last stage."""
+    """Run megatron-core's schedule for the current layout; return the loss function's reports on the last stage."""
 
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         micro_batch = next(iterator)
@@ -48,7 +48,7 @@ def run_schedule(
         data_iterator=[iter(micro_batches) for _ in stages],
         model=list(stages),
         num_microbatches=len(micro_batches),
-        # read from the tensors themselves (variable_seq_lengths); the schedules want some number
+        # The schedules require a number, but read the lengths from the tensors (variable_seq_lengths).
         seq_length=1,
         micro_batch_size=1,
         forward_only=forward_only,

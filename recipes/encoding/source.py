@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder or a Megatron checkpoint, behind one interface."""
+"""The source of a model: a Hugging Face folder or a Megatron checkpoint, behind one interface."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 
 def dtype_option(dtype: torch.dtype) -> str:
-    """How a caller, or the model's own config, asks for a dtype."""
+    """Return the text by which a caller or the model's own config sets a dtype."""
     return f'dtype={dtype}, or "dtype": "{dtype_name(dtype)}" in its config.json,'
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that encoders can be filled from.
+    """A model whose weights can fill encoders.
 
     Attributes:
-        path: as the user named it.
-        config: the encoder.
+        path: the path as the user gave it.
+        config: the encoder's config.
         files: folder with the model's ``config.json`` and tokenizer.
-        settings: prompts, lengths, pooling and all else that the model states, or None where it states nothing.
-        made_bidirectional: it comes from an embedder of causal attention, taken as a base model.
+        settings: the prompts, lengths, pooling and other settings that the model states, or None if it states none.
+        made_bidirectional: True if the model is an embedder with causal attention, used as a base model.
     """
 
     path: str
@@ -54,15 +54,16 @@ class ModelSource:
     def open(
         cls, path: str | Path, *, megatron: bool = False, bidirectional: bool = False, consent: str = CONSENT
     ) -> ModelSource:
-        """Recognise and open; no weight is read yet.
+        """Recognise the form of a model and open it, without reading a weight.
 
         Args:
-            megatron: take nothing but a Megatron checkpoint.
-            bidirectional: take a ready embedder of causal attention, as a base model.
-            consent: how the user can say so.
+            megatron: accept only a Megatron checkpoint.
+            bidirectional: accept a ready embedder with causal attention as a base model.
+            consent: the option by which the user can allow this, for the message.
 
         Raises:
-            UserError: neither form, damaged, or an embedder of causal attention without ``bidirectional``.
+            UserError: the model has neither form, is damaged, or is an embedder with causal attention and
+                ``bidirectional`` is False.
         """
         if megatron or checkpoint_folder.has_checkpoint(path) or _looks_like_megatron(Path(path)):
             iter_dir = checkpoint_folder.resolve(path)
@@ -85,7 +86,7 @@ class ModelSource:
         return cls(str(path), config, hf.path, stated, hf=hf, made_bidirectional=made)
 
     def for_scores(self) -> ModelSource:
-        """The same model with vectors whose scalar product is its similarity: normalised where that is the cosine."""
+        """Return this model with vectors whose scalar product is its similarity (normalised if that is the cosine)."""
         if self.settings is None or self.settings.similarity == "dot":
             return self
         return replace(self, config=self.config.replace(normalize=True))
@@ -99,18 +100,18 @@ class ModelSource:
         rounding: bool = True,
         ask: Callable[[torch.dtype], str] = dtype_option,
     ) -> list[str]:
-        """Load this rank's weights, reading only its own slices of them; all ranks call this together.
+        """Load this rank's slices of the weights. All ranks must call this together.
 
         Args:
-            rounding: whether the encoders' dtype was asked for, so that a Hugging Face folder's values may be rounded.
-            ask: how the user asks for a dtype, for messages.
+            rounding: True if the user chose the encoders' dtype, so that a Hugging Face folder's values may be rounded.
+            ask: dtype → the option that sets it, for messages.
 
         Returns:
-            One line that says how many values were rounded, the same on every rank; none where none was, or where the
-            source is a checkpoint: megatron-core casts that as it loads.
+            One line that says how many values were rounded, the same on every rank. No line if none was rounded, or if
+            the source is a checkpoint, which megatron-core casts while loading.
 
         Raises:
-            UserError: on every rank: a weight does not fit, or has a value that the encoders' dtype cannot hold.
+            UserError: a weight does not fit, or has a value that the encoders' dtype cannot hold; raised on every rank.
         """
         from megatron.core import parallel_state
 
@@ -126,16 +127,16 @@ class ModelSource:
                 refuse_overflow(stages, self.iter_dir, self.config, casts)
             elif self.hf is not None:
                 load_hf_weights(stages, self.hf, self.config, tp_rank=tp_rank, tp_size=tp_size, casts=casts)
-            # replicas hold the same weights: one of them counts
+            # Replicas hold the same weights, so only one of them counts roundings.
             return casts.rounded if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0 else {}
 
         return told(merged(on_every_rank(load)))
 
     def check(self) -> None:
-        """Look at every weight's name and shape, and whether the files are whole; no value is read.
+        """Check every weight's name and shape and the completeness of the files, without reading a value.
 
         Raises:
-            UserError: listing what is missing, misshapen or too much.
+            UserError: the message lists missing, misshapen and superfluous weights.
         """
         if self.hf is not None:
             self.hf.check(self.config)
@@ -150,10 +151,10 @@ class ModelSource:
 
 
 def open_model(cfg: RecipeConfig) -> ModelSource:
-    """The model to start from, with the recipe's pooling, normalisation and temperature.
+    """Open the model to start from, with the recipe's pooling, normalisation and temperature.
 
     Raises:
-        UserError: there is none, it is damaged, or it has no tokenizer; by its key.
+        UserError: the model is missing, damaged or without a tokenizer; the message names the key.
     """
     key, path = start_of(cfg)
     stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
@@ -173,5 +174,5 @@ def open_model(cfg: RecipeConfig) -> ModelSource:
 
 
 def _looks_like_megatron(path: Path) -> bool:
-    """A folder that was meant as a checkpoint gets the checkpoint's message, not the Hugging Face one."""
+    """Return whether a folder was meant as a checkpoint, so that the error message is about checkpoints."""
     return path.is_dir() and not (path / "config.json").is_file() and any(path.glob("iter_*"))

@@ -1,1 +1,1 @@
-"""Memory, communication and time of a layout, as arithmetic; what a run would do, without running it."""
+"""Arithmetic for the memory, communication and time of a layout, and the dry run of a training run."""

@@ -1,14 +1,15 @@
-"""Bytes of activations: what autograd keeps of a micro-batch between its forward and its backward.
+"""Bytes of activations: the tensors that autograd keeps between the forward and the backward of a micro-batch.
 
-The terms follow Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models"), adapted to
-what these layers really keep: no dropout masks, no attention matrix (the kernels keep a log-sum-exp a head and row),
-a gated MLP, grouped KV heads, rope and keys and values over context-parallel ranks.
+The terms follow Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models"). They are
+adapted to these layers: no dropout masks, no attention matrix (the kernels keep one log-sum-exp for each head and row),
+a gated MLP, grouped KV heads, rope, and keys and values over context-parallel ranks.
 
-The CPU terms are those of megatron-core's own layers, and are tested against what autograd saves. The CUDA terms are
-those of the fused kernels (RMSNorm, SwiGLU, attention in 16 bits); Transformer Engine may keep somewhat more or less.
+The CPU terms describe megatron-core's own layers; tests compare them with the tensors that autograd saves. The CUDA
+terms describe the fused kernels (RMSNorm, SwiGLU, attention in 16 bits); Transformer Engine may keep somewhat more or
+less.
 
-Legend: ``T`` tokens of a context-parallel slice, ``h`` hidden, ``q`` and ``kv`` the width of queries and of keys on a
-tensor-parallel rank, ``f`` the MLP's width there, ``w`` bytes of an activation.
+Legend: ``T`` tokens of a context-parallel slice, ``h`` hidden size, ``q`` and ``kv`` widths of the queries and of the
+keys on a tensor-parallel rank, ``f`` width of the MLP on that rank, ``w`` bytes of an activation.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megatron_embed.recipes.planning.state import FP32, WIDTHS, ModelChunk
 
 @dataclass(frozen=True)
 class Shape:
-    """Form of a micro-batch."""
+    """The shape of a micro-batch: its text lengths and its padded rows."""
 
     lengths: tuple[int, ...]
     columns: int
@@ -35,7 +36,7 @@ class Shape:
 
     @classmethod
     def of(cls, batch: TokenBatch) -> Shape:
-        """The form of a real one."""
+        """Return the shape of a real micro-batch."""
         return cls(batch.lengths, batch.input_ids.shape[1], batch.packed, batch.mask is not None)
 
     @property
@@ -44,16 +45,16 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Padding included."""
+        """Number of tokens, padding included."""
         return self.rows * self.columns
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a stage keeps, under one layout and precision.
+    """The activations that a pipeline stage keeps, under one layout and precision.
 
     Attributes:
-        device: ``cpu`` or ``cuda``: they differ in their kernels.
+        device: ``cpu`` or ``cuda``; their kernels keep different tensors.
     """
 
     config: EncoderConfig
@@ -80,7 +81,7 @@ class Activations:
 
     @property
     def _copied_queries(self) -> int:
-        """Width of the queries that are a copy of the fused projection's; one KV head a rank leaves them a view."""
+        """Width of the queries that are a copy of the fused projection's; 0 with one KV head a rank (then a view)."""
         return 0 if self.config.num_key_value_heads == self.layout.tp else self._q
 
     @property
@@ -89,33 +90,33 @@ class Activations:
         return self._cpu and self.width < FP32
 
     def _values_are_views(self, shape: Shape) -> bool:
-        """Whether attention's values are views of the fused projection, which is kept whole with them."""
+        """Return whether attention's values are views of the fused projection, so that the whole projection is kept."""
         return not (self.layout.cp > 1 or self._casts or (shape.masked and self._cpu))
 
     def _outside(self, shape: Shape) -> int:
-        """Tokens outside the matrices, which sequence parallelism divides."""
+        """Return the tokens a rank holds outside the matrix products, where sequence parallelism divides them."""
         return shape.tokens // self.layout.cp // (self.layout.tp if self.sequence_parallel else 1)
 
     def chunk(self, chunk: ModelChunk, shape: Shape, recompute: str) -> int:
-        """Bytes that a (virtual) stage keeps of a micro-batch."""
+        """Return the bytes that a (virtual) stage keeps for a micro-batch."""
         config, local = self.config, shape.tokens // self.layout.cp
         total = chunk.layers * self.layer(shape, recompute)
         if recompute == "none":
             total += self._tables(shape)
-        if chunk.first:  # ids: a view of the whole row, or a masked copy with its mask
+        if chunk.first:  # token ids are kept as a view of the whole row, or as a masked copy with its mask
             total += shape.tokens * 8 if self.layout.tp == 1 else local * 9
         if chunk.last:
-            # the norm keeps its input; pooling keeps its weights, not the states
+            # The norm keeps its input. Pooling keeps its weights, not the states.
             total += self._outside(shape) * (config.hidden_size * self.width + FP32)
             total += shape.tokens * FP32 * (len(shape.lengths) if shape.packed else 1)
-            if config.normalize:  # the pooled vectors, their norms, where these were clamped
+            if config.normalize:  # keeps the pooled vectors, their norms, and where the norms were clamped
                 total += len(shape.lengths) * (FP32 * config.hidden_size + 2 * FP32)
-        elif self.layout.vpp:  # its output: others free theirs as soon as it is sent, see `transformer_config`
+        elif self.layout.vpp:  # only interleaved stages keep their output after they send it, see `transformer_config`
             total += self._outside(shape) * config.hidden_size * self.width
         return total
 
     def layer(self, shape: Shape, recompute: str) -> int:
-        """Bytes that a layer keeps of a micro-batch."""
+        """Return the bytes that a layer keeps for a micro-batch."""
         hidden = self._outside(shape) * self.config.hidden_size * self.width
         if recompute == "full":
             return hidden
@@ -123,17 +124,17 @@ class Activations:
         return 2 * self._norm(shape) + attention + self._of_family(shape, recompute) + self._mlp(shape)
 
     def recomputed(self, shape: Shape, recompute: str) -> int:
-        """Bytes that come back for a while in backward: those of the one layer that is computed again."""
+        """Return the bytes that one recomputed layer adds for a while during backward."""
         if recompute == "none":
             return 0
         return max(0, self.layer(shape, "none") - self.layer(shape, recompute))
 
     def _norm(self, shape: Shape) -> int:
-        """Input and output (which the linear layer keeps), and a factor a token: ``T h 2w + 4 T``."""
+        """Return ``T h 2w + 4 T`` bytes: input, output (kept by the linear layer), and one factor for each token."""
         return self._outside(shape) * (self.config.hidden_size * 2 * self.width + FP32)
 
     def _of_family(self, shape: Shape, recompute: str) -> int:
-        """What the family's layers add to the common form."""
+        """Return the bytes that the layers of the model's family add to the common ones."""
         tokens, selective = shape.tokens // self.layout.cp, recompute == "selective"
         projected = 0 if selective or self._values_are_views(shape) else self._q + 2 * self._kv
         projected += 0 if selective else self._copied_queries
@@ -149,39 +150,43 @@ class Activations:
         return FAMILIES[self.config.family].layer_activations(size)
 
     def _mlp(self, shape: Shape) -> int:
-        """``T f 3w``: gate, up and ``silu(gate) · up``."""
+        """Return ``T f 3w`` bytes: gate, up and ``silu(gate) · up``."""
         f = self.config.intermediate_size // self.layout.tp
         return shape.tokens // self.layout.cp * f * 3 * self.width
 
     def _core_attention_input(self, shape: Shape) -> int:
-        """``T w (q + 2 kv) + T w q``, and the output ``T w q``: keys and values are views of the fused projection."""
+        """Return the bytes of attention that selective recomputation keeps.
+
+        ``T w (q + 2 kv)`` for the fused projection, of which keys and values are views, ``T w q`` for the output, and
+        another ``T w q`` where the queries are a copy.
+        """
         return shape.tokens // self.layout.cp * self.width * (2 * self._q + 2 * self._kv + self._copied_queries)
 
     def _attention(self, shape: Shape) -> int:
-        """Rotated queries and keys, values, output, log-sum-exp; the input of the projection behind it."""
+        """Return the bytes of rotated queries and keys, values, output, log-sum-exp and the next projection's input."""
         local = shape.tokens // self.layout.cp
-        # on a CPU attention computes in fp32
+        # On a CPU, attention computes in fp32.
         width = FP32 if self._cpu else self.width
         output = 2 * local * self._q * width + local * FP32 * self.config.num_attention_heads // self.layout.tp
         if self._cpu and (shape.packed or self.width < FP32):
-            # runs are joined, or cast back: another copy
+            # Joining the outputs of packed texts, or casting them back, makes another copy.
             output += local * self._q * self.width
         return output + self._keys_and_values(shape, local, width)
 
     def _keys_and_values(self, shape: Shape, local: int, width: int) -> int:
-        if shape.masked and self._cpu:  # each KV head is repeated for its queries; the mask becomes a bias
+        if shape.masked and self._cpu:  # each KV head is repeated for its queries, and the mask becomes a bias
             return 2 * shape.tokens * self._q * width + shape.tokens * FP32
         mask = shape.tokens if shape.masked else 0
-        if self.layout.cp > 1:  # gathered whole; a cast copies the columns that are looked at
+        if self.layout.cp > 1:  # whole rows are gathered; a cast copies only the columns that are attended to
             tokens = self._key_columns(shape) * shape.rows if self._casts else shape.tokens
             return 2 * tokens * self._kv * width + mask
         if self._casts:
             return 2 * local * self._kv * width + mask
-        # rotated keys; values are a view of the fused projection
+        # The keys are rotated copies. The values are a view of the fused projection, which is kept whole.
         return local * self.width * (self._kv + self._q + 2 * self._kv) + mask
 
     def _key_columns(self, shape: Shape) -> int:
-        """Columns of keys that the queries of a context-parallel slice look at, on the rank with most."""
+        """Return the most key columns that the queries of any one context-parallel slice attend to."""
         if not shape.packed:
             return shape.columns
         ends = [0, *accumulate(shape.lengths)]
@@ -194,7 +199,7 @@ class Activations:
         return widest
 
     def _tables(self, shape: Shape) -> int:
-        """Cosines and sines of a row, and the Llama-4 scale where it acts; shared by the layers."""
+        """Return the bytes of a row's cosines, sines and (where it acts) Llama-4 scale; the layers share them."""
         config, rope = self.config, self.config.rope_parameters
         scaled = FAMILIES[config.family].query_scale and "llama_4_scaling_beta" in rope
         scaled = scaled and max(shape.lengths) > rope.get("original_max_position_embeddings", float("inf"))
@@ -202,11 +207,14 @@ class Activations:
 
 
 def in_flight(chunks: Sequence[int], pp: int, pp_rank: int, micro_batches: int) -> int:
-    """Most bytes that a pipeline rank keeps at a time, from what each of its (virtual) stages keeps of a micro-batch.
+    """Return the most bytes of activations that a pipeline rank keeps at a time.
 
     1F1B (Narayanan et al. 2021) starts backward once the pipe is full: ``min(PP - rank, m)`` micro-batches. Interleaved
-    stages go through micro-batches in groups of PP, forward through the rounds and backward in the reverse order;
-    megatron-core fills ``2 (PP - rank - 1) + (VPP - 1) PP`` of them before the first backward.
+    stages take micro-batches in groups of PP; they run forward through the rounds and backward in the reverse order.
+    megatron-core runs ``2 (PP - rank - 1) + (VPP - 1) PP`` of them forward before the first backward.
+
+    Args:
+        chunks: bytes that each (virtual) stage of the rank keeps for a micro-batch.
     """
     rounds = len(chunks)
     if rounds == 1:
@@ -214,7 +222,7 @@ def in_flight(chunks: Sequence[int], pp: int, pp_rank: int, micro_batches: int) 
     total = micro_batches * rounds
     warm_up = min(2 * (pp - pp_rank - 1) + (rounds - 1) * pp, total)
     now = most = 0
-    # the steady state repeats itself after pp × rounds
+    # The steady state repeats itself every pp × rounds forward steps.
     for number in range(min(total, warm_up + 2 * pp * rounds)):
         now += chunks[number % (pp * rounds) // pp]
         most = max(most, now)

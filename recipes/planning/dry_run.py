@@ -1,4 +1,4 @@
-"""``--dry-run``: the resolved config and the layout, and what could not work refused before anything is built."""
+"""``--dry-run``: show the resolved config and the layout, and refuse a run that cannot work before it is built."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from megatron_embed.recipes.planning.model_sizes import NO_SIZES, Sizes, encoder
 
 
 def describe_run(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RECIPES, sizes: Sizes = NO_SIZES) -> str:
-    """The resolved config as YAML and, as comments, the layout; nothing is built and no weight is read.
+    """Return the resolved config as YAML, with the layout as comments. Build nothing and read no weight.
 
-    A model or data that no key names may still be missing.
+    The config may still lack a model or data.
 
     Args:
         recipes: see :func:`megatron_embed.recipes.training.resume.trained_config`.
-        sizes: of models that need not be fetched to be looked at.
+        sizes: encoders of hub models whose sizes are known without fetching them.
 
     Raises:
-        UserError: a layout that cannot hold; data, a model, a checkpoint or an evaluation folder that is not there or
-            is no such thing; a ``save_dir`` that cannot be written to or holds another run. The key is named.
+        UserError: the layout is impossible; the data, model, checkpoint or evaluation folder is missing or of another
+            kind; ``save_dir`` is not writable or holds another run. The message names the key.
     """
     validate(cfg, world_size, inputs=False)
     check_inputs(cfg)
@@ -53,7 +53,7 @@ def describe_run(cfg: RecipeConfig, world_size: int, *, recipes: Recipes = NO_RE
 
 
 def _stages(cfg: RecipeConfig, layout: Layout, encoder: EncoderConfig | None) -> str:
-    """Layers of each stage."""
+    """Return the number of layers of each stage as text."""
     if encoder is None:
         return f"known once model.hf_model is a folder (found {cfg.model.hf_model or 'none'})"
     split = pipeline_split(encoder.num_hidden_layers, layout.pp * (layout.vpp or 1))
@@ -61,8 +61,11 @@ def _stages(cfg: RecipeConfig, layout: Layout, encoder: EncoderConfig | None) ->
 
 
 def _encoder(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig | None:
-    """The model that training would start from, its weights' names and shapes checked; None: no key names one, or it
-    lies on the hub, is there, and says its sizes only once it is fetched."""
+    """Return the encoder that training would start from, after checking its weights' names and shapes.
+
+    Return None where no key names a model, or where the model is on the hub and its sizes are unknown until it is
+    fetched.
+    """
     if not (cfg.model.hf_model or cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load):
         return None
     key, path = start_of(cfg)
@@ -80,10 +83,10 @@ def _encoder(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig | None:
 
 
 def _may_be_fetched(name: str) -> bool:
-    """Whether a model is on the hub; False: to be looked for as training would, in a folder or the hub's cache.
+    """Return whether the hub has a model; False means that training looks in a folder or in the hub's cache.
 
     Raises:
-        UserError: the hub does not have it, or cannot be asked.
+        UserError: the hub does not have the model, or does not answer.
     """
     from megatron_embed.conversion.hf.folder import is_hub_id, not_on_the_hub
 
@@ -93,13 +96,13 @@ def _may_be_fetched(name: str) -> bool:
 
     try:
         HfApi().model_info(name, timeout=10)
-    except Exception as error:  # offline, no such repository, no right to it, …
+    except Exception as error:  # offline, no such repository, no access, …
         raise UserError(f"model.hf_model: {not_on_the_hub(name, error)}") from None
     return True
 
 
 def _check_resume(asked: RecipeConfig, save_dir: Path, recipes: Recipes) -> None:
-    """Refuse a ``save_dir`` that holds another run, as training would."""
+    """Refuse a ``save_dir`` that holds another run, as training does."""
     if asked.checkpoint.resume and (save_dir / "checkpoints").is_dir():
         from megatron_embed.recipes.training.resume import find_start
 

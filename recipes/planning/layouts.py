@@ -1,4 +1,4 @@
-"""Plans of a recipe over a world: memory, traffic, bubble of each layout, and which to take. Arithmetic only."""
+"""Plans of a recipe over a world: memory, traffic and bubble of each layout, and the recommended one."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from megatron_embed.recipes.training.metrics import model_flops
 GIB = 1 << 30
 RECOMPUTE = ("none", "selective", "full")
 
-#: Share of a GPU's memory that the plan may fill: the rest is CUDA's own, NCCL's buffers and fragmentation.
+#: Share of a GPU's memory that a plan may fill. CUDA itself, NCCL's buffers and fragmentation take the rest.
 USABLE = 0.92
-#: What the estimate of a step's time assumes of each GPU (an H100's order): matrix multiplications that reach this many
-#: operations a second, bytes a second to its node's other GPUs and to other nodes. Layouts are compared by it.
+#: Assumptions about each GPU (of an H100's order) behind the estimate of a step's time, which compares layouts: matrix
+#: multiplication in operations a second, traffic inside a node and between nodes in bytes a second.
 FLOPS, INSIDE, OUTSIDE = 4e14, 3e11, 4e10
-#: Estimates that differ by less than this share say nothing; then the simpler layout is better.
+#: Times that differ by less than this share count as equal; the simpler layout is then better.
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank of a pipeline stage.
+    """Bytes of memory on the fullest rank of a pipeline stage.
 
     Attributes:
-        optimizer, optimizer_sharded, optimizer_whole: as the recipe says; with the distributed optimizer; without.
-        activations: by recomputation, of all micro-batches in flight.
-        loss: of the loss and the step's embeddings.
-        working: by recomputation: what backward holds for a while, the recomputed layer and the largest gradients.
-        direct: whether the loss is computed while activations are kept.
+        optimizer, optimizer_sharded, optimizer_whole: the optimizer's state as the recipe sets it; with the distributed
+            optimizer; without it.
+        activations: recomputation → activations of all micro-batches in flight.
+        loss: the loss and the step's embeddings.
+        working: recomputation → bytes that backward holds for a while: the recomputed layer and the largest gradients.
+        direct: True if the loss is computed while activations are kept.
     """
 
     parameters: int
@@ -50,20 +51,21 @@ class Memory:
     direct: bool
 
     def total(self, recompute: str) -> int:
-        """At the peak of a step."""
+        """Return the bytes at the peak of a step."""
         kept = self.parameters + self.gradients + self.optimizer
         backward = self.activations[recompute] + self.working[recompute]
-        # cached: pass 1 keeps no activations, and pass 2 only the embeddings' gradient of what the loss held
+        # cached: pass 1 keeps no activations. Of the loss, pass 2 keeps only the embeddings' gradient.
         return kept + (backward + self.loss if self.direct else max(backward, self.loss))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout under one choice of recomputation.
+    """The plan of one layout with one choice of recomputation.
 
     Attributes:
-        stages: memory by pipeline rank; traffic by pipeline rank.
-        seconds: estimate of a step, by which layouts are compared.
+        stages: memory of each pipeline rank.
+        sent: traffic of each pipeline rank.
+        seconds: estimated time of a step; it ranks the layouts.
     """
 
     layout: Layout
@@ -92,21 +94,21 @@ class Plan:
 
     @property
     def dimensions(self) -> int:
-        """Kinds of model parallelism that it uses."""
+        """Number of kinds of model parallelism that the layout uses."""
         return sum((self.layout.tp > 1, self.layout.pp > 1, self.layout.cp > 1, bool(self.layout.vpp)))
 
     def fits(self, gpu_memory: float) -> bool:
-        """Whether every rank holds its part in ``gpu_memory`` GiB."""
+        """Return whether every rank fits into ``gpu_memory`` GiB."""
         return self.total <= USABLE * gpu_memory * GIB
 
 
 def plan_layout(
     cfg: RecipeConfig, config: EncoderConfig, world_size: int, *, gpus_per_node: int = 8
 ) -> dict[str, Plan]:
-    """The plan of the recipe's own layout, by recomputation.
+    """Return the plans of the recipe's own layout: recomputation → plan.
 
     Raises:
-        UserError: a layout that cannot hold, as training would refuse it.
+        UserError: the layout is impossible, as in training.
     """
     validate(cfg, world_size, inputs=False)
     validate_layout(cfg, config)
@@ -159,12 +161,12 @@ def plan_world(
     recompute: str | None = None,
     gpus_per_node: int = 8,
 ) -> list[Plan]:
-    """Every layout that the world and the model allow, those that fit first, the quickest of them first.
+    """Return the plans of all layouts that the world and the model allow: fitting ones first, then the quickest first.
 
-    Layouts that training would refuse are left out; see :func:`choose_recompute` for ``recompute``.
+    Layouts that training would refuse are left out. :func:`choose_recompute` explains ``recompute``.
 
     Raises:
-        UserError: no layout is left; why the first was refused.
+        UserError: no layout is left; the message says why the first one was refused.
     """
     plans: list[Plan] = []
     refusals: list[UserError] = []
@@ -187,7 +189,11 @@ def plan_world(
 
 
 def recommend(plans: list[Plan], gpu_memory: float) -> Plan | None:
-    """Of those that fit and whose time is within :data:`TOLERANCE` of the least: the simplest, then who sends least."""
+    """Return the plan to recommend, or None if none fits.
+
+    Among the plans that fit and whose time is within :data:`TOLERANCE` of the least, it is the simplest one, and among
+    equally simple ones the one that sends least.
+    """
     fitting = [plan for plan in plans if plan.fits(gpu_memory)]
     if not fitting:
         return None
@@ -197,7 +203,7 @@ def recommend(plans: list[Plan], gpu_memory: float) -> Plan | None:
 
 
 def choose_recompute(by_recompute: dict[str, Plan], gpu_memory: float, wanted: str | None = None) -> Plan:
-    """The plan with the least recomputation that fits (with most, where none does), or with the one ``wanted``."""
+    """Return the plan with the ``wanted`` recomputation, else with the least that fits (with the most if none fits)."""
     if wanted is not None:
         return by_recompute[wanted]
     plans = [by_recompute[recompute] for recompute in RECOMPUTE]
@@ -205,7 +211,7 @@ def choose_recompute(by_recompute: dict[str, Plan], gpu_memory: float, wanted: s
 
 
 def layouts(config: EncoderConfig, world_size: int) -> Iterator[Layout]:
-    """Every TP × PP × CP that divides the world, plain and with every number of interleaved stages."""
+    """Yield every TP × PP × CP that divides the world, plain and with each number of interleaved stages."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     for tp in divisors:
         for pp in (n for n in divisors if world_size % (tp * n) == 0 and n <= config.num_hidden_layers):
@@ -241,11 +247,11 @@ def _memory(
     activations = Activations(config, layout, model.precision, bool(model.sequence_parallel), device)
     shape, chunks = step.largest, chunks_of(config, layout, pp_rank)
     width = WIDTHS[model.precision]
-    # Backward makes a weight's gradient before it adds it to the buffer, and the MLP's two widest gradients.
+    # Backward holds one weight's gradient before adding it to the buffer, and the MLP's two widest gradients.
     largest = max(size for chunk in chunks for size in chunk_parameters(config, layout, chunk)) * width
     gradients = 4 * shape.tokens // layout.cp * config.intermediate_size // layout.tp * width
     has_last = any(chunk.last for chunk in chunks)
-    # the step's embeddings and their gradient are kept beside the activations of pass 2
+    # Pass 2 keeps the step's embeddings and their gradient beside its activations.
     embeddings = 2 * FP32 * step.texts * config.hidden_size if has_last and step.mode == "cached" else 0
     return Memory(
         own.parameters,
@@ -281,7 +287,7 @@ def _seconds(
     world_size: int,
     gpus_per_node: int,
 ) -> float:
-    """Computation of the slowest stage, lengthened by the bubble, then all that the busiest rank sends: no overlap."""
+    """Estimate the seconds of a step: the slowest stage, its bubble and the busiest rank's traffic, without overlap."""
     forward = model_flops(config, tokens=step.tokens, squared_lengths=step.squared_lengths) / 3
     passes = step.forwards + 2 + (recompute == "full")
     split = pipeline_split(config.num_hidden_layers, layout.pp * (layout.vpp or 1))
@@ -291,7 +297,7 @@ def _seconds(
     def rate(span: int) -> float:
         return INSIDE if span <= gpus_per_node else OUTSIDE
 
-    # ranks are numbered tensor parallel first, then context, data, pipeline
+    # Ranks are numbered tensor parallel first, then context, data and pipeline parallel.
     inside = layout.tp * layout.cp
     data = world_size // layout.pp
     seconds = [

@@ -10,17 +10,17 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UsageError, UserError
 from megatron_embed.recipes.config.schema import RecipeConfig
 
-#: Hub id → encoder: commands hand in :data:`megatron_embed.recipes.SIZES`. For arithmetic only: what is computed with
-#: is always read from the model's own config.json.
+#: Hub id → encoder. Commands pass :data:`megatron_embed.recipes.SIZES`. The sizes serve planning only: training always
+#: reads them from the model's own config.json.
 Sizes = Mapping[str, EncoderConfig]
 NO_SIZES: Sizes = MappingProxyType({})
 
 
 def encoder_of(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig:
-    """The encoder that a recipe trains: from its folder or checkpoint, or by its hub id. No weight, no network.
+    """Return the encoder that a recipe trains, from its folder, checkpoint or hub id. Read no weight; use no network.
 
     Raises:
-        UserError: no model is named, its folder holds none, or its hub id is not in ``sizes``.
+        UserError: the recipe names no model, its folder holds none, or ``sizes`` lacks its hub id.
     """
     stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
     checkpoint = cfg.checkpoint.pretrained_checkpoint or (None if cfg.model.hf_model else cfg.checkpoint.load)

@@ -1,9 +1,10 @@
-"""Bytes of parameters, gradients and optimizer state of a rank: arithmetic that equals what is allocated.
+"""Bytes of a rank's parameters, gradients and optimizer state, equal to the bytes that training allocates.
 
-Mixed precision keeps, for each 16-bit parameter, an fp32 gradient and three fp32 values of Adam (main parameter, both
-moments); the distributed optimizer divides those three over the data-parallel ranks (ZeRO stage 1, Rajbhandari et al.
-2020). What makes the figures exact are megatron-core's buffers: one a dtype and pipeline stage, parameters in reverse
-order of registration, under the distributed optimizer each from a multiple of 64 values and the end rounded up.
+Mixed precision keeps an fp32 gradient and three fp32 values of Adam (main parameter, both moments) for each 16-bit
+parameter. The distributed optimizer divides those three over the data-parallel ranks (ZeRO stage 1, Rajbhandari et al.
+2020). The figures are exact because they follow megatron-core's buffers: one buffer for each dtype and pipeline stage,
+with the parameters in reverse order of registration. Under the distributed optimizer each parameter starts at a
+multiple of 64 values, and the buffer's end is rounded up.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from megatron_embed.recipes.training.gradient_buckets import bucket_size
 FP32 = 4
 #: bytes of a parameter or an activation
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
-#: both moments; main parameters add another
+#: bytes of both moments of Adam; an fp32 main parameter adds 4
 ADAM_BYTES = 8
-#: where parameters begin and buffers end under the distributed optimizer, in values
+#: Under the distributed optimizer, parameters start and buffers end at multiples of these numbers of values.
 _PARAMETER_ALIGNMENT, _BUFFER_ALIGNMENT = 64, 128
 
-#: weights of a layer in the order in which the modules register them; a family's own come behind the QKV weight
+#: A layer's weights in the order in which the modules register them. A family's own weights follow the QKV weight.
 _LAYER_ORDER = (
     "self_attention.linear_qkv.layer_norm_weight",
     "self_attention.linear_proj.weight",
@@ -40,7 +41,7 @@ _LAYER_ORDER = (
 
 @dataclass(frozen=True)
 class ModelChunk:
-    """One (virtual) pipeline stage: how many layers, and whether it holds the embedding or the final norm."""
+    """One (virtual) pipeline stage: its number of layers, and whether it holds the embedding or the final norm."""
 
     layers: int
     first: bool
@@ -49,7 +50,7 @@ class ModelChunk:
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that live from the first step to the last."""
+    """Bytes that a rank holds from the first step to the last."""
 
     parameters: int
     gradients: int
@@ -57,7 +58,7 @@ class State:
 
 
 def chunks_of(config: EncoderConfig, layout: Layout, pp_rank: int) -> list[ModelChunk]:
-    """The stages of a pipeline rank: one, or one in every round of interleaved stages."""
+    """Return the stages of a pipeline rank: one, or one for each round of interleaved stages."""
     stages = layout.pp * (layout.vpp or 1)
     split = pipeline_split(config.num_hidden_layers, stages)
     indices = range(pp_rank, stages, layout.pp)
@@ -65,7 +66,7 @@ def chunks_of(config: EncoderConfig, layout: Layout, pp_rank: int) -> list[Model
 
 
 def chunk_parameters(config: EncoderConfig, layout: Layout, chunk: ModelChunk) -> list[int]:
-    """Values of each parameter on a tensor-parallel rank, in the order of registration."""
+    """Return the number of values of each parameter on a tensor-parallel rank, in the order of registration."""
     numel = {}
     for weight in weights(config.replace(num_hidden_layers=1)):
         rows, *rest = weight.megatron_shape
@@ -95,20 +96,20 @@ def states(
     learn_temperature: bool = False,
     overlap: bool = False,
 ) -> list[State]:
-    """Of a pipeline rank: one entry for each rank of the group that shares its gradients (DP × CP, in its order).
+    """Return the states of a pipeline rank, one for each rank of its gradient group (DP × CP), in the group's order.
 
     Args:
-        overlap: gradients are reduced in buckets while backward goes on; each bucket is padded and sharded by itself.
+        overlap: reduce gradients in buckets during backward; each bucket is padded and sharded by itself.
     """
     group = replicas * layout.cp
     total = [State(0, 0, 0)] * group
     for number, chunk in enumerate(chunks_of(config, layout, pp_rank)):
-        # megatron-core cuts only what comes last in backward
+        # megatron-core cuts only the stage whose backward comes last into buckets.
         bucket = bucket_size(replicas) if overlap and pp_rank == number == 0 else None
         parameters = chunk_parameters(config, layout, chunk)
         width = WIDTHS[precision]
         buffers = [(width, parameters)]
-        if learn_temperature and chunk.last:  # always fp32, and registered before the submodules
+        if learn_temperature and chunk.last:  # the temperature is fp32 and is registered before the submodules
             buffers = [(width, [1, *parameters])] if width == FP32 else [(width, parameters), (FP32, [1])]
         for buffer_width, sizes in buffers:
             of_ranks = _buffer(sizes, buffer_width, distributed, group, bucket)
@@ -121,13 +122,13 @@ def _add(a: State, b: State) -> State:
 
 
 def _buffer(sizes: Sequence[int], width: int, distributed: bool, group: int, bucket: int | None) -> list[State]:
-    """Parameters of one dtype on one stage."""
+    """Return the states of a stage's parameters of one dtype, one for each rank of ``group``."""
     of_optimizer = ADAM_BYTES + (FP32 if width < FP32 else 0)
     if not distributed:
         values = sum(sizes)
         return [State(values * width, values * FP32, values * of_optimizer)] * group
     owned, first, end, ranges = [0] * group, 0, 0, []
-    for number, size in enumerate(reversed(sizes), 1):  # the order in which backward finishes them
+    for number, size in enumerate(reversed(sizes), 1):  # backward finishes the parameters in this order
         start = _round_up(end, _PARAMETER_ALIGNMENT)
         end = start + size
         ranges.append((start, end))
@@ -139,7 +140,7 @@ def _buffer(sizes: Sequence[int], width: int, distributed: bool, group: int, buc
 
 
 def _share_out(ranges: Sequence[tuple[int, int]], first: int, shard: int, owned: list[int]) -> None:
-    """Add to ``owned`` what each rank holds of a bucket, which begins at ``first`` and gives each ``shard`` values."""
+    """Add each rank's values of a bucket to ``owned``; the bucket starts at ``first``, a rank owns ``shard`` values."""
     for start, end in ranges:
         for rank in range((start - first) // shard, (end - 1 - first) // shard + 1):
             low = first + rank * shard

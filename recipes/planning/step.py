@@ -1,8 +1,8 @@
-"""One training step under a layout: its micro-batches, what ranks send each other, and the pipeline's bubble.
+"""One training step under a layout: its micro-batches, the traffic between ranks, and the pipeline's bubble.
 
-Texts are taken at their greatest length, for nothing is read. Volumes are what the busiest rank sends with ring
-collectives over ``n`` ranks: ``V (n - 1) / n`` for an all-gather to, or a reduce-scatter from, ``V`` bytes; twice that
-for an all-reduce.
+The plan reads no data and gives every text its maximal length. Volumes are the bytes that the busiest rank sends with
+ring collectives over ``n`` ranks: ``V (n - 1) / n`` for an all-gather to ``V`` bytes or a reduce-scatter from ``V``
+bytes, and twice that for an all-reduce.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from megatron_embed.recipes.training.loss import CHUNK_BYTES
 
 @dataclass(frozen=True)
 class Step:
-    """What a data-parallel replica computes in a step.
+    """The work of a data-parallel replica in a step.
 
     Attributes:
         mode: ``direct`` or ``cached``.
-        queries, slots: of a replica; passage slots of a query.
+        queries: queries of the replica.
+        slots: passage slots of a query.
     """
 
     mode: str
@@ -42,17 +43,17 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Padding included."""
+        """Tokens of all micro-batches, padding included."""
         return sum(shape.tokens for shape in self.micro_batches)
 
     @property
     def squared_lengths(self) -> int:
-        """Σ length², which the cost of attention grows with."""
+        """Σ length² in tokens²; the cost of attention is proportional to it."""
         return sum(n * n for shape in self.micro_batches for n in shape.lengths)
 
     @property
     def forwards(self) -> int:
-        """Forward passes, recomputation aside; there is one backward pass."""
+        """Number of forward passes without recomputation; there is one backward pass."""
         return 2 if self.mode == "cached" else 1
 
     @property
@@ -61,21 +62,21 @@ class Step:
 
 
 class _Shapes(BatchingPlan):
-    """Groups texts as training does, without building their tensors."""
+    """A plan that groups texts as training does, without building their tensors."""
 
     def _make(self, sequences: Sequence[Sequence[int]], texts: list[int]) -> Shape:  # type: ignore[override]
         lengths = tuple(len(ids) for ids in sequences)
         columns = sum(lengths) if self.packed else max(lengths)
-        # Real texts are ragged, so a padded micro-batch of several has a mask.
+        # Real texts differ in length, so a padded micro-batch of several texts has a mask.
         masked = not self.packed and len(lengths) > 1
         return Shape(lengths, -(-columns // self.multiple_of) * self.multiple_of, self.packed, masked)
 
 
 def step_of(cfg: RecipeConfig, layout: Layout, replicas: int) -> Step:
-    """The step of a replica.
+    """Return the step of a replica.
 
     Raises:
-        UserError: ``loss.mode=direct`` where the batch does not fit into one micro-batch.
+        UserError: ``loss.mode=direct``, and the batch does not fit into one micro-batch.
     """
     data, train = cfg.data, cfg.train
     return _step(
@@ -95,7 +96,7 @@ def step_of(cfg: RecipeConfig, layout: Layout, replicas: int) -> Step:
     )
 
 
-@lru_cache(maxsize=512)  # layouts share it: only DP, TP × CP and (interleaved) PP matter
+@lru_cache(maxsize=512)  # many layouts have the same step: only DP, TP × CP and (interleaved) PP matter
 def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, pp: int, plan: _Shapes) -> Step:
     query, passage = lengths
     texts = [range(query)] * queries + [range(passage)] * (queries * slots)
@@ -118,10 +119,10 @@ def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, pp: i
 
 
 def loss_bytes(loss: LossSection, config: EncoderConfig, step: Step, replicas: int) -> int:
-    """Estimate of what the loss holds at its peak on the last stage, in fp32.
+    """Estimate the bytes that the loss holds at its peak on the last stage, in fp32.
 
-    The replica's embeddings with their gradient, the passage slots, the gathered candidates with their gradient, and
-    the scores of a chunk of rows with their gradient.
+    It holds the replica's embeddings with their gradient, the passage slots, the gathered candidates with their
+    gradient, and the scores of a chunk of rows with their gradient.
     """
     slots = step.queries * step.slots
     candidates, queries = slots, 0
@@ -141,7 +142,7 @@ def loss_bytes(loss: LossSection, config: EncoderConfig, step: Step, replicas: i
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in a step, by what for."""
+    """Bytes that a rank sends in a step, for each kind of parallelism and for the loss."""
 
     tensor: int = 0
     pipeline: int = 0
@@ -169,10 +170,12 @@ def traffic(
     parameters: int,
     gradients: int,
 ) -> Traffic:
-    """Of a pipeline rank with these stages, and this many bytes of parameters and gradients.
+    """Return the traffic of a pipeline rank.
 
     Args:
-        distributed: whether the optimizer's state is sharded.
+        chunks: the (virtual) stages of the rank.
+        distributed: True if the optimizer's state is sharded.
+        parameters, gradients: their bytes on the rank.
     """
     hidden = step.tokens // layout.cp * config.hidden_size * WIDTHS[precision]
     layers = sum(chunk.layers for chunk in chunks)
@@ -180,8 +183,8 @@ def traffic(
 
     tensor = 0
     if layout.tp > 1:
-        # A layer's forward: two all-gathers and two reduce-scatters, or two all-reduces. Its backward the same, and
-        # under sequence parallelism the inputs of the first matrices once more.
+        # A layer's forward takes two all-gathers and two reduce-scatters, or two all-reduces. Its backward takes the
+        # same, and under sequence parallelism gathers the inputs of the first matrices once more.
         forwards = step.forwards + (recompute == "full")
         tensor = layers * hidden * (4 * forwards + (6 if sequence_parallel else 4))
         if sequence_parallel:
@@ -197,14 +200,15 @@ def traffic(
 
     context = 0
     if layout.cp > 1:
-        # keys and values: all-gather forward, reduce-scatter backward; gathered again where attention is recomputed
+        # Keys and values take an all-gather in forward, a reduce-scatter in backward, and another all-gather where
+        # attention is recomputed.
         kv = config.num_key_value_heads * config.head_dim // layout.tp
         keys_and_values = step.tokens * 2 * kv * WIDTHS[precision]
         context = layers * keys_and_values * (step.forwards + (recompute != "none") + 1)
         context += last * 2 * step.texts * config.hidden_size * FP32 * step.forwards
         context = _ring(context, layout.cp)
 
-    # reduce-scatter of gradients and all-gather of parameters, or an all-reduce of gradients
+    # Either gradients are reduce-scattered and parameters all-gathered, or gradients are all-reduced.
     reduced = gradients + parameters if distributed else 2 * gradients
     return Traffic(
         tensor,
@@ -216,7 +220,7 @@ def traffic(
 
 
 def _loss_gather(loss: LossSection, config: EncoderConfig, step: Step, replicas: int) -> int:
-    """All-gather of the candidates' embeddings, reduce-scatter of their gradients."""
+    """Return the bytes for the all-gather of the candidates' embeddings and the reduce-scatter of their gradients."""
     if not loss.in_batch_negatives or not loss.cross_rank_negatives:
         return 0
     vectors = step.queries * (step.slots + (loss.symmetric or loss.query_query_negatives))
@@ -229,8 +233,9 @@ def _ring(volume: int, ranks: int) -> int:
 
 
 def bubble(layout: Layout, micro_batches: int) -> float:
-    """Idle time of the pipeline as a share of the time that it computes: ``(PP - 1) / (m VPP)``.
+    """Return the pipeline's idle time as a share of its computing time: ``(PP - 1) / (m VPP)``.
 
-    Narayanan et al. 2021. Both passes of the cached step fill and drain the pipe, so the share is that of either.
+    The formula is that of Narayanan et al. 2021. Both passes of the cached step fill and drain the pipe, so both have
+    this share.
     """
     return (layout.pp - 1) / (micro_batches * (layout.vpp or 1))

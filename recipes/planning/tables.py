@@ -1,4 +1,4 @@
-"""Plans as tables, as notes and as JSON."""
+"""Format plans as tables, as notes and as JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def memory_table(recipe: str, world_size: int, gpu_memory: float, plans: Sequenc
 
 
 def step_table(plans: Sequence[Plan]) -> Table:
-    """Return what the busiest rank of each layout sends in a step, the bubble and the time."""
+    """Return the traffic of the busiest rank, the bubble and the time of a step, for each layout."""
     columns = ["layout", "loss", "micro-batches", "TP", "PP", "CP", "DP", "loss", "total", "bubble", "time"]
     table = _table("GiB that the busiest rank sends in a step; bubble and time of a step", columns)
     for plan in plans:
@@ -61,7 +61,7 @@ def stage_table(plan: Plan) -> Table:
 
 
 def traffic_table(plan: Plan) -> Table:
-    """Return what a rank of each pipeline stage sends in a step."""
+    """Return the traffic of a rank in a step, for each pipeline stage."""
     of_tensor = "all-gather, reduce-scatter" if plan.sequence_parallel else "all-reduce"
     columns = ["PP rank", f"TP: {of_tensor}", "PP: point to point", "CP: keys and values", "DP: gradients"]
     table = _table("GiB that a rank sends in a step", [*columns, "loss: embeddings", "total"])
@@ -87,7 +87,7 @@ def _short(plan: Plan) -> str:
 
 
 def _keys(plan: Plan) -> str:
-    """The overrides that choose a plan."""
+    """Return the overrides that choose a plan."""
     layout = plan.layout
     sizes = (layout.tp, layout.pp, layout.cp, layout.vpp or "null")
     words = [f"{key}={size}" for key, size in zip(LAYOUT_KEYS, sizes, strict=True)]
@@ -95,10 +95,10 @@ def _keys(plan: Plan) -> str:
 
 
 def notes(cfg: RecipeConfig, gpu_memory: float, plans: Sequence[Plan], own: Plan | None) -> list[str]:
-    """Say what the figures mean, and which layout is recommended.
+    """Return notes that explain the figures and recommend a layout.
 
     Args:
-        own: the layout that was asked about; None: all were.
+        own: the plan of the layout that the user chose; None if the user asked about all layouts.
     """
     on = "a CPU" if cfg.device == "cpu" else "GPUs with fused kernels; Transformer Engine may differ"
     assumed = (
@@ -135,7 +135,7 @@ def _recommendation(gpu_memory: float, plans: Sequence[Plan]) -> str:
 def as_json(
     cfg: RecipeConfig, world_size: int, gpu_memory: float, plans: Sequence[Plan], own: Plan | None
 ) -> dict[str, Any]:
-    """Return everything that was planned as plain values, in bytes; ``own`` as in :func:`notes`."""
+    """Return all plans as plain values, sizes in bytes; ``own`` is that of :func:`notes`."""
     best = recommend(list(plans), gpu_memory)
     return {
         "recipe": cfg.recipe,

@@ -1,1 +1,1 @@
-"""Vectors of a corpus, search, evaluation, mining of hard negatives."""
+"""Vectors of a corpus, search, evaluation and mining of hard negatives."""

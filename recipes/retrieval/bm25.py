@@ -1,4 +1,4 @@
-"""BM25, the yardstick beside every evaluation."""
+"""BM25, the baseline of every evaluation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megatron_embed.recipes.datasets.beir import Collection
 
 
 def bm25_run(collection: Collection, k: int = 100) -> dict[str, dict[str, float]]:
-    """The ``k`` best documents of every query: query id → {document id: score}.
+    """Return the ``k`` best documents of every query: query id → {document id: score}.
 
-    bm25s with Lucene's formula, k1 0.9, b 0.4, English stop words and the Snowball stemmer, over title and text. A word
-    has two letters at least; documents without any word are found by no query.
+    The scores are those of bm25s with Lucene's formula, k1 0.9, b 0.4, English stop words and the Snowball stemmer,
+    over title and text. A word has at least two letters. No query finds a document without words.
     """
     import bm25s
     import Stemmer
@@ -23,7 +23,7 @@ def bm25_run(collection: Collection, k: int = 100) -> dict[str, dict[str, float]
     index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
     quiet: dict[str, Any] = {"show_progress": False}
     words = bm25s.tokenize(list(collection.corpus.values()), stopwords="en", stemmer=stemmer, **quiet)
-    if not any(map(len, words.ids)):  # bm25s ends with an error then
+    if not any(map(len, words.ids)):  # bm25s raises an error on a corpus without words
         return {query: {} for query in collection.queries}
     index.index(words, **quiet)
     queries = bm25s.tokenize(list(collection.queries.values()), stopwords="en", stemmer=stemmer, **quiet)

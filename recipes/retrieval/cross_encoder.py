@@ -1,4 +1,4 @@
-"""A cross-encoder's scores of mined pairs: a teacher's answers, for distillation."""
+"""Scores of mined pairs by a cross-encoder, as a teacher's answers for distillation."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.encoding.rank_zero import on_first_rank
 
-_BATCH = 32  # pairs
+_BATCH = 32  # pairs in a batch
 _HEAD = "ForSequenceClassification"
 
 
 class CrossScorer:
-    """A cross-encoder as sentence-transformers loads it, whole on every rank. Every rank must build it.
+    """A cross-encoder that sentence-transformers loads, whole on every rank. Every rank must build it.
 
-    Its scores are raw logits. The loss takes the softmax of a query's scores as they stand: through the sigmoid, with
-    which most cross-encoders end, all of them would be nearly the same.
+    Its scores are raw logits, because the loss takes the softmax of a query's scores. The sigmoid at the end of most
+    cross-encoders would make them nearly equal.
 
     Args:
-        model: a folder, or a name on the hub.
+        model: a folder or a name on the hub.
 
     Raises:
-        UserError: it cannot be loaded, has no trained head, or gives several numbers a pair.
+        UserError: the model cannot be loaded, has no trained head, or gives several numbers for a pair.
     """
 
     def __init__(self, model: str) -> None:
         self.model = model
         loaded: list[Any] = []
-        # one rank downloads, and what is wrong is known to all; the others then find the files in the cache
+        # One rank downloads the files and shares any error. The others then find the files in the cache.
         on_first_rank(lambda: loaded.append(_load(model)))
         self._encoder = loaded[0] if loaded else _load(model)
 
     def add_scores(self, rows: list[dict[str, Any]]) -> None:
-        """Give each row ``scores``: of its positives, then of its negatives. Every rank, with the same rows."""
+        """Add ``scores`` of its positives, then of its negatives, to each row. Every rank must pass the same rows."""
         positives = [[row["positive"]] if isinstance(row["positive"], str) else row["positive"] for row in rows]
         texts = [[*own, *row["negatives"]] for row, own in zip(rows, positives, strict=True)]
         pairs = [(row["query"], text) for row, own in zip(rows, texts, strict=True) for text in own]
@@ -48,12 +48,12 @@ class CrossScorer:
             row["scores"] = [round(score, 6) for score in islice(rest, len(own))]
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Logits of (query, text) pairs. Every rank must call this with the same pairs; each scores its share.
+        """Return the logits of (query, text) pairs. Every rank must pass the same pairs; each scores its share.
 
-        The batches are the same on any number of ranks, and so are the scores.
+        The batches, and so the scores, are the same on any number of ranks.
 
         Raises:
-            UserError: a score that is not finite, which training would refuse.
+            UserError: a score is not finite; training would refuse it.
         """
         by_length = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         batches = [by_length[first : first + _BATCH] for first in range(0, len(pairs), _BATCH)]
@@ -66,7 +66,7 @@ class CrossScorer:
                 convert_to_tensor=True,
                 show_progress_bar=False,
             ).float()
-        dist.all_reduce(found)  # every pair is some rank's, and 0 on the others
+        dist.all_reduce(found)  # one rank scored each pair, the others hold 0
         scores = found.cpu().numpy()
         wrong = np.flatnonzero(~np.isfinite(scores))
         if len(wrong):
@@ -88,7 +88,7 @@ def _load(model: str) -> Any:
         ) from None
     try:
         encoder = CrossEncoder(model, device=str(host.device()))
-    except Exception as error:  # network, absent repository, damaged weights, …: they have no common base class
+    except Exception as error:  # network, missing repository, damaged weights, … have no common base class
         reason = " ".join(str(error).split())
         raise UserError(
             f"--cross-encoder {model}: cannot be loaded ({type(error).__name__}: {reason}); "
@@ -99,7 +99,7 @@ def _load(model: str) -> Any:
             f"--cross-encoder {model}: gives {encoder.num_labels} numbers a pair; "
             f"wanted a model with one label, such as a reranker"
         )
-    # Of weights without a head transformers makes one at random, another on every rank, and says so in a warning only.
+    # If the weights lack a head, transformers only warns and makes a random one, different on every rank.
     stated = getattr(encoder.model.config, "architectures", None) or []
     if type(encoder.model).__name__.endswith(_HEAD) and not any(name.endswith(_HEAD) for name in stated):
         found = ", ".join(stated) or "a model of unknown class"

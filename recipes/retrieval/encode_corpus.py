@@ -1,8 +1,8 @@
-"""A corpus → a folder of vectors, over all data-parallel ranks, to be stopped at any moment and resumed.
+"""Encode a corpus into a folder of vectors over all data-parallel ranks; a run can stop at any moment and resume.
 
-The rows are cut into shards, a few thousand each, in the order of the input; what a shard's vectors are depends on
-nothing outside it. In each round every model replica takes one shard, sorts it by length, packs it by
-token budget and writes it. A rank holds one shard's vectors, never the corpus'.
+Shards hold a few thousand rows each, in the order of the input. The vectors of a shard depend on nothing outside it. In
+each round every model replica takes one shard, sorts it by length, packs it by token budget and writes it. A rank holds
+the vectors of one shard, never those of the corpus.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ def encode_texts(
     stamp: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> VectorFolder:
-    """Encode into ``output``, or go on where an earlier call stopped. Every rank must call this.
+    """Encode into ``output``, or continue where an earlier call stopped. Every rank must call this.
 
     Args:
-        dim: keep the first ``dim`` numbers (Matryoshka), normalised anew where the model normalises.
-        precision: ``float32``, ``float16``, ``int8`` (each dimension's range, measured on up to 1024 rows from all
-            over the input, is cut into 256 steps), ``binary`` or ``ubinary`` (signs, 8 a byte, as
-            sentence-transformers names them).
-        stamp: the :func:`fingerprint`, where it is known already.
+        dim: keep the first ``dim`` numbers (Matryoshka), normalised again if the model normalises.
+        precision: ``float32``, ``float16``, ``int8`` (256 steps over the range of each dimension, measured on up to
+            1024 rows spread over the input), ``binary`` or ``ubinary`` (8 signs in a byte; the names are those of
+            sentence-transformers).
+        stamp: the :func:`fingerprint`, if already known.
 
     Raises:
-        UserError: ``output`` holds something else, or vectors of another model, input or setting; no room.
+        UserError: ``output`` holds other files, or vectors of another model, input or setting; the disk is full.
     """
     output = Path(output)
     hidden = encoder.config.hidden_size
@@ -79,8 +79,8 @@ def encode_texts(
     stamp = stamp or on_first_rank(lambda: fingerprint(encoder, texts, kind, dim, precision))
     wanted = Manifest(stamp, len(texts), dim or hidden, precision, shards)
     found = on_first_rank(lambda: _found(output, wanted))
-    if found is not None and found.complete and precision != "int8":  # whose calibration may be missing
-        return VectorFolder(output)  # nothing is to be written, so that others may read it at the same time
+    if found is not None and found.complete and precision != "int8":  # with int8 the calibration may be missing
+        return VectorFolder(output)  # nothing to write, so no lock: other runs may read it at the same time
     with writing(output, output / LOCK):
         manifest = on_first_rank(lambda: _open_output(output, wanted))
         job = _Job(encoder, texts, output, manifest, kind)
@@ -91,9 +91,9 @@ def encode_texts(
 
 
 def _open_output(output: Path, wanted: Manifest) -> Manifest:
-    """The manifest to go on from, in the folder that is this run's to write."""
+    """Return the manifest to continue from; write a new one in a new folder. The caller holds the folder's lock."""
     found = _found(output, wanted)
-    for partial in output.glob("*.partial"):  # of a run that was killed
+    for partial in output.glob("*.partial"):  # left by a killed run
         partial.unlink()
     if found is None:
         wanted.write(output)
@@ -102,10 +102,10 @@ def _open_output(output: Path, wanted: Manifest) -> Manifest:
 
 
 def _found(output: Path, wanted: Manifest) -> Manifest | None:
-    """The folder's manifest, in which what is not whole is not complete; None: it has none.
+    """Return the folder's manifest, with incomplete shards marked as such, or None if it has none.
 
     Raises:
-        UserError: a folder of other vectors, or of something else.
+        UserError: the folder holds other vectors or other files.
     """
     found = Manifest.read(output)
     if found is None:
@@ -124,12 +124,12 @@ def _found(output: Path, wanted: Manifest) -> Manifest | None:
 
 
 class _Job:
-    """The shards that are missing, encoded in rounds."""
+    """The encoding of the missing shards, in rounds."""
 
     def __init__(self, encoder: Encoder, texts: Texts, output: Path, manifest: Manifest, kind: Kind) -> None:
         self.encoder, self.texts, self.output, self.manifest, self.kind = encoder, texts, output, manifest, kind
         self.ranges: np.ndarray | None = None
-        # One rank of a model replica writes: of its last stage, where the vectors are, the first.
+        # One rank of a model replica writes: the first rank of its last stage, which has the vectors.
         self.writes = (
             parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -137,7 +137,7 @@ class _Job:
         )
 
     def calibrate(self) -> None:
-        """The range of each dimension, measured once and kept with the vectors."""
+        """Measure the range of each dimension once, and keep it with the vectors."""
         path = self.output / CALIBRATION
         if on_first_rank(path.is_file):
             self.ranges = np.load(path, allow_pickle=False)
@@ -150,11 +150,11 @@ class _Job:
         vectors = self._truncate(vectors)
         ranges = np.stack([vectors.min(0), vectors.max(0)]).astype(np.float32)
         on_first_rank(lambda: write_array(path, ranges))
-        # from the disk: every rank, now or after a stop, takes the very same numbers
+        # Read the ranges from disk, so that every rank uses the same numbers, now and after a restart.
         self.ranges = np.load(path, allow_pickle=False)
 
     def run(self, *, progress: bool) -> None:
-        """Encode what is missing."""
+        """Encode the missing shards."""
         missing = [number for number, shard in enumerate(self.manifest.shards) if not shard.complete]
         rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         done = len(self.texts) - sum(self.manifest.shards[number].rows for number in missing)
@@ -164,13 +164,13 @@ class _Job:
                 together = missing[first : first + replicas]
                 if rank < len(together):
                     self._encode(self.manifest.shards[together[rank]])
-                # Every replica has written its shard, the manifest may say so. This also bounds how long any waits.
+                # After this barrier every replica has written its shard. It also bounds how long a rank waits.
                 dist.all_reduce(torch.zeros((), device=host.device()))
                 self.manifest = self.manifest.with_complete(set(together))
                 if dist.get_rank() == 0:
                     self.manifest.write(self.output)
                 advance(sum(self.manifest.shards[number].rows for number in together))
-        on_first_rank(lambda: None)  # nobody goes on before the last manifest is written
+        on_first_rank(lambda: None)  # a barrier: all ranks wait for the last manifest
 
     def _encode(self, shard: Shard) -> None:
         ids, texts = self.texts.read(shard.first, shard.first + shard.rows)
@@ -196,9 +196,9 @@ class _Job:
 
 
 def report_oddities(texts: Corpus, *, strict: bool = False) -> None:
-    """Rank 0 reads all of it once, and says what can be used and looks odd.
+    """Read the whole corpus once on rank 0, and report rows that are usable but look odd.
 
     Raises:
-        UserError: on every rank, what is wrong with the corpus; with ``strict`` what looks odd, too.
+        UserError: the corpus is wrong, or with ``strict`` it looks odd; raised on every rank.
     """
     on_first_rank(lambda: report([texts.check().odd], strict=strict))

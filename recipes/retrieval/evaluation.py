@@ -1,4 +1,4 @@
-"""Retrieval quality on BEIR folders, with BM25 beside it."""
+"""Retrieval quality of a model and of BM25 on BEIR folders."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Rankings = Mapping[str, Mapping[str, float]]
 #: texts, "query" or "passage" → [n, d]
 Encode = Callable[[Sequence[str], Any], np.ndarray]
 
-_DEPTH = 100  # the deepest metric
+_DEPTH = 100  # documents that the deepest metric, Recall@100, needs
 
 
 def rank_passages(
     queries: np.ndarray, passages: np.ndarray, k: int, *, chunk: int = 65536, query_chunk: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Exact top ``k`` by dot product (the cosine of normalised vectors), in fp32, chunk by chunk.
+    """Find the exact top ``k`` by dot product (the cosine of normalised vectors) in fp32, chunk by chunk.
 
     Args:
         queries: ``[q, d]``.
         passages: ``[n, d]``.
 
     Returns:
-        scores and passage indices, both ``[q, min(k, n)]``, best first, equal scores by passage.
+        Scores and passage indices, both ``[q, min(k, n)]``, best first, equal scores by passage.
     """
     import torch
 
@@ -50,15 +50,15 @@ def rank_passages(
 
 
 def metrics(qrels: Mapping[str, Mapping[str, int]], run: Rankings) -> Metrics:
-    """nDCG@10, Recall@100 and MRR@10 by pytrec_eval, the mean over the queries of ``qrels``.
+    """Return nDCG@10, Recall@100 and MRR@10 by pytrec_eval, each the mean over the queries of ``qrels``.
 
-    A query without any ranked document counts 0.
+    A query without ranked documents counts 0.
     """
     import pytrec_eval
 
     judged = {query: dict(grades) for query, grades in qrels.items()}
     ranked = {query: dict(run.get(query, {})) for query in judged}
-    # recip_rank knows no depth, so it is given ten documents; trec_eval breaks ties by the greater document id
+    # recip_rank has no depth, so it gets only ten documents. trec_eval puts the greater document id first in ties.
     top = {
         query: dict(sorted(documents.items(), key=lambda item: (item[1], item[0]), reverse=True)[:10])
         for query, documents in ranked.items()
@@ -77,7 +77,7 @@ def metrics(qrels: Mapping[str, Mapping[str, int]], run: Rankings) -> Metrics:
 
 
 def score(collection: Collection, queries: np.ndarray, passages: np.ndarray) -> Metrics:
-    """Metrics of the vectors of a collection's queries ``[q, d]`` and documents ``[n, d]``, in its order."""
+    """Return the metrics of vectors of a collection's queries ``[q, d]`` and documents ``[n, d]``, in its order."""
     documents = list(collection.corpus)
     scores, indices = rank_passages(queries, passages, _DEPTH)
     run = {
@@ -88,16 +88,16 @@ def score(collection: Collection, queries: np.ndarray, passages: np.ndarray) -> 
 
 
 def evaluate(encode: Encode, collections: Sequence[Collection], *, bm25: bool = False) -> dict[str, dict[str, Any]]:
-    """Measure a model.
+    """Measure a model on collections.
 
     Args:
-        encode: (texts, ``"query"`` or ``"passage"``) → ``[n, d]``, whose scalar products rank, as
-            ``Encoder.from_pretrained(…, scores=True).encode`` gives them. Under torchrun every rank must call this, if
-            every rank takes part in the encoding.
+        encode: (texts, ``"query"`` or ``"passage"``) → vectors ``[n, d]`` whose scalar products rank, such as
+            ``Encoder.from_pretrained(…, scores=True).encode``. If every rank takes part in the encoding, every rank
+            must call :func:`evaluate`.
         bm25: measure BM25 too.
 
     Returns:
-        collection name → ``{"ndcg@10": …, "recall@100": …, "mrr@10": …}``, and ``"bm25": {the same}`` if wanted.
+        Collection name → ``{"ndcg@10": …, "recall@100": …, "mrr@10": …}``, with ``"bm25": {the same}`` if asked for.
     """
     results: dict[str, dict[str, Any]] = {}
     for collection in collections:
@@ -112,7 +112,7 @@ def evaluate(encode: Encode, collections: Sequence[Collection], *, bm25: bool = 
 
 
 def markdown_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """What :func:`evaluate` returns, one row a collection and system."""
+    """Return the results of :func:`evaluate` as a table, one row for each collection and system."""
     lines = [f"| collection | system | {' | '.join(METRICS)} |", f"|---|---|{'---:|' * len(METRICS)}"]
     for collection, found in results.items():
         systems = {"model": found} | ({"BM25": found["bm25"]} if "bm25" in found else {})

@@ -1,4 +1,4 @@
-"""Everything that vectors depend on, as hashes and settings: what tells those of one model or input from others'."""
+"""Fingerprints of vectors: hashes and settings of everything that tells vectors of one model or input from others."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def fingerprint(
     *,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that vectors depend on. Reads the whole model and input: for one rank to call.
+    """Return the fingerprint of vectors. It reads the whole model and input, so only one rank should call it.
 
     Args:
-        model: the :func:`model_fingerprint`, where it is known already.
+        model: the :func:`model_fingerprint`, if already known.
     """
     assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
     tokenizer = encoder.tokenizer
@@ -34,7 +34,7 @@ def fingerprint(
         "kind": kind,
         "prompt": tokenizer.prompts[kind],
         "max_length": tokenizer.max_lengths[kind],
-        # named only where it acts, so that folders from before it was known stay what they were
+        # The key is present only if lower-casing is on, so that older folders keep their fingerprints.
         **({"do_lower_case": True} if tokenizer.do_lower_case else {}),
         "dim": dim or encoder.config.hidden_size,
         "precision": precision,
@@ -44,7 +44,7 @@ def fingerprint(
 
 
 def model_fingerprint(source: ModelSource) -> dict[str, Any]:
-    """Hashes of a model's weights, settings and tokenizer; where its folder lies does not matter."""
+    """Return hashes of a model's weights, settings and tokenizer; the place of its folder does not matter."""
     if source.iter_dir is not None:
         weights = sorted([*source.iter_dir.glob("*.distcp"), source.iter_dir / ".metadata"])
     else:

@@ -1,7 +1,7 @@
 """Mine hard negatives for training data from a corpus, with any model.
 
-Corpus, queries and those positives that are no documents are encoded into a cache, each under a key made of everything
-that its vectors depend on; the ranks then search the corpus together and choose negatives by the rules of
+The miner encodes the corpus, the queries and the positives that are no documents into a cache, each under a key that
+hashes everything its vectors depend on. The ranks then search the corpus together and choose negatives by the rules of
 :mod:`megatron_embed.recipes.retrieval.mining`.
 """
 
@@ -37,7 +37,7 @@ from megatron_embed.recipes.retrieval.training_texts import TrainingTexts
 from megatron_embed.recipes.retrieval.vectors import VectorFolder, write_file
 from megatron_embed.recipes.retrieval.writer_lock import LOCK, writing
 
-_BLOCK = 4096  # queries searched together
+_BLOCK = 4096  # queries in one search
 
 
 def mine(
@@ -54,22 +54,22 @@ def mine(
     progress: bool = False,
     strict: bool = False,
 ) -> Audit:
-    """Write ``output``: the rows of ``data`` with mined negatives. Every rank must call this.
+    """Write the rows of ``data`` with mined negatives to ``output``. Every rank must call this.
 
     Args:
-        cache: folder for vectors, shared by all ranks; kept, so that a second run encodes nothing again.
-        with_scores: add the model's scores of the positives and negatives as a teacher's.
-        cross_encoder: add those of this cross-encoder instead, see :class:`CrossScorer`.
-        strict: what looks odd in the corpus or the training data is an error.
+        cache: folder for vectors, shared by all ranks; it is kept, so a second run encodes nothing again.
+        with_scores: add the model's scores of the positives and negatives as a teacher's answers.
+        cross_encoder: add the scores of this cross-encoder instead, see :class:`CrossScorer`.
+        strict: treat odd rows in the corpus or the training data as an error.
 
     Raises:
-        UserError: bad input, an encoder whose scalar products are not its model's similarity, a cross-encoder that
-            cannot be used, a cache that holds other vectors under the key, or another run that is writing the output
-            or the same vectors.
+        UserError: the input is bad, the encoder's scalar products are not its model's similarity, the cross-encoder is
+            unusable, the cache holds other vectors under the key, or another run is writing the output or the same
+            vectors.
     """
     if with_scores and cross_encoder is not None:
         raise UserError("--scores and --cross-encoder: both write 'scores'; give one of them")
-    scorer = None if cross_encoder is None else CrossScorer(str(cross_encoder))  # what is wrong with it shows first
+    scorer = None if cross_encoder is None else CrossScorer(str(cross_encoder))  # fails before the long work
     source = PairSource(DataSource(path=data))
     assert encoder.source is not None, "an encoder from Encoder.from_pretrained"
     opened = encoder.source
@@ -111,7 +111,7 @@ def mine(
 
 
 def _checked(corpus: Corpus, text_ids: Path) -> OddRows:
-    """:func:`check_corpus` for all ranks, and for one run at a time where there is something to write."""
+    """Run :func:`check_corpus` for all ranks; if it has to write, only one run at a time does so."""
     before = on_first_rank(lambda: checked_before(corpus, text_ids))
     if before is not None:
         return before
@@ -120,12 +120,12 @@ def _checked(corpus: Corpus, text_ids: Path) -> OddRows:
 
 
 def key(stamp: dict[str, Any]) -> str:
-    """The cache's name for vectors of this fingerprint."""
+    """Return the name in the cache of vectors with this fingerprint."""
     return hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _bound(documents: VectorFolder) -> float:
-    """The greatest score that vectors of no fixed length are likely to have."""
+    """Estimate the greatest score of vectors that are not normalised, from the longest vector of the first shard."""
     return float(np.linalg.norm(documents.shard(0), axis=1).max() ** 2)
 
 
@@ -150,17 +150,17 @@ class _Miner:
         self.known = KnownPositives(source)
 
     def write(self, output: Path) -> None:
-        """Rank 0 writes the rows; on the others they only take part in finding them."""
+        """Write the rows on rank 0; the other ranks only take part in finding them."""
         if dist.get_rank() == 0:
             output.parent.mkdir(parents=True, exist_ok=True)
             write_file(output, lambda file: [file.write(_line(row)) for block in self.blocks() for row in block])
         else:
             for _ in self.blocks():
                 pass
-        on_first_rank(lambda: None)  # nobody leaves before the file is whole
+        on_first_rank(lambda: None)  # a barrier: all ranks wait until the file is complete
 
     def blocks(self) -> Iterator[list[dict[str, Any]]]:
-        """The output, block by block, on every rank; each rank has chosen for its part of a block."""
+        """Yield the output rows block by block on every rank; each rank chooses negatives for its part of a block."""
         rank, world = dist.get_rank(), dist.get_world_size()
         for first in range(0, len(self.queries), _BLOCK):
             vectors = self.queries.rows(first, min(first + _BLOCK, len(self.queries)))
@@ -212,7 +212,7 @@ class _Miner:
         return found
 
     def total_audit(self) -> Audit:
-        """The counts of all ranks."""
+        """Return the audit with the counts of all ranks."""
         numbers = torch.from_numpy(self.audit.numbers()).to(host.device())
         dist.all_reduce(numbers)
         self.audit.take(numbers.cpu().numpy())

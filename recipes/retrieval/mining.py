@@ -1,4 +1,4 @@
-"""Which of the documents that a model finds for a query are its hard negatives."""
+"""The rules that choose a query's hard negatives among the documents that a model finds for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_embed.recipes.datasets.pair import Pair, Teacher
 from megatron_embed.recipes.datasets.pairs import PairSource
 from megatron_embed.recipes.datasets.text_ids import text_id
 
-#: why a candidate is no negative, in the order in which they are asked
+#: reasons to drop a candidate, in the order in which they are checked
 REASONS = (
     "known positive",
     "same text as the query",
@@ -30,14 +30,14 @@ _COUNTS = ("queries", "short", "without", "candidates", "kept", "spare", "scores
 
 @dataclass(frozen=True)
 class MiningRules:
-    """What a hard negative is.
+    """The rules for hard negatives.
 
     Attributes:
-        negatives: how many a query gets at most: the best ranked of what the rules leave.
-        ranks: first and last + 1 of the ranks looked at, from 0, over the whole corpus, positives included.
-        max_score_ratio: a negative scores at most this share of the lowest-scoring positive (of a positive below 0,
-            as much lower as it would be above: ``p − (1 − ratio)·|p|``). Infinite: no limit.
-        margin: a negative scores at most the lowest-scoring positive less this.
+        negatives: most negatives of a query: the best ranked of those that the rules leave.
+        ranks: first and last + 1 of the considered ranks, from 0, over the whole corpus, positives included.
+        max_score_ratio: highest score of a negative as a share of the lowest-scoring positive's score p. For p below 0
+            the limit is as far below p as for a positive p: ``p − (1 − ratio)·|p|``. Infinite: no limit.
+        margin: a negative scores at most the lowest-scoring positive's score minus this margin. None: no limit.
     """
 
     negatives: int = 4
@@ -55,16 +55,16 @@ class MiningRules:
             )
 
     def ratio_limit(self, positive: float) -> float:
-        """Greatest score of a negative beside a positive of this score, by ``max_score_ratio``."""
+        """Return the highest score that ``max_score_ratio`` allows a negative, given the positive's score."""
         return positive - (1 - self.max_score_ratio) * abs(positive) if positive else 0.0
 
     def margin_limit(self, positive: float) -> float:
-        """The same by ``margin``."""
+        """Return the highest score that ``margin`` allows a negative, given the positive's score."""
         return np.inf if self.margin is None else positive - self.margin
 
 
 class KnownPositives:
-    """All positives of each query text, over all rows of the data: 16 bytes an example."""
+    """All positives of each query text, over all rows of the data; takes 16 bytes for each example."""
 
     def __init__(self, source: PairSource) -> None:
         pairs = np.empty((len(source), 2), dtype=np.uint64)
@@ -76,8 +76,8 @@ class KnownPositives:
         self._queries, self._positives = pairs[order].T.copy()
 
     def of(self, query: str) -> np.ndarray:
-        """Identities of the query's positives."""
-        wanted = np.uint64(text_id(query))  # a Python int would be compared in floating point
+        """Return the identities of the query's positives."""
+        wanted = np.uint64(text_id(query))  # NumPy would compare a Python int in floating point
         first = np.searchsorted(self._queries, wanted)
         last = np.searchsorted(self._queries, wanted, side="right")
         return self._positives[first:last]
@@ -85,11 +85,12 @@ class KnownPositives:
 
 @dataclass
 class Audit:
-    """What became of the candidates, and where the scores lie (``BINS`` equal parts of ±``bound``).
+    """Counts of the candidates' fates, and histograms of the scores (``BINS`` equal parts of ±``bound``).
 
     Attributes:
-        odd: what looked odd in the corpus and in the training data.
-        scores_dropped, vectors_dropped: rows of whose teacher's answers the output has none, see :func:`still_said`.
+        odd: odd rows of the corpus and of the training data.
+        scores_dropped, vectors_dropped: number of rows whose teacher's scores or vectors are missing in the output, see
+            :func:`still_said`.
     """
 
     bound: float = 1.0
@@ -106,19 +107,19 @@ class Audit:
     histograms: np.ndarray = field(default_factory=lambda: np.zeros((3, BINS), dtype=np.int64))
 
     def numbers(self) -> np.ndarray:
-        """All counts in one array, to be added up over ranks; undone by :meth:`take`."""
+        """Return all counts in one array, to sum over ranks; :meth:`take` is the inverse."""
         single = np.array([getattr(self, name) for name in _COUNTS], dtype=np.int64)
         return np.concatenate([single, self.dropped, self.histograms.ravel()])
 
     def take(self, numbers: np.ndarray) -> None:
-        """Replace all counts."""
+        """Replace all counts by those of an array from :meth:`numbers`."""
         single, self.dropped, histograms = np.split(numbers, np.cumsum([len(_COUNTS), len(REASONS)]))
         for name, number in zip(_COUNTS, single.tolist(), strict=True):
             setattr(self, name, number)
         self.histograms = histograms.reshape(3, BINS)
 
     def count(self, group: int, scores: np.ndarray) -> None:
-        """Add scores to a histogram: 0 positives, 1 negatives, 2 dropped for their score."""
+        """Add scores to a histogram: group 0 for positives, 1 for negatives, 2 for texts dropped for their score."""
         edges = np.linspace(-self.bound, self.bound, BINS + 1)
         self.histograms[group] += np.histogram(np.clip(scores, -self.bound, self.bound), edges)[0]
 
@@ -134,13 +135,13 @@ def choose_negatives(
     text_ids: np.ndarray,
     audit: Audit,
 ) -> np.ndarray:
-    """Places, within one query's ranking, of its hard negatives.
+    """Return the places of a query's hard negatives in its ranking, and count its candidates in ``audit``.
 
     Args:
-        scores, rows: ``[k]`` the ranking from rank 0 on, best first; row −1: nothing.
+        scores, rows: ``[k]`` the ranking from rank 0 on, best first; row −1 means no document.
         positives: scores of the query's positives.
         known: identities of its known positives.
-        text_ids: ``[corpus, 2]`` identities of each document with its title and without.
+        text_ids: ``[corpus, 2]`` identities of each document with and without its title.
     """
     first, last = rules.ranks
     places = np.arange(first, min(last, len(rows)))
@@ -176,9 +177,10 @@ def choose_negatives(
 
 
 def still_said(pair: Pair, negatives: list[str]) -> Teacher:
-    """What a row's teacher said of its positives and of other negatives; nothing where one of these is new to it.
+    """Return the teacher's answers for a row's positives and the given negatives, if the row has all of them.
 
-    Nothing then of the positives either: training takes answers for all of a row's texts, or none.
+    If one negative is new to the teacher, return no answers at all, because training takes answers for all texts of a
+    row or for none.
     """
     place = {text: number for number, text in enumerate(pair.negatives)}
     if not all(text in place for text in negatives):

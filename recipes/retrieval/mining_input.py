@@ -1,4 +1,4 @@
-"""What mining reads, checked before anything is encoded."""
+"""Check the input of mining before anything is encoded."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ REPEATED_TEXTS = "rows repeat the text of an earlier row, which alone can be a n
 
 
 def check_corpus(corpus: Corpus, text_ids: Path) -> OddRows:
-    """Check a corpus, or take what an earlier check of the same file found.
+    """Check a corpus, or return the result of an earlier check of the same file.
 
     Args:
-        text_ids: where the identities of its documents are to lie, see
-            :class:`megatron_embed.recipes.datasets.corpus.CorpusFacts`; what looks odd lies beside.
+        text_ids: the file to write the identities of its documents to, see
+            :class:`megatron_embed.recipes.datasets.corpus.CorpusFacts`; the odd rows go to a file beside it.
 
     Raises:
-        UserError: as :meth:`megatron_embed.recipes.datasets.corpus.Corpus.check`.
+        UserError: see :meth:`megatron_embed.recipes.datasets.corpus.Corpus.check`.
     """
     if (before := checked_before(corpus, text_ids)) is not None:
         return before
@@ -41,24 +41,26 @@ def check_corpus(corpus: Corpus, text_ids: Path) -> OddRows:
 
 
 def checked_before(corpus: Corpus, text_ids: Path) -> OddRows | None:
-    """What an earlier :func:`check_corpus` found; None: there was none."""
+    """Return the odd rows that an earlier :func:`check_corpus` found, or None if there was no earlier check."""
     if not _beside(text_ids).is_file() or not text_ids.is_file():
         return None
     return OddRows.again(corpus.path, json.loads(_beside(text_ids).read_text(encoding="utf-8")))
 
 
 def _beside(text_ids: Path) -> Path:
-    return text_ids.with_suffix(".odd.json")  # written last: with it, all is there
+    return text_ids.with_suffix(".odd.json")  # written last, so its presence means that all files are complete
 
 
 def check_prompts(source: PairSource, prompt: str) -> None:
-    """Refuse positives with a prompt of their own: the corpus is encoded with the model's, so scores would differ.
+    """Refuse positives whose own prompt differs from the model's, with which the corpus is encoded.
+
+    Their scores would not be comparable with those of the corpus.
 
     Args:
-        prompt: the model's, of passages.
+        prompt: the model's prompt of passages.
 
     Raises:
-        UserError: naming the data and the prompts.
+        UserError: the message names the data and the prompts.
     """
     for own in source.passage_prompts:
         if own != prompt:
@@ -69,6 +71,6 @@ def check_prompts(source: PairSource, prompt: str) -> None:
 
 
 def _repeated(ids: np.ndarray) -> np.ndarray:
-    """Rows that have an earlier row's text, without those that have none."""
+    """Return the rows that repeat an earlier row's text, except rows without text."""
     again = repeats(ids)
     return again[ids[again] != text_id("")]

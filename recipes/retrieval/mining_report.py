@@ -1,4 +1,4 @@
-"""What mining tells about itself at its end: the audit as text, as JSON, and as a picture of the scores."""
+"""The report of mining: the audit as text, as JSON, and as a figure of the scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_embed.recipes.retrieval.vectors import write_file
 
 
 def audit_as_text(audit: Audit, rules: MiningRules) -> str:
-    """The audit as text."""
+    """Return the audit as text."""
     share = max(audit.candidates, 1)
     lines = [
         f"{audit.queries:,} queries, {audit.candidates:,} candidates at ranks {rules.ranks[0]} to {rules.ranks[1] - 1}"
@@ -36,12 +36,15 @@ def audit_as_text(audit: Audit, rules: MiningRules) -> str:
 
 
 def beside(output: Path, ending: str) -> Path:
-    """``OUT.audit.json`` of ``OUT.jsonl``; of a name with another ending all of it is kept."""
+    """Return the path beside ``output`` with another ending, such as ``OUT.audit.json`` for ``OUT.jsonl``.
+
+    The ending replaces ``.jsonl`` or ``.json``; it follows any other name.
+    """
     return output.with_name(output.name.removesuffix(".jsonl").removesuffix(".json") + ending)
 
 
 def write_audit(audit: Audit, rules: MiningRules, output: Path) -> None:
-    """``OUT.audit.json``, and the picture of the scores, ``OUT.scores.png``."""
+    """Write ``OUT.audit.json`` and the figure of the scores, ``OUT.scores.png``."""
     value = {
         "queries": audit.queries,
         "candidates": audit.candidates,

@@ -1,4 +1,4 @@
-"""The vectors of training data's positives: a document's own where a positive is a document, else encoded."""
+"""Vectors of the positives of training data: a document's vector if the positive is a document, else its own."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from megatron_embed.recipes.retrieval.vectors import VectorFolder
 
 
 def find_documents(source: PairSource, corpus: Corpus, text_ids: np.ndarray) -> np.ndarray:
-    """Which documents the positives of training data are.
+    """Find the documents that the positives of training data are. The search takes 24 bytes for each document.
 
     Args:
         text_ids: ``[documents, 2]``, see :class:`megatron_embed.recipes.datasets.corpus.CorpusFacts`.
 
     Returns:
-        ``[examples]`` int64: the first document with the text of an example's positive; −1 where there is none, or
-        where it differs in the white space around it, which the model sees. While it looks, a document takes 24 bytes.
+        ``[examples]`` int64: the first document with the text of an example's positive; −1 if there is none, or if the
+        two differ in the white space around the text, which the model sees.
     """
     order = np.argsort(text_ids[:, 0], kind="stable")
     ids = text_ids[order, 0]
     found = np.full(len(source), -1, dtype=np.int64)
     for row in range(source.rows):
         for example, text in zip(source.examples(row), source.pair(row).positives, strict=True):
-            wanted = np.uint64(text_id(text))  # a Python int would be compared in floating point
+            wanted = np.uint64(text_id(text))  # NumPy would compare a Python int in floating point
             at = int(np.searchsorted(ids, wanted))
             if at < len(ids) and ids[at] == wanted:
                 document = int(order[at])
@@ -38,9 +38,9 @@ class PositiveVectors:
     """The vectors of all examples' positives.
 
     Args:
-        documents: of the whole corpus.
-        found: of :func:`find_documents`.
-        others: of the positives that are no documents, in the order of the examples; None where all are.
+        documents: vectors of the whole corpus.
+        found: the result of :func:`find_documents`.
+        others: vectors of the positives that are no documents, in the order of the examples; None if all are documents.
     """
 
     def __init__(self, documents: VectorFolder, found: np.ndarray, others: VectorFolder | None) -> None:
@@ -48,7 +48,7 @@ class PositiveVectors:
         self._places = np.cumsum(found < 0) - 1
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """``[last - first, dim]``: the examples ``first`` to ``last - 1``."""
+        """Return the vectors ``[last - first, dim]`` of the examples ``first`` to ``last - 1``."""
         parts = []
         for example in range(first, last):
             folder, row = self._documents, int(self._found[example])

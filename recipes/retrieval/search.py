@@ -1,4 +1,4 @@
-"""The best documents of each query among vectors on the disk: exact, shared over all ranks, a shard at a time."""
+"""Exact search for the best documents among vectors on disk; the ranks share the work, one shard at a time."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from megatron_embed.recipes.retrieval.vectors import VectorFolder
 
 
 class Searcher:
-    """Each rank looks through every n-th shard and holds one of them; what they find is merged on all ranks.
+    """A search over a corpus. Each of n ranks scans every n-th shard, one at a time; all ranks get the merged results.
 
-    The answer does not depend on the number of ranks: a shard's scores are the same matrix product on any rank, and
+    The result does not depend on the number of ranks: a shard's scores are the same matrix product on any rank, and
     equal scores are ordered by row.
 
     Args:
         corpus: fp32 vectors.
-        k: how many documents a query gets, or as many as there are.
-        faiss: a factory string (``Flat``, ``HNSW32``, ``IVF1024,Flat``): search an index of that kind instead, which
-            holds all of a rank's part in memory.
+        k: number of documents for a query, at most all.
+        faiss: a factory string (``Flat``, ``HNSW32``, ``IVF1024,Flat``) of an index to search instead; it holds all
+            vectors of the rank's shards in memory.
 
     Raises:
-        UserError: FAISS is wanted and not installed, or does not know the index.
+        UserError: ``faiss`` is given and FAISS is not installed or cannot build the index.
     """
 
     def __init__(self, corpus: VectorFolder, k: int, *, faiss: str | None = None) -> None:
@@ -39,13 +39,14 @@ class Searcher:
             self._build_index(faiss)
 
     def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Every rank must call this with the same queries.
+        """Find the best documents of each query. Every rank must call this with the same queries.
 
         Args:
             queries: ``[q, d]`` fp32.
 
         Returns:
-            scores and rows of the corpus, both ``[q, k]``, best first. An approximate index may find fewer: −inf, −1.
+            Scores and rows of the corpus, both ``[q, k]``, best first. Places that an approximate index leaves empty
+            hold −inf and −1.
         """
         scores, rows = self._exact(queries) if self._index is None else self._approximate(queries)
         world = dist.get_world_size()
@@ -70,7 +71,7 @@ class Searcher:
             return best, where
         _, found = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), self.k)
         rows = np.where(found >= 0, self._index_rows[found], -1)
-        scores = self._exact_scores(queries, rows)  # an index that compresses estimates them only
+        scores = self._exact_scores(queries, rows)  # an index that compresses vectors only estimates scores
         return torch.from_numpy(scores).to(best), torch.from_numpy(rows).to(where)
 
     def _exact_scores(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -78,7 +79,7 @@ class Searcher:
         for number in self._own:
             shard = self.corpus.manifest.shards[number]
             theirs, inside = self.corpus.shard(number), (rows >= shard.first) & (rows < shard.first + shard.rows)
-            for asking in np.flatnonzero(inside.any(axis=1)):  # one by one: all at once would be GBs of vectors
+            for asking in np.flatnonzero(inside.any(axis=1)):  # one by one, as all at once would copy GBs of vectors
                 place = np.flatnonzero(inside[asking])
                 scores[asking, place] = theirs[rows[asking, place] - shard.first] @ queries[asking]
         return scores

@@ -1,4 +1,4 @@
-"""The exact best scalar products of queries with vectors that come in parts."""
+"""Exact top-k scalar products of queries with vectors that arrive in parts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ def top_k(queries: Tensor, parts: Iterable[tuple[int, Tensor]], k: int) -> tuple
 
     Args:
         queries: ``[q, d]`` fp32.
-        parts: (number of the first row, ``[n, d]`` fp32 on the queries' device), by rising rows; one is held at a time.
+        parts: (number of the first row, ``[n, d]`` fp32 on the queries' device), in ascending order of rows. Only one
+            part is in memory at a time.
 
     Returns:
-        ``[q, k]`` fp32 and int64; where there are fewer rows −inf and −1.
+        Scores ``[q, k]`` fp32 and rows ``[q, k]`` int64; −inf and −1 fill the places beyond the number of rows.
     """
     best, where = nothing_found(len(queries), k, queries.device)
     for first, part in parts:
         new, position = (queries @ part.T).topk(min(k, len(part)), dim=1)
         position, order = position.sort(dim=1)
-        # what was found before stands first, and what is new by row: a stable sort leaves ties in this order
+        # Earlier results come first, and new ones follow by row. A stable sort keeps ties in this order.
         best = torch.cat([best, new.gather(1, order)], dim=1)
         where = torch.cat([where, position + first], dim=1)
         best, order = best.sort(dim=1, descending=True, stable=True)
@@ -31,6 +32,6 @@ def top_k(queries: Tensor, parts: Iterable[tuple[int, Tensor]], k: int) -> tuple
 
 
 def nothing_found(queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the answer of :func:`top_k` among no rows."""
+    """Return the result of :func:`top_k` over no rows."""
     scores = torch.full((queries, k), -torch.inf, device=device)
     return scores, torch.full((queries, k), -1, dtype=torch.long, device=device)

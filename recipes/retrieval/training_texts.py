@@ -1,4 +1,4 @@
-"""Training data as texts to encode, as mining wants them."""
+"""Training data as texts to encode, for mining."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megatron_embed.recipes.datasets.tokenization import Kind
 
 
 class TrainingTexts:
-    """The queries of training data, a row each, or their positives, an example each, as texts to encode.
+    """The queries (one for each row) or the positives (one for each example) of training data, as texts to encode.
 
     Args:
-        only: rising numbers of the rows or examples that are wanted; None: all.
+        only: numbers of the rows or examples to use, in ascending order; None: all.
     """
 
     def __init__(self, source: PairSource, kind: Kind, prompt: str, only: np.ndarray | None = None) -> None:
@@ -26,19 +26,19 @@ class TrainingTexts:
         return len(self._numbers)
 
     def read(self, first: int, last: int) -> tuple[list[str], list[str]]:
-        """Numbers and texts."""
+        """Return the numbers, as ids, and the texts."""
         numbers = self._numbers[first:last]
         return list(map(str, numbers)), list(map(self._text, numbers))
 
     def prompts(self, first: int, last: int) -> list[str] | None:
-        """Some rows have prompts of their own."""
+        """Return the prompts of queries, a row's own if it has one; None for positives."""
         if self.kind != "query":
             return None
         own = (self.source.pair(number).query_prompt for number in self._numbers[first:last])
         return [self.prompt if prompt is None else prompt for prompt in own]
 
     def digest(self) -> str:
-        """SHA-256 of the texts and prompts."""
+        """Return the SHA-256 of the texts and prompts."""
         total = hashlib.sha256()
         for index in range(len(self)):
             text = "".join([*(self.prompts(index, index + 1) or ()), *self.read(index, index + 1)[1]]).encode()

@@ -1,7 +1,7 @@
-"""Vectors on disk: a folder of ``.npy`` shards with ids, and a manifest that says what they are and which are whole.
+"""Vectors on disk: a folder of ``.npy`` shards with ids, and a manifest that describes them and marks complete ones.
 
-Whatever ends a writer at any moment, the folder stays right: a file gets its name when all of it is on the disk, and
-a shard counts once the manifest says so.
+The folder stays valid whenever and however a writer ends: a file gets its name after all of it is on disk, and a shard
+counts once the manifest marks it as complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_embed.conversion.io.disk_errors import NO_SPACE
 
 FORMAT, MANIFEST, CALIBRATION = "megatron-embed vectors 1", "manifest.json", "calibration.npy"
 
-#: precision → dtype on disk; of binary vectors 8 numbers lie in one
+#: precision → dtype on disk; binary vectors have 8 numbers in one byte
 DTYPES = {"float32": "float32", "float16": "float16", "int8": "int8", "binary": "int8", "ubinary": "uint8"}
 
 
@@ -37,11 +37,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
-        fingerprint: everything the vectors depend on; see ``fingerprints.fingerprint``.
-        dim: numbers of a vector, before binary ones are packed.
+        fingerprint: everything that the vectors depend on; see ``fingerprints.fingerprint``.
+        dim: numbers in a vector, before binary vectors are packed.
     """
 
     fingerprint: dict[str, Any]
@@ -56,11 +56,11 @@ class Manifest:
 
     @property
     def width(self) -> int:
-        """Columns on disk."""
+        """Number of columns on disk."""
         return -(-self.dim // 8) if self.precision.endswith("binary") else self.dim
 
     def with_complete(self, numbers: set[int]) -> Manifest:
-        """The same with these shards complete."""
+        """Return a copy in which these shards are complete."""
         shards = [replace(s, complete=s.complete or number in numbers) for number, s in enumerate(self.shards)]
         return replace(self, shards=shards)
 
@@ -72,10 +72,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The folder's manifest, or None where it has none.
+        """Read the folder's manifest; return None if it has none.
 
         Raises:
-            UserError: it is damaged, or another program's.
+            UserError: the file is damaged or belongs to another program.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -91,7 +91,7 @@ class Manifest:
 
 
 def plan_shards(rows: int, shard_rows: int) -> list[Shard]:
-    """Equal parts of at most ``shard_rows``."""
+    """Cut ``rows`` into equal shards of at most ``shard_rows`` rows."""
     count = max(1, -(-rows // shard_rows))
     bounds = [rows * number // count for number in range(count + 1)]
     return [
@@ -103,10 +103,10 @@ def plan_shards(rows: int, shard_rows: int) -> list[Shard]:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside, flush to the disk, rename.
+    """Write a temporary file beside ``path``, flush it to disk and rename it.
 
     Raises:
-        UserError: no room on the disk, or what ``write`` raises; then nothing is left behind.
+        UserError: the disk is full, or ``write`` raises it; no file is left behind.
     """
     try:
         with atomic_file(path) as file:
@@ -124,16 +124,16 @@ def write_array(path: Path, values: np.ndarray) -> None:
     """Write an ``.npy`` file in one step.
 
     Raises:
-        UserError: no room on the disk.
+        UserError: the disk is full.
     """
     write_file(path, lambda file: save_array(file, values))
 
 
 class VectorFolder:
-    """A complete folder, read shard by shard; vectors stay on the disk until they are asked for.
+    """A complete folder, read shard by shard; vectors stay on disk until they are used.
 
     Raises:
-        UserError: no such folder, or one whose encoding did not end.
+        UserError: the folder does not exist, or its encoding is incomplete.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -152,15 +152,15 @@ class VectorFolder:
         return self.manifest.rows
 
     def shard(self, number: int) -> np.ndarray:
-        """``[rows, width]`` as on the disk, mapped into memory."""
+        """Return the vectors ``[rows, width]`` of a shard as on disk, mapped into memory."""
         return np.load(self.folder / self.manifest.shards[number].vectors, mmap_mode="r", allow_pickle=False)
 
     def ids(self, number: int) -> list[str]:
-        """The ids of a shard's rows."""
+        """Return the ids of a shard's rows."""
         return json.loads((self.folder / self.manifest.shards[number].ids).read_text(encoding="utf-8"))
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows across shards, as on the disk."""
+        """Return the rows ``first`` to ``last - 1`` across shards, as on disk."""
         parts = [
             self.shard(number)[max(first - shard.first, 0) : max(last - shard.first, 0)]
             for number, shard in enumerate(self.manifest.shards)
@@ -174,7 +174,7 @@ class VectorFolder:
 
 
 def is_whole(folder: Path, manifest: Manifest, shard: Shard) -> bool:
-    """Whether the shard's files are what the manifest says (a file may have been cut short since)."""
+    """Return whether the shard's files match the manifest; a file may have been truncated later."""
     try:
         found = np.load(folder / shard.vectors, mmap_mode="r", allow_pickle=False)
         ids = json.loads((folder / shard.ids).read_text(encoding="utf-8"))
@@ -185,7 +185,7 @@ def is_whole(folder: Path, manifest: Manifest, shard: Shard) -> bool:
 
 
 def fingerprint_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, long values shortened."""
+    """Return the differences between two fingerprints, with long values shortened."""
 
     def short(value: Any) -> str:
         text = repr(value)
@@ -196,10 +196,10 @@ def fingerprint_differences(found: Mapping[str, Any], wanted: Mapping[str, Any])
 
 
 def quantize(vectors: np.ndarray, precision: str, ranges: np.ndarray | None = None) -> np.ndarray:
-    """fp32 vectors in another precision: the numbers of sentence-transformers' ``quantize_embeddings``.
+    """Convert fp32 vectors to another precision, with the numbers of sentence-transformers' ``quantize_embeddings``.
 
     Args:
-        ranges: ``[2, dim]`` least and greatest value of each dimension, for int8. Values outside are clipped.
+        ranges: ``[2, dim]`` least and greatest value of each dimension, for int8; values outside are clipped.
     """
     if precision == "int8":
         assert ranges is not None

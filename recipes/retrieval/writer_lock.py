@@ -1,4 +1,4 @@
-"""One run at a time writes a folder or a file: a lock that the kernel takes back, whatever ends the process."""
+"""A lock that lets one run at a time write a folder or a file. The kernel releases it however the process ends."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.encoding.rank_zero import on_first_rank
 
-#: what the lock is called in the folder that it is for
+#: name of the lock file in the folder that it protects
 LOCK = ".lock"
-#: of file systems without locks; there, runs are not kept apart
+#: error numbers of file systems without locks, where runs are not kept apart
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -26,11 +26,12 @@ def writing(what: Path, lock: Path) -> Iterator[None]:
     """Keep other runs from writing ``what`` until the block ends. Every rank must enter; rank 0 holds the lock.
 
     Args:
-        lock: the file that is locked, in a folder that is made where it is missing. It says who holds it, and is gone
-            in the end; where a run was killed it stays, locked by nobody.
+        lock: the file to lock; its folder is created if missing. The file names its holder and is removed in the end. A
+            killed run leaves it behind, unlocked.
 
     Raises:
-        UserError: on every rank, another run is writing it, which is named; or the lock cannot be written.
+        UserError: another run, which the message names, is writing ``what``, or the lock cannot be written; raised on
+            every rank.
     """
     held: list[int | None] = []
     on_first_rank(lambda: held.append(_take(what, lock)))
@@ -44,7 +45,7 @@ def writing(what: Path, lock: Path) -> Iterator[None]:
 
 
 def _take(what: Path, lock: Path) -> int | None:
-    """The locked file, to be held open; None where the file system has no locks."""
+    """Return the descriptor of the locked file, to be held open, or None if the file system has no locks."""
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def _take(what: Path, lock: Path) -> int | None:
             os.ftruncate(file, 0)
             os.write(file, json.dumps(_this_run()).encode())
             return file
-        os.close(file)  # whoever held it ended, and removed it, after we had opened it
+        os.close(file)  # the holder ended and removed the file after this process had opened it
 
 
 def _is_at(lock: Path, file: int) -> bool:
@@ -85,5 +86,5 @@ def _holder(file: int) -> str:
     try:
         found = json.loads(os.pread(file, 4096, 0))
         return f"process {found['pid']} on {found['host']}, since {found['since']}"
-    except (ValueError, KeyError, TypeError, OSError):  # it has the lock and has not signed it yet
+    except (ValueError, KeyError, TypeError, OSError):  # the holder has not written its name yet
         return "another run"

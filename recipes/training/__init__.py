@@ -1,1 +1,1 @@
-"""The training run: batches, loss, step, optimizer, checkpoints, metrics, report."""
+"""The training run: batches, loss, step, optimizer, checkpoints, metrics and report."""

@@ -1,4 +1,4 @@
-"""Saving a run and going on from it: weights, optimizer, position in the data."""
+"""Save a run and restore it: weights, optimizer and position in the data."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ def save(
     data: dict[str, list[int]],
     first: bool,
 ) -> Path:
-    """Write the checkpoint of a step from all ranks; complete or absent, and named by the tracker when complete.
+    """Write the checkpoint of a step from all ranks.
+
+    The checkpoint is either complete or absent. The tracker names it once it is complete.
 
     Args:
-        asked: the recipe as the user gave it: derived values are derived anew when the run goes on.
-        source: what the run started from. Those of its sentence settings that no recipe key states are kept.
-        data: what the position in the data is a position in, see :meth:`PairDataset.state`.
+        asked: the recipe as the user gave it; derived values are derived anew when the run continues.
+        source: the model that the run started from. The checkpoint keeps those of its sentence settings that no recipe
+            key sets.
+        data: sizes of the data that the position refers to, see :meth:`PairDataset.state`.
 
     Returns:
         The iteration folder.
@@ -43,7 +46,7 @@ def save(
         checkpoint_folder.write_sidecars(folder, source.files)
         sentence = beside_the_recipe(trained(source.settings or SentenceSettings(), normalize=source.config.normalize))
         run = asked.to_dict()
-        # an export starts in another folder, and must tell a path from a hub id
+        # An export runs in another folder and must tell a path from a hub id.
         for section, key in (("model", "hf_model"), ("checkpoint", "pretrained_checkpoint"), ("checkpoint", "load")):
             path = Path(run[section][key] or "").expanduser()
             if run[section][key] and path.is_dir():
@@ -59,10 +62,10 @@ def save(
 
 
 def restore(section: OptimizerSection, state: TrainState, start: Start) -> None:
-    """Load weights and optimizer; set the schedule to the position.
+    """Load the weights and the optimizer, and set the schedule to the run's position.
 
     Raises:
-        UserError: the checkpoint is damaged, or of another model.
+        UserError: the checkpoint is damaged or belongs to another model.
     """
     try:
         loaded = load_model_state(start.iter_dir, state.encoders, optimizer=state.optimizer)

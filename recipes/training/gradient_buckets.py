@@ -1,11 +1,11 @@
-"""How large the buckets are in which gradients are reduced: arithmetic that the planner shares."""
+"""The size of the buckets in which gradients are reduced; training and the planner share it."""
 
 from __future__ import annotations
 
-#: values of a gradient bucket: at least, and at least times the data-parallel ranks
+#: A gradient bucket has at least the first number of values, and at least the second times the data-parallel ranks.
 BUCKET = (40_000_000, 1_000_000)
 
 
 def bucket_size(replicas: int) -> int:
-    """Values after which a bucket of gradients is closed: megatron-core's own rule, by data-parallel ranks."""
+    """Return the number of values that closes a bucket of gradients, by megatron-core's own rule."""
     return max(BUCKET[0], BUCKET[1] * replicas)

@@ -1,4 +1,4 @@
-"""The training loop: sample, encode, score, differentiate, update; log, evaluate, save."""
+"""The training loop: sample, encode, score, differentiate and update; log, evaluate and save."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def train(cfg: RecipeConfig, *, recipes: Recipes = NO_RECIPES) -> Path:
-    """Fine-tune as the recipe says, on as many processes as there are.
+    """Fine-tune a model as the recipe says, on all processes of the world.
 
     Args:
         recipes: see :func:`megatron_embed.recipes.training.resume.trained_config`.
@@ -68,7 +68,7 @@ def train(cfg: RecipeConfig, *, recipes: Recipes = NO_RECIPES) -> Path:
         The folder of the run (``train.save_dir``).
 
     Raises:
-        UserError: bad input; nothing that was there before is damaged.
+        UserError: the input is bad; existing files stay intact.
     """
     try:
         return _train(cfg, recipes)
@@ -78,7 +78,7 @@ def train(cfg: RecipeConfig, *, recipes: Recipes = NO_RECIPES) -> Path:
         if not own and not of_another:
             raise
     finally:
-        gc.collect()  # a model refers to its process groups and is a circle: until it goes, their threads stay
+        gc.collect()  # a model is a reference cycle that holds process groups; collecting it ends their threads
     if parallel.rank() == 0:
         _LOG.warning(f"{damage}; going on from {older} instead (checkpoint.allow_fallback)")
     cfg = cfg.model_copy(deep=True)
@@ -96,9 +96,9 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     validate(cfg, world)
     check_inputs(cfg)
     parallel.select_device(cfg.device)
-    # Everything that can be refused is looked at before any weight is read.
+    # All checks run before any weight is read.
     source = open_model(cfg)
-    # a checkpoint that it starts from may say so
+    # The checkpoint that the run starts from may set this.
     asked.model.bidirectional = cfg.model.bidirectional = source.made_bidirectional
     validate_layout(cfg, source.config)
     save_dir = Path(cfg.train.save_dir or "")
@@ -113,7 +113,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     check_teachers(dataset, cfg.loss, source.config.hidden_size)
     layout = layout_of(cfg)
     replicas = layout.data_parallel_size(world)
-    for each in dataset.sources:  # every batch is of one source
+    for each in dataset.sources:  # every batch comes from a single source
         negatives = min(each.max_negatives, cfg.data.negatives_per_query)
         why = f"{each.path}, which has no hard negatives,"
         check_candidates(cfg.loss, cfg.train.global_batch_size, replicas, negatives, why)
@@ -135,7 +135,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
 
 
 def _closing(save_dir: Path, steps: int, seconds: float) -> str:
-    """Where a finished run lies, and what is likely to be wanted next."""
+    """Return the closing message: the place of the finished run, and likely next commands."""
     export = ["convert-checkpoints", "export", "--megatron-path", str(save_dir), "--hf-path", f"{save_dir}-embedder"]
     return (
         f"done: step {steps} after {timedelta(seconds=round(seconds))}; the run lies in {save_dir}; "
@@ -206,13 +206,13 @@ def _set_up(
 
 
 def _ask_for(dtype: torch.dtype) -> str:
-    """How a recipe asks for a dtype."""
+    """Return the override that makes a recipe use a dtype."""
     return f"model.precision={next((name for name, known in DTYPES.items() if known == dtype), 'fp32')}"
 
 
 @dataclass
 class TrainingRun:
-    """A training run, everything built."""
+    """A training run with all its parts built."""
 
     cfg: RecipeConfig
     layout: Layout
@@ -224,15 +224,15 @@ class TrainingRun:
     folder: RunFolder
     collections: list[Any]
     kept: Path | None = None
-    """The newest checkpoint that stands for this run."""
+    """The newest checkpoint of this run."""
 
     @property
     def encoder_config(self) -> EncoderConfig:
-        """The model that is trained."""
+        """The config of the model in training."""
         return self.source.config
 
     def loop(self, start: Start | None) -> None:
-        """The steps after ``start``, to ``train_iters``."""
+        """Run the steps after ``start`` up to ``train_iters``."""
         train = self.cfg.train
         done = 0
         if start is not None:
@@ -256,7 +256,7 @@ class TrainingRun:
                         told.add(mode)
                     learning_rate = self.state.optimizer.param_groups[0]["lr"]
                     learned = {}
-                    if self.cfg.loss.learn_temperature:  # as it divides this step's scores
+                    if self.cfg.loss.learn_temperature:  # log the value that divides this step's scores
                         learned["temperature"] = learned_temperature(self.state.stages)
                     liveness.stand_at(f"step {step}, forward and backward", limited=True)
                     loss, grad_norm, padding = self._step(packed, mode, step)
@@ -268,7 +268,7 @@ class TrainingRun:
             reporter.close()
 
     def _close_step(self, step: int, record: dict[str, Any], reporter: Reporter, ahead: ReadAhead[PackedBatch]) -> None:
-        """Evaluate, log and save, as it is this step's turn."""
+        """Evaluate, log and save if this step is due for it."""
         train = self.cfg.train
         last = step == train.train_iters
         if self.collections and (last or step % train.eval_interval == 0):
@@ -276,7 +276,7 @@ class TrainingRun:
             with ahead.paused():
                 record["eval"] = self._evaluate()
         saved = last or step % train.save_interval == 0
-        # A step that is saved is logged too: a run that goes on from it means its losses from the same step on.
+        # A saved step is logged too, so that a continued run averages its losses from the same step on.
         reporter.step(record, logged=saved or step == 1 or step % train.log_interval == 0 or "eval" in record)
         if saved:
             liveness.stand_at(f"step {step}, saving the checkpoint")
@@ -289,7 +289,7 @@ class TrainingRun:
         return pack(self.plan, self.builder.build(step - 1), mode=mode)
 
     def _what(self, done: int) -> str:
-        """What begins, in one line."""
+        """Return one line that describes the training that begins."""
         cfg, sampler, world = self.cfg, self.builder.sampler, dist.get_world_size()
         layout = f"{self.layout} × DP {self.layout.data_parallel_size(world)}"
         return (
@@ -299,7 +299,7 @@ class TrainingRun:
         )
 
     def _mode(self, packed: PackedBatch) -> str:
-        """How this step's gradient is computed, the same on every rank."""
+        """Return the mode of this step's gradient, the same on every rank."""
         if loss_mode(self.cfg.loss.mode, self.layout.pp) != "auto":
             return packed.mode
         fits = torch.tensor(int(packed.mode == "direct"), device=host.device())
@@ -316,9 +316,9 @@ class TrainingRun:
         return " (a rank's batch is more than one micro-batch)"
 
     def _step(self, packed: PackedBatch, mode: str, step: int) -> tuple[float, float | None, float]:
-        """Gradient and update; (loss, gradient norm before clipping, share of padding on this rank).
+        """Compute the gradient and update; return (loss, gradient norm before clipping, share of padding on this rank).
 
-        The norm is None where fp16 overflowed and the update was skipped.
+        The norm is None if fp16 overflowed and the update was skipped.
         """
         state, batch, groups = self.state, packed.batch, packed.groups
         if mode != packed.mode:  # another rank's batch does not fit into one micro-batch
@@ -330,7 +330,7 @@ class TrainingRun:
         if not math.isfinite(loss):
             raise UserError(self._not_finite(step, "loss", loss))
         updated, grad_norm, _ = state.optimizer.step()
-        # With fp16 a skipped update is the loss scale finding its place; there is no norm then.
+        # With fp16, an update is skipped while the loss scale adjusts; a skipped update has no norm.
         if updated and not math.isfinite(grad_norm):
             raise UserError(self._not_finite(step, "gradient norm", grad_norm))
         state.scheduler.step(increment=1)
@@ -345,7 +345,7 @@ class TrainingRun:
         )
 
     def _record(self, step: int, batch: RankBatch, padding: float, seconds: float) -> dict[str, Any]:
-        """What this step was, over all ranks."""
+        """Return this step's record over all ranks."""
         sums = torch.tensor(
             [batch.real_tokens, batch.squared_lengths, batch.real_tokens / (1 - padding)],
             dtype=torch.float64,

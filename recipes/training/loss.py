@@ -1,11 +1,11 @@
 """The contrastive loss of a global batch that is spread over data-parallel ranks.
 
 Every rank scores its own queries against the candidates of all ranks. The gather is differentiable (its backward is a
-reduce-scatter), so passages receive their gradient from every rank's queries: nothing is detached. Rows are taken in
-chunks that are recomputed in backward, so memory is that of a chunk and not of the whole score matrix.
+reduce-scatter) and detaches nothing, so passages receive their gradient from every rank's queries. Rows are scored in
+chunks that backward recomputes, so the loss needs memory for one chunk and not for the whole score matrix.
 
-Legend: ``Q`` queries of this rank, ``K`` passage slots a query (the positive first), ``W`` ranks, ``G = W Q`` queries
-and ``N = W Q K`` slots in all, ``R`` rows of a chunk, ``D`` dimensions.
+Legend: ``Q`` queries of this rank, ``K`` passage slots of a query (the positive first), ``W`` ranks, ``G = W Q``
+queries of all ranks, ``N = W Q K`` slots of all ranks, ``R`` rows of a chunk, ``D`` dimensions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_embed.recipes.config.schema import LossSection
 from megatron_embed.recipes.training.targets import Targets
 
-#: scores of one chunk, all directions together
+#: bytes of the scores of one chunk, in all directions together
 CHUNK_BYTES = 64 << 20
 
 
@@ -31,25 +31,26 @@ CHUNK_BYTES = 64 << 20
 class ContrastiveLoss:
     """InfoNCE (van den Oord et al. 2018) with the recipe's negatives, masks and additional terms.
 
-    ``L = -1/G Σ_i log( exp(s_i,p(i) / T) / Σ_j exp(s_ij / T) )``, s = scalar products, j over every candidate that is
-    not masked. Called on every rank with its own part; the *sum* over ranks is the loss of the global batch.
+    ``L = -1/G Σ_i log( exp(s_i,p(i) / T) / Σ_j exp(s_ij / T) )``, where s are scalar products and j runs over every
+    candidate that is not masked. Every rank calls it with its own part; the *sum* over ranks is the loss of the global
+    batch.
 
-    * ``symmetric``: the mean with the same over queries for each positive (Günther et al. 2023).
-    * ``query_query_negatives``, ``passage_passage_negatives``: further candidates; then all directions share one
-      softmax (Li et al. 2023, GTE).
-    * ``in_batch_negatives=false``: j over the query's own slots. The masks are the same: a slot that holds the text of
-      the positive, or of another known positive of the query, is no negative.
-    * ``matryoshka_dims`` (Kusupati et al. 2022): ``L = 1/|W| Σ_w L_w`` over the widths W = {D} ∪ ``matryoshka_dims``,
-      ``L_w`` being the loss of the vectors' first w numbers, brought to length 1 again. The whole width D is always
-      among them, and each counts once.
-    * ``score_distillation_weight``: plus KL(teacher ‖ student) over each query's own slots, student temperature T. It
-      is part of ``L_w``: every width learns the teacher's order, and the weight does not grow with their number.
-    * ``embedding_distillation_weight``: plus the mean of 1 - cos(vector, teacher's vector) over texts that have one. It
-      is of the whole width alone, which the teacher's vectors have, and is added once to the mean.
+    * ``symmetric``: the mean of L and the same loss over queries for each positive (Günther et al. 2023).
+    * ``query_query_negatives``, ``passage_passage_negatives``: add candidates; all directions then share one softmax
+      (Li et al. 2023, GTE).
+    * ``in_batch_negatives=false``: j runs over the query's own slots. The masks are the same: a slot that holds the
+      text of the positive, or of another known positive of the query, is no negative.
+    * ``matryoshka_dims`` (Kusupati et al. 2022): ``L = 1/|W| Σ_w L_w`` over the widths W = {D} ∪ ``matryoshka_dims``.
+      ``L_w`` is the loss of the vectors' first w numbers, normalised to length 1 again. W always contains the whole
+      width D, and each width counts once.
+    * ``score_distillation_weight``: adds KL(teacher ‖ student) over each query's own slots, with student temperature T.
+      It is part of ``L_w``: every width learns the teacher's order, and the weight does not grow with their number.
+    * ``embedding_distillation_weight``: adds the mean of 1 - cos(vector, teacher's vector) over texts with a teacher's
+      vector. It applies to the whole width only, which is that of the teacher's vectors, and is added once to the mean.
 
     Attributes:
-        normalize: whether the vectors have length 1 (truncated ones are then brought to it again).
-        group: the data-parallel group; None for a single rank.
+        normalize: True if the vectors have length 1; truncated vectors are then normalised again.
+        group: the data-parallel group, or None for a single rank.
     """
 
     config: LossSection
@@ -65,12 +66,12 @@ class ContrastiveLoss:
         return 0 if self.group is None else self.group.rank()
 
     def __call__(self, embeddings: Tensor, targets: Targets, temperature: Tensor | float | None = None) -> Tensor:
-        """This rank's share of the loss.
+        """Return this rank's share of the loss.
 
         Args:
             embeddings: ``[texts, D]`` fp32 or wider: the queries, then the filled passage slots, query by query.
-            targets: what belongs to what among them.
-            temperature: in the place of the config's.
+            targets: the queries, slots and teacher's answers that the texts belong to.
+            temperature: replaces the config's temperature.
         """
         temperature = self.config.temperature if temperature is None else temperature
         queries_QD = embeddings[: targets.queries]
@@ -118,7 +119,7 @@ class ContrastiveLoss:
         total = queries.new_zeros(())
         for start in range(0, targets.queries, rows):
             chunk = slice(start, min(start + rows, targets.queries))
-            # a view kept for recomputation would keep all slots alive beside their gathered copy
+            # A view kept for recomputation would keep all slots in memory beside their gathered copy.
             positives = slots[chunk, 0].clone() if pool.needs_positives else None
             arguments = (queries[chunk], positives, pool, targets, chunk, temperature)
             if rows >= targets.queries:
@@ -128,7 +129,7 @@ class ContrastiveLoss:
         return total / self._global_queries(targets)
 
     def _pool(self, queries: Tensor, slots: Tensor, targets: Targets) -> _Pool:
-        """All that rows are scored against: of all ranks, or of this one."""
+        """Return the candidates that rows are scored against: those of all ranks, or of this rank."""
         group = self.group if self.config.cross_rank_negatives and self.world > 1 else None
         config = self.config
         needs_queries = config.symmetric or config.query_query_negatives
@@ -153,11 +154,11 @@ class ContrastiveLoss:
         chunk: slice,
         temperature: Tensor | float,
     ) -> Tensor:
-        """Σ over the chunk's queries of -log softmax of the positive."""
+        """Return Σ over the chunk's queries of -log softmax of the positive."""
         config = self.config
         own = (
             torch.arange(chunk.start, chunk.stop, device=queries_RD.device) + pool.first
-        )  # as the pool numbers queries
+        )  # the pool's numbers of the chunk's queries
         same_RN, same_RG = pool.targets.false_negatives(targets, chunk, own)
         invalid = ~pool.targets.valid.flatten()
         scores_RN = pool.score(queries_RD)
@@ -185,7 +186,7 @@ class ContrastiveLoss:
         return (log_z - positive_R1[:, 0] / temperature).sum()
 
     def _above_margin(self, scores: Tensor, positive: Tensor) -> Tensor:
-        """A negative that scores above its query's positive by more than the margin is likely no negative."""
+        """Return where a score is above the positive's by more than the margin; those are likely false negatives."""
         margin = self.config.false_negative_margin
         if margin is None:
             return torch.zeros((), dtype=torch.bool, device=scores.device)
@@ -206,33 +207,34 @@ class ContrastiveLoss:
 
 @dataclass(frozen=True)
 class _Pool:
-    """Candidates of a batch, gathered."""
+    """The gathered candidates of a batch."""
 
     passages: Tensor
-    #: where chunks of rows add up the gradient of the passages
+    #: the gradient of the passages, which the chunks of rows add up here
     gradient: list[Tensor]
     queries: Tensor | None
     targets: Targets
-    #: number of this rank's first query among the pool's
+    #: index of this rank's first query in the pool
     first: int
-    #: whether this rank's positives are scored too
+    #: True if this rank's positives are scored too
     needs_positives: bool
     directions: int
 
     @property
     def width(self) -> int:
-        """Scores of a row, all directions; three matrices of that size are alive at a time."""
+        """Values held for a row: its scores in all directions, times the three score matrices in memory at a time."""
         return 3 * self.directions * self.passages.shape[0]
 
     def score(self, rows_RD: Tensor) -> Tensor:
-        """``[R, N]``: rows against all passages."""
+        """Return the scores ``[R, N]`` of rows against all passages."""
         return _Score.apply(rows_RD, self.passages, self.gradient)
 
 
 class _Collect(torch.autograd.Function):
-    """The identity, whose gradient is what :class:`_Score` has added up.
+    """The identity function, whose gradient is the sum that :class:`_Score` accumulated.
 
-    Autograd itself would hold three matrices of the passages' size: the sum so far, a chunk's part, and the new sum.
+    Autograd's own accumulation would hold three matrices of the passages' size: the old sum, a chunk's part and the
+    new sum.
     """
 
     @staticmethod
@@ -251,7 +253,7 @@ class _Collect(torch.autograd.Function):
 
 
 class _Score(torch.autograd.Function):
-    """``rows @ passages.T``; backward adds the passages' gradient up in place."""
+    """The product ``rows @ passages.T``; its backward accumulates the passages' gradient in place."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, passages: Tensor, gradient: list[Tensor]) -> Tensor:
@@ -270,24 +272,24 @@ class _Score(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' rows in rank order; backward sums the ranks' gradients and keeps the own rows."""
+    """Gather all ranks' rows in rank order; backward sums the ranks' gradients and keeps this rank's rows."""
     if group is None:
         return x
     return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
 
 
 def _mask(logits: Tensor, doubtful: Tensor, own: Tensor, blocked: bool) -> Tensor:
-    """-inf where a candidate is doubtful; at the row's ``own`` columns as ``blocked`` says."""
+    """Set logits to -inf where ``doubtful``; at the row's ``own`` columns set them only if ``blocked``."""
     return logits.masked_fill(doubtful.expand_as(logits).scatter(1, own, blocked), float("-inf"))
 
 
 def _score_distillation(queries: Tensor, slots: Tensor, targets: Targets, temperature: Any) -> Tensor:
-    """Σ over this rank's queries of KL(softmax(teacher's scores) ‖ softmax(scores / T)) over their own slots."""
+    """Return Σ over this rank's queries of KL(softmax(teacher's scores) ‖ softmax(scores / T)) over their own slots."""
     scores = targets.teacher_scores
     if scores is None:
         return queries.sum() * 0
     empty = ~targets.valid
-    # -inf on both sides would give 0 · (-inf + inf): empty slots leave the sum instead
+    # -inf on both sides would give 0 · (-inf + inf), so the sum leaves out empty slots.
     log_p = (torch.einsum("qd,qkd->qk", queries, slots) / temperature).masked_fill(empty, float("-inf"))
     log_p = log_p.log_softmax(dim=1).masked_fill(empty, 0.0)
     teacher = scores.to(queries.dtype).masked_fill(empty, float("-inf")).softmax(dim=1)

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, a bar on a terminal or lines in the log."""
+"""A run's reports: metrics.jsonl, TensorBoard, Weights & Biases, and a bar on a terminal or lines in the log."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def model_flops(config: EncoderConfig, *, tokens: int, squared_lengths: int) -> float:
-    """Floating-point operations of a training step (forward + backward = 3 × forward; recomputation not counted).
+    """Return the floating-point operations of a training step: forward + backward = 3 × forward, no recomputation.
 
-    Per token 2 for each weight of the linear layers; per sequence ``4 · length² · heads · head_dim`` for the scores
-    and the weighted sum of bidirectional attention in each layer (Narayanan et al. 2021, without a causal half).
+    A token costs 2 for each weight of the linear layers. In each layer a sequence costs
+    ``4 · length² · heads · head_dim`` for the scores and the weighted sum of bidirectional attention (Narayanan et al.
+    2021, without a causal half).
     """
     heads = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -35,10 +36,10 @@ def model_flops(config: EncoderConfig, *, tokens: int, squared_lengths: int) -> 
 
 
 def peak_memory_bytes() -> int:
-    """Most memory that this process held: CUDA's allocator, or resident on a CPU."""
+    """Return the peak memory of this process: of CUDA's allocator, or resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:  # Linux hands ru_maxrss down from the process that started this one; VmHWM is this one's own
+    try:  # Linux inherits ru_maxrss from the parent process; VmHWM counts this process alone
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
@@ -46,7 +47,7 @@ def peak_memory_bytes() -> int:
 
 
 class Reporter:
-    """Writes on one rank, from the first line on; on the others every call does nothing."""
+    """The writer of a run's reports. It writes on one rank; on the others every call does nothing."""
 
     def __init__(self, cfg: RecipeConfig, folder: RunFolder, *, active: bool, start: int):
         self.active = active
@@ -69,18 +70,18 @@ class Reporter:
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=None,  # where stderr is no terminal: each record of a bar would be a line of the log
+            disable=None,  # no bar if stderr is no terminal, where each update would be another line of the log
         )
         self._losses: list[float] = []
         self._total, self._began = cfg.train.train_iters, time.perf_counter()
 
     def step(self, record: dict[str, Any], *, logged: bool) -> None:
-        """One step done.
+        """Report one finished step.
 
         Args:
-            record: what the step was; ``loss`` is its own.
-            logged: it is written down, with ``loss_step``, its own loss, and ``loss``, the mean over the steps since
-                the one that was logged before.
+            record: the step's values; ``loss`` is its own loss.
+            logged: write the record, with the step's own loss as ``loss_step`` and the mean loss over the steps since
+                the last logged one as ``loss``.
         """
         if not self.active:
             return
@@ -103,7 +104,7 @@ class Reporter:
             self.say(f"step {record['step']}: {collection}: {told}")
 
     def _write(self, record: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, flushed; the same numbers wherever else they are wanted."""
+        """Write and flush one line of metrics.jsonl, and the same numbers to the other logs."""
         if self._file is None:
             self._open()
         self._file.write(json.dumps(record) + "\n")
@@ -129,12 +130,12 @@ class Reporter:
             self._tensorboard = SummaryWriter(str(self._folder.path / TENSORBOARD), purge_step=self._start + 1)
 
     def say(self, text: str) -> None:
-        """A line of the log, above the bar where there is one."""
+        """Log a line, above the bar if there is one."""
         if self.active:
             _LOG.info(text)
 
     def close(self) -> None:
-        """Everything on disk; the bar's line ended."""
+        """Write everything to disk and end the bar's line."""
         if not self.active:
             return
         self._bar.close()

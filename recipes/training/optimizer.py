@@ -1,4 +1,4 @@
-"""megatron-core's DDP, optimizer and learning-rate schedule, set up for the recipe."""
+"""Set up megatron-core's DDP, optimizer and learning-rate schedule for the recipe."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ from megatron_embed.recipes.training.gradient_buckets import bucket_size
 class FusedAdamW(torch.optim.Optimizer):
     """torch's fused AdamW kernel behind the interface of Apex's and Transformer Engine's FusedAdam.
 
-    Home-made for one reason: megatron-core's checkpoints expect one step count a parameter *group*, as those two keep
-    it. torch's own AdamW keeps one a parameter, which megatron-core fails to load (or, worse, shares among all).
+    This class exists for one reason: megatron-core's checkpoints expect one step count for each parameter *group*, as
+    those two keep it. torch's own AdamW keeps one for each parameter, which megatron-core fails to load (or, worse,
+    shares among all).
     """
 
     def __init__(
@@ -52,9 +53,9 @@ class FusedAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            # Of groups without parameters here, too: one rank's count goes into the checkpoint for all.
+            # Count for empty groups too, because the checkpoint stores one rank's count for all ranks.
             group["step"] = group.get("step", 0) + 1
-            # The distributed optimizer gives a rank empty slices of parameters that others hold.
+            # The distributed optimizer gives a rank empty slices of parameters that other ranks hold.
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             if not params:
                 continue
@@ -81,13 +82,13 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 def _scale(chunk_size: int, noop_flag: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
-    """Apex's ``multi_tensor_scale``; megatron-core's stand-in for it goes over the gradients twice, via a copy."""
+    """Scale tensors as Apex's ``multi_tensor_scale`` does; megatron-core's fallback makes two passes, via a copy."""
     for source, into in zip(*tensors, strict=True):
         torch.mul(source, factor, out=into)
 
 
 def _use_fused_kernels() -> None:
-    """Let megatron-core take :class:`FusedAdamW` where neither Transformer Engine nor Apex is installed."""
+    """Make megatron-core use :class:`FusedAdamW` if neither Transformer Engine nor Apex is installed."""
     if not mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         return
     mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
@@ -99,7 +100,7 @@ def _use_fused_kernels() -> None:
 
 @dataclass
 class TrainState:
-    """The trained model with everything that changes it."""
+    """The model in training, with its optimizer and schedule."""
 
     stages: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
@@ -107,16 +108,16 @@ class TrainState:
 
     @property
     def encoders(self) -> list[Encoder]:
-        """The stages without their data-parallel wrapper."""
+        """The stages without their data-parallel wrappers."""
         return [stage.module for stage in self.stages]
 
 
 class _DDP(DistributedDataParallel):
-    """megatron-core's, freed with its last reference.
+    """megatron-core's DDP, but freed with its last reference.
 
-    Its hooks hang on autograd's nodes and refer to it, it refers to the nodes, and so do the optimizer's shards. No
-    garbage collector sees a circle that runs through autograd: model, buffers and process groups (with threads that
-    poll) would stay for as long as the process lives.
+    megatron-core's hooks on autograd's nodes refer to the wrapper, and the wrapper and the optimizer's shards refer to
+    the nodes. The garbage collector cannot see a cycle that runs through autograd, so the model, its buffers and its
+    process groups (with their polling threads) would live as long as the process.
     """
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
@@ -127,7 +128,7 @@ class _DDP(DistributedDataParallel):
 def wrap_ddp(
     encoders: list[Encoder], *, distributed_optimizer: bool = False, overlap: bool = False
 ) -> list[DistributedDataParallel]:
-    """Wrap this rank's stages in megatron-core's DDP: gradient buffers, reduction in fp32 or wider.
+    """Wrap this rank's stages in megatron-core's DDP, which buffers gradients and reduces them in fp32 or wider.
 
     Args:
         overlap: reduce a bucket of gradients as soon as backward has filled it.
@@ -150,26 +151,26 @@ def wrap_ddp(
     return stages
 
 
-#: the parameter that :func:`temperature_group` is about; the name in DDP's wrapper
+#: the learned temperature's name inside the DDP wrapper, see :func:`temperature_group`
 _TEMPERATURE = ParamKey(name="*.log_temperature")
 
 
 def temperature_group(section: OptimizerSection) -> dict[str, Any]:
-    """What megatron-core's parameter group of a learned temperature has of its own.
+    """Return the settings that distinguish the learned temperature's parameter group in megatron-core.
 
-    ``is_decoupled_lr`` is one of the keys by which megatron-core finds a group again in a checkpoint: without it this
-    one would pass for that of the norms, which are not decayed either.
+    megatron-core identifies a group in a checkpoint by keys such as ``is_decoupled_lr``. Without that key this group
+    would pass for that of the norms, which also have no weight decay.
     """
-    # the schedule's course between min_lr and lr, scaled
+    # The group follows the schedule between min_lr and lr, scaled.
     least = section.min_lr * section.temperature_lr / section.lr
     return {"max_lr": section.temperature_lr, "min_lr": least, "wd_mult": 0.0, "is_decoupled_lr": True}
 
 
 def reset_groups(optimizer: MegatronOptimizer, section: OptimizerSection) -> None:
-    """Give the parameter groups the recipe's rates again, where loading put the other run's; the schedule reads them.
+    """Restore the recipe's learning rates in the parameter groups after a load put the other run's rates there.
 
-    And the one number of updates done: Transformer Engine's optimizer counts none for a group that is empty on its
-    rank, and of all ranks' groups the first rank's are in the checkpoint.
+    The schedule reads these rates. Also restore the number of updates: Transformer Engine's optimizer counts none for a
+    group that is empty on its rank, and the checkpoint stores the groups of the first rank.
     """
     steps = max(group.get("step", 0) for group in optimizer.param_groups)
     for group in optimizer.param_groups:
@@ -180,9 +181,9 @@ def reset_groups(optimizer: MegatronOptimizer, section: OptimizerSection) -> Non
 
 
 def set_up_training(encoders: list[Encoder], section: OptimizerSection, *, train_iters: int) -> TrainState:
-    """DDP, AdamW and the schedule for stages whose weights are in place (main parameters are copied from them).
+    """Set up DDP, AdamW and the schedule for stages with loaded weights (main parameters are copied from them).
 
-    Matrices are decayed, norms are not; a learned temperature is not either and has a rate of its own.
+    Matrices have weight decay. Norms have none. A learned temperature has none and has its own learning rate.
     """
     _use_fused_kernels()
     transformer = encoders[0].config
@@ -195,7 +196,7 @@ def set_up_training(encoders: list[Encoder], section: OptimizerSection, *, train
         adam_beta1=0.9,
         adam_beta2=0.999,
         adam_eps=1e-8,
-        # 0 would also leave out the norm that is logged
+        # 0 would also skip the norm that the run logs.
         clip_grad=section.clip_grad or float("inf"),
         bf16=transformer.bf16,
         fp16=transformer.fp16,
@@ -224,7 +225,7 @@ def set_up_training(encoders: list[Encoder], section: OptimizerSection, *, train
 
 
 def gradients(stages: list[DistributedDataParallel]) -> dict[str, Tensor]:
-    """This rank's gradients after a step, by checkpoint name: what the optimizer is about to use."""
+    """Return this rank's gradients after a step, before the optimizer uses them: checkpoint name → gradient."""
     from megatron_embed.bridge.mapping import checkpoint_name
 
     return {

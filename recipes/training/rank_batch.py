@@ -17,7 +17,7 @@ from megatron_embed.recipes.training.targets import Targets, identify
 
 @dataclass(frozen=True)
 class RankBatch:
-    """What one rank encodes in a step: its queries, then their passages, as token ids."""
+    """The texts that one rank encodes in a step, as token ids: its queries, then their passages."""
 
     sequences: list[list[int]]
     targets: Targets
@@ -28,16 +28,16 @@ class RankBatch:
 
     @property
     def squared_lengths(self) -> int:
-        """Σ length², which the cost of attention grows with."""
+        """Σ length² in tokens²; the cost of attention is proportional to it."""
         return sum(len(ids) ** 2 for ids in self.sequences)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A rank's part of a step, ready to be computed.
+    """A rank's part of a step, ready for computation.
 
     Attributes:
-        mode: how its gradient is computed if the other ranks agree.
+        mode: the mode of its gradient, if the other ranks agree.
     """
 
     batch: RankBatch
@@ -47,7 +47,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Makes the rank's part of any step from the step's number alone, so that resuming needs nothing else."""
+    """A builder of the rank's part of any step from the step's number alone, so that resuming needs nothing else."""
 
     dataset: PairDataset
     sampler: GlobalBatchSampler
@@ -58,11 +58,11 @@ class BatchBuilder:
     world: int
 
     def build(self, step: int) -> RankBatch:
-        """The rank's contiguous share of the global batch of a step (from 0)."""
+        """Return the rank's contiguous share of a step's global batch; steps count from 0."""
         indices = self.sampler.batch(step)
         share = len(indices) // self.world
         examples = [self.dataset[i] for i in indices[self.rank * share : (self.rank + 1) * share]]
-        # The slots are the same on every rank and step: what the data can fill at most.
+        # Every rank and step has the same number of slots: the most that the data can fill.
         most = max(source.max_negatives for source in self.dataset.sources)
         slots = 1 + min(self.negatives_per_query, most)
         passages = [[e.positive, *e.negatives[: slots - 1]] for e in examples]
@@ -81,7 +81,7 @@ class BatchBuilder:
         return RankBatch(sequences + self.tokenizer.tokenize(flat, "passage", prompts), targets)
 
     def _teachers(self, examples: list[Example], slots: int) -> dict[str, torch.Tensor]:
-        """The fields of :class:`Targets` that hold a teacher's answers, as far as the loss wants them."""
+        """Return the fields of :class:`Targets` with those of the teacher's answers that the loss uses."""
         found = {}
         if self.loss.score_distillation_weight:
             rows = [list(e.teacher.scores or ())[:slots] for e in examples]
@@ -97,7 +97,7 @@ class BatchBuilder:
         return getattr(example, f"{kind}_prompt")
 
     def lines(self, step: int) -> str:
-        """Where the examples of a step stand, for messages: ``file lines 3, 17; other lines 4``."""
+        """Return the places of a step's examples for messages: ``file lines 3, 17; other lines 4``."""
         found: dict[str, list[int]] = {}
         for index in self.sampler.batch(step):
             example = self.dataset[index]
@@ -106,7 +106,7 @@ class BatchBuilder:
 
 
 def check_teachers(dataset: PairDataset, loss: LossSection, hidden_size: int) -> None:
-    """Refuse data without the teacher's answers that the loss wants, before any weight is read."""
+    """Refuse data that lack the teacher's answers that the loss uses, before any weight is read."""
     for source in dataset.sources:
         wanted = {
             "loss.score_distillation_weight": (source.no_scores, "scores"),
@@ -124,10 +124,10 @@ def check_teachers(dataset: PairDataset, loss: LossSection, hidden_size: int) ->
 
 
 def pack(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> PackedBatch:
-    """Cut a rank's batch; ``auto`` is ``direct`` where it fits into one micro-batch, and otherwise ``cached``.
+    """Cut a rank's batch into micro-batches; ``auto`` is ``direct`` if one holds the batch, otherwise ``cached``.
 
     Raises:
-        UserError: as :func:`micro_batches`.
+        UserError: see :func:`micro_batches`.
     """
     if mode == "auto":
         mode = "direct" if plan.holds(batch.sequences) else "cached"
@@ -135,10 +135,10 @@ def pack(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> PackedBatch:
 
 
 def micro_batches(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> list[MicroBatch]:
-    """Cut a rank's batch; ``direct`` wants it whole.
+    """Cut a rank's batch into micro-batches; ``direct`` gives a single one.
 
     Raises:
-        UserError: ``direct`` where the batch does not fit into one micro-batch.
+        UserError: the mode is ``direct`` and the batch does not fit into one micro-batch.
     """
     if mode == "cached":
         return plan.split(batch.sequences)

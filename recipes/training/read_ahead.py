@@ -1,4 +1,4 @@
-"""What the next steps need, prepared in the background while a step is computed."""
+"""Prepare the next steps in the background while a step is computed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-_AHEAD = 2  # steps: a slow one, such as the first of an epoch, is made up for by those before it
+_AHEAD = 2  # steps; the margin hides a step that is slow to prepare, such as the first of an epoch
 
 
 class ReadAhead(Generic[T]):
-    """Steps in their order, each prepared by one background thread at most two steps before it is wanted.
+    """Steps in order, which one background thread prepares at most two steps ahead.
 
-    Leaving the ``with`` block, for whatever reason, ends the thread; what nobody took is dropped.
+    Leaving the ``with`` block, for any reason, ends the thread and drops the prepared steps.
 
     Args:
-        prepare: step → what it needs. It runs beside the training step: nothing in it may talk to other ranks.
+        prepare: step → its input. It runs beside the training step, so it must not communicate with other ranks.
     """
 
     def __init__(self, prepare: Callable[[int], T], steps: Iterable[int]) -> None:
@@ -39,10 +39,10 @@ class ReadAhead(Generic[T]):
         self._thread.shutdown(cancel_futures=True)
 
     def take(self) -> T:
-        """What the next step needs; waits for it.
+        """Wait for the next step's input and return it.
 
         Raises:
-            what ``prepare`` raised for this step.
+            Exception: the error that ``prepare`` raised for this step.
         """
         found = self._waiting.popleft()
         for step in islice(self._steps, 1):
@@ -51,7 +51,7 @@ class ReadAhead(Generic[T]):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is prepared meanwhile: for a fork, and for what uses the same tokenizer."""
+        """Pause the preparation: for a fork, or for code that uses the same tokenizer."""
         with self._turn:
             yield
 

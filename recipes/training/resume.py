@@ -1,4 +1,4 @@
-"""What a run goes on from, and whether it is still the same run: decided before anything is built or loaded."""
+"""Decide where a run continues, and whether it is still the same run, before anything is built or loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_embed.conversion.megatron.safe_loading import load_common
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes, changed_keys, config_from_dict, recipe_named
 from megatron_embed.recipes.config.schema import RecipeConfig
 
-#: what a run that goes on must not have changed
+#: keys that must be unchanged in a run that continues
 RESUME_KEYS = (
     "model.hf_model",
     "model.pooling",
@@ -25,28 +25,29 @@ RESUME_KEYS = (
     "train.seed",
     "train.global_batch_size",
 )
-#: of these, the ones that change nothing that was trained
+#: keys among them that do not affect the trained weights
 _HARMLESS = ("data.eval", "data.packing", "loss.mode", "optimizer.distributed", "optimizer.overlap_grad_reduce")
 
-#: in a checkpoint's run_config.yaml beside the recipe: where its relative paths start, and what exports read
+#: keys of a checkpoint's run_config.yaml beside the recipe: the folder of its relative paths, and settings for exports
 _DIRECTORY, _OF_EXPORTS = "directory", ("encoder", "sentence")
 
 
 def checkpoints_folder(save_dir: Path) -> Path:
-    """``save_dir/checkpoints``."""
+    """Return ``save_dir/checkpoints``."""
     return save_dir / "checkpoints"
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on.
+    """The point where a run continues.
 
     Attributes:
-        iter_dir: the checkpoint.
-        step: the steps that it stands for, in batches of this run.
-        own: it is the run's own of that step, so that metrics and checkpoints up to it are this run's past.
-        before: the recipe that it was trained with; None where that may differ, with ``checkpoint.load``.
-        data: what a position in its data is a position in, see :meth:`PairDataset.state`.
+        iter_dir: the folder of the checkpoint.
+        step: the number of steps that it contains, in batches of this run.
+        own: True if it is this run's own checkpoint of that step; earlier metrics and checkpoints then belong to this
+            run.
+        before: the recipe that trained it; None with ``checkpoint.load``, where the recipe may differ.
+        data: sizes of its training data, see :meth:`PairDataset.state`.
     """
 
     iter_dir: Path
@@ -56,10 +57,12 @@ class Start:
     data: dict[str, list[int]]
 
     def check_data(self, now: dict[str, list[int]]) -> None:
-        """The order of the examples follows from their number: a position among others would mean others.
+        """Check that the data still has the sizes of the checkpoint.
+
+        The order of the examples depends on their number, so with other sizes the position would mean other examples.
 
         Raises:
-            UserError: the same run, in data that changed since.
+            UserError: the run is the same, and its data changed.
         """
         if self.before is None or len(self.data) != len(now):
             return
@@ -78,7 +81,7 @@ class Start:
             )
 
     def nothing_to_do(self, train_iters: int) -> str | None:
-        """One line about a run that has all its steps; None where there are steps to come."""
+        """Return one line if the run already has all its steps, or None if steps remain."""
         if self.step < train_iters:
             return None
         return (
@@ -87,7 +90,7 @@ class Start:
         )
 
     def news(self, cfg: RecipeConfig) -> str | None:
-        """One line about a run whose length changed; None where it did not."""
+        """Return one line if the length of the run changed, or None if it did not."""
         if self.before is None or self.before.train.train_iters == cfg.train.train_iters:
             return None
         return (
@@ -100,17 +103,17 @@ class Start:
 def find_start(
     asked: RecipeConfig, save_dir: Path, *, instead: Path | None = None, recipes: Recipes = NO_RECIPES
 ) -> Start | None:
-    """The checkpoint to go on from, if there is one and the run is the same.
+    """Return the checkpoint to continue from, or None if there is none.
 
     Args:
-        asked: the recipe as the user gave it, with nothing derived.
-        instead: go on from this one of ``save_dir``, as the newest is damaged.
+        asked: the recipe as the user gave it, without derived values.
+        instead: the checkpoint of ``save_dir`` to continue from, because the newest is damaged.
         recipes: see :func:`trained_config`.
 
     Raises:
-        DamagedCheckpoint: a file of the checkpoint is not as it was written.
-        UserError: ``save_dir`` holds a run with other data, loss, optimizer, seed or model; the checkpoint is not of a
-            training run, or of one with a batch size that this one cannot count in.
+        DamagedCheckpoint: a file of the checkpoint differs from what was written.
+        UserError: ``save_dir`` holds a run with other data, loss, optimizer, seed or model; the checkpoint holds no
+            training run; its number of samples is no multiple of this run's batch size.
     """
     root = checkpoints_folder(save_dir)
     resumes = asked.checkpoint.resume and (root / checkpoint_folder.TRACKER).is_file()
@@ -145,7 +148,10 @@ def find_start(
 
 
 def may_fall_back(asked: RecipeConfig, older: Path) -> tuple[bool, bool]:
-    """Whether checkpoint.allow_fallback allows to go on from ``older`` as the run's own, or as what it loads."""
+    """Return whether checkpoint.allow_fallback lets the run continue from ``older``.
+
+    The first value is for a checkpoint of the run itself, the second for one of ``checkpoint.load``.
+    """
     checkpoint, root = asked.checkpoint, os.path.realpath(older.parent)
     own = checkpoints_folder(Path(asked.resolved().train.save_dir or ""))
     load = Path(checkpoint.load or "").expanduser()
@@ -155,18 +161,21 @@ def may_fall_back(asked: RecipeConfig, older: Path) -> tuple[bool, bool]:
 
 
 def beside_the_config(*, sentence: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's ``run_config.yaml`` holds beside the recipe; :func:`trained_config` reads past it."""
+    """Return the keys of a checkpoint's ``run_config.yaml`` beside the recipe; :func:`trained_config` removes them."""
     return {_DIRECTORY: os.getcwd(), "sentence": sentence, "encoder": encoder}
 
 
 def trained_config(iter_dir: Path, recipes: Recipes = NO_RECIPES) -> tuple[RecipeConfig, Path]:
-    """(the recipe as its user gave it, the folder where its relative paths start) of a training run's checkpoint.
+    """Read the recipe of a training run's checkpoint.
 
     Args:
-        recipes: the one that the checkpoint names says the keys that an earlier version did not write.
+        recipes: the recipe that the checkpoint names supplies keys that an earlier version did not write.
+
+    Returns:
+        The recipe as the user gave it, and the folder that its relative paths start from.
 
     Raises:
-        UserError: it is missing or damaged, or has keys that this version does not know.
+        UserError: the file is missing or damaged, or has keys that this version does not know.
     """
     values = checkpoint_folder.read_run_config(iter_dir)
     path = iter_dir / checkpoint_folder.RUN_CONFIG
@@ -179,13 +188,16 @@ def trained_config(iter_dir: Path, recipes: Recipes = NO_RECIPES) -> tuple[Recip
     values = {key: value for key, value in values.items() if key not in _OF_EXPORTS}
     cfg = config_from_dict(values, base=recipe_named(values, recipes), where=str(path))
     if directory is None and cfg.optimizer.warmup_iters == cfg.train.train_iters // 10:
-        # earlier versions wrote the derived value there, as if it had been asked for
+        # Earlier versions wrote the derived value as if the user had given it.
         cfg.optimizer.warmup_iters = None
     return cfg, Path(directory or os.getcwd())
 
 
 def _refuse_to_replace_source(asked: RecipeConfig, root: Path) -> None:
-    """A run that starts afresh moves what is in its folder: not what it reads from, nor reads again if it is killed."""
+    """Refuse to start a run anew in the folder of its own source.
+
+    A new run moves the old content of its folder, but it reads its source there, again if it is killed and restarted.
+    """
     for key in ("pretrained_checkpoint", "load"):
         path = getattr(asked.checkpoint, key)
         if path is not None and Path(os.path.realpath(checkpoint_folder.resolve(path))).is_relative_to(
@@ -198,9 +210,9 @@ def _refuse_to_replace_source(asked: RecipeConfig, root: Path) -> None:
 
 
 def _refuse_changes(before: RecipeConfig, directory: Path, asked: RecipeConfig, save_dir: Path) -> None:
-    """A key is changed if it was given otherwise, and means something else too.
+    """Refuse a run in which a key changed: its given value differs, and so does the value in effect.
 
-    So a derived value, given by neither, may follow from other keys, and a file may be named in another way.
+    Derived values that neither recipe gives may thus change with other keys, and a file may have another name.
     """
     given = {key for key, _, _ in changed_keys(before, asked, RESUME_KEYS)}
     meant = changed_keys(_meaning(before, directory), _meaning(asked, Path.cwd()), RESUME_KEYS)
@@ -214,7 +226,7 @@ def _refuse_changes(before: RecipeConfig, directory: Path, asked: RecipeConfig, 
 
 
 def _meaning(cfg: RecipeConfig, directory: Path) -> RecipeConfig:
-    """``cfg`` with every value that it means in effect."""
+    """Return ``cfg`` with the values in effect: derived ones filled in, and paths resolved."""
     cfg = cfg.resolved()
     if cfg.model.hf_model is not None:
         cfg.model.hf_model = _real(cfg.model.hf_model, directory)
@@ -224,6 +236,6 @@ def _meaning(cfg: RecipeConfig, directory: Path) -> RecipeConfig:
 
 
 def _real(path: str, directory: Path) -> str:
-    """The one name of a file or folder; what is neither, such as a hub's id, keeps its own."""
+    """Return the real path of a file or folder; return any other name, such as a hub id, unchanged."""
     full = directory / Path(path).expanduser()
     return os.path.realpath(full) if full.exists() else path

@@ -1,4 +1,4 @@
-"""``train.save_dir`` in the hands of a new process: as it was until the process has something of its own to write."""
+"""The folder ``train.save_dir``; a new process leaves it unchanged until it first writes there."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class RunFolder:
-    """The run's folder; on the first rank, which alone writes beside the checkpoints.
+    """The run's folder, for the first rank, the only one that writes anything but checkpoints.
 
     Args:
-        asked: the recipe as the user gave it, but for ``train.save_dir``.
-        start: where the run goes on, or None.
+        asked: the recipe as the user gave it, except for ``train.save_dir``.
+        start: the point where the run continues, or None.
     """
 
     def __init__(self, asked: RecipeConfig, save_dir: Path, start: Start | None) -> None:
@@ -29,13 +29,13 @@ class RunFolder:
         self.asked, self._start, self._claimed = asked, start, False
 
     def claim(self) -> str | None:
-        """Make the folder this run's. Called before whatever the run writes; all but the first call do nothing.
+        """Take the folder for this run. Call it before each write; only the first call has an effect.
 
-        What the run goes on from stays. A run that was there before and is not continued is moved, whole, into
-        ``replaced-1`` (or the next number), where it is a run's folder like any other.
+        The checkpoints that the run continues from stay. Any other run in the folder is moved as a whole into
+        ``replaced-1`` (or the next number), which is then an ordinary run folder.
 
         Returns:
-            One line about what was moved.
+            One line about the moved files, or None.
         """
         if self._claimed:
             return None
@@ -45,7 +45,7 @@ class RunFolder:
         if step:
             moved = self._put_later_checkpoints_aside(step)
         elif any(checkpoints_folder(self.path).glob("iter_*")):
-            # the checkpoints last: as long as they are here, there is a run to put aside
+            # Move the checkpoints last: while they are here, a restart still finds a run to put aside.
             aside = self._put_aside(
                 [METRICS, TENSORBOARD, checkpoint_folder.RUN_CONFIG, checkpoints_folder(Path()).name]
             )
@@ -58,7 +58,7 @@ class RunFolder:
     def _put_aside(self, names: list[str]) -> Path:
         there = [name for name in names if os.path.lexists(self.path / name)]
         targets = (self.path / f"replaced-{number}" for number in itertools.count(1))
-        # a process killed in here left a folder that lacks what is still to come
+        # If a process was killed in this function, its folder lacks the rest; fill that one.
         target = next(each for each in targets if not any(os.path.lexists(each / name) for name in there))
         for name in there:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +66,9 @@ class RunFolder:
         return target
 
     def _put_later_checkpoints_aside(self, step: int) -> str | None:
-        """Where ``checkpoint.load`` named one of the run's own that is not the newest."""
+        """Move checkpoints after ``step``: ``checkpoint.load`` may name an own checkpoint that is not the newest."""
         root = checkpoints_folder(self.path)
-        tracker = root / checkpoint_folder.TRACKER  # missing where the first save was cut short before it was written
+        tracker = root / checkpoint_folder.TRACKER  # missing if the first save ended before it wrote the tracker
         if tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace").strip() == str(step):
             return None
         checkpoint_folder.write_tracker(root, step)
@@ -80,13 +80,13 @@ class RunFolder:
         return f"the checkpoints after step {step} are in {aside} now"
 
     def _cut_metrics(self, step: int) -> None:
-        """Keep the lines up to ``step``: those after the checkpoint that a run goes on from did not happen."""
+        """Keep the metrics up to ``step``, because the continued run repeats the later steps."""
         path = self.path / METRICS
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # cut short when the run was killed
+            except json.JSONDecodeError:  # the run was killed while it wrote the line
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one or several runs."""
+"""One self-contained HTML page about one or more runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-# Drawn in this colour, and then replaced: figures take the page's own text colour, light or dark.
+# Figures are drawn in this colour. It is then replaced by the page's own text colour, light or dark.
 _INK = "#010203"
 _LOOK: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
@@ -33,7 +33,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _drawn(draw: Function) -> Function:
-    """Draw in the page's look; matplotlib is imported when something is drawn, and not for ``--help``."""
+    """Wrap a function to draw in the page's style; import matplotlib only to draw, not for ``--help``."""
 
     @functools.wraps(draw)
     def drawing(*args: Any, **kwargs: Any) -> Any:
@@ -53,19 +53,19 @@ def _figure(**kwargs: Any) -> Figure:
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a run's folder tells: its ``metrics.jsonl`` and, where there is one, its ``run_config.yaml``."""
+    """The content of a run's folder: its ``metrics.jsonl`` and, if there is one, its ``run_config.yaml``."""
 
     name: str
     records: list[dict[str, Any]]
     config: str
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a number that the records hold."""
+        """Return (steps, values) of a number in the records."""
         found = [(r["step"], r[key]) for r in self.records if isinstance(r.get(key), int | float)]
         return [step for step, _ in found], [value for _, value in found]
 
     def scores(self, metric: str) -> dict[str, tuple[list[int], list[float]]]:
-        """collection → (steps, values) of a retrieval metric."""
+        """Return collection → (steps, values) of a retrieval metric."""
         found: dict[str, tuple[list[int], list[float]]] = {}
         for record in self.records:
             for collection, values in record.get("eval", {}).items():
@@ -76,10 +76,10 @@ class RunLog:
 
 
 def read_run(folder: str | Path) -> RunLog:
-    """Read a run's folder; a last line that is cut short (the run goes on, or was killed) is left out.
+    """Read a run's folder; skip an incomplete last line (the run is still writing, or was killed).
 
     Raises:
-        UserError: no ``metrics.jsonl``, or nothing in it.
+        UserError: ``metrics.jsonl`` is missing or empty.
     """
     folder = Path(folder)
     path = folder / "metrics.jsonl"
@@ -113,7 +113,7 @@ def write_report(
     """Write the page.
 
     Args:
-        sections: (heading, HTML) put before the runs' own; :func:`table` and :func:`heat_map` make such HTML.
+        sections: (heading, HTML) to put before the runs' own; :func:`table` and :func:`heat_map` make such HTML.
     """
     parts = [(heading, body) for heading, body in sections]
     if runs:
@@ -133,7 +133,7 @@ def write_report(
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table; the first column is text, numbers stand to the right."""
+    """Return an HTML table with text in the first column and right-aligned numbers in the others."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(_shown(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -141,7 +141,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 @_drawn
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, caption: str = "") -> str:
-    """A figure of a matrix ``[len(rows), len(columns)]`` with its labels and a colour bar."""
+    """Return a figure of a matrix ``[len(rows), len(columns)]`` with labels and a colour bar."""
     width = 0.42 * len(columns) + 4.2
     figure = _figure(figsize=(width, 0.42 * len(rows) + 2.4))
     axes = figure.subplots()
@@ -227,7 +227,7 @@ def _first_and_last(runs: Sequence[RunLog]) -> str:
 
 def _svg(figure: Figure, caption: str) -> str:
     buffer = io.StringIO()
-    # Clip paths are named by a hash: figures on one page must not share the salt.
+    # matplotlib names clip paths by a hash, so figures on one page must not share the salt.
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": caption}):
@@ -244,7 +244,7 @@ def _shown(cell: Any) -> str:
 
 
 def _clip(text: str, length: int) -> str:
-    text = " ".join(text.split()).replace("$", r"\$")  # matplotlib would read $…$ as mathematics
+    text = " ".join(text.split()).replace("$", r"\$")  # otherwise matplotlib reads $…$ as mathematics
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -1,10 +1,11 @@
-"""One contrastive step with the exact gradient of the global batch, through megatron-core's pipeline schedules.
+"""One contrastive step with the exact gradient of the global batch, on megatron-core's pipeline schedules.
 
-The loss depends on the parameters only through the embeddings, so ``∂L/∂θ = Σ_i (∂L/∂e_i)ᵀ ∂e_i/∂θ``:
+The loss depends on the parameters only through the embeddings, so ``∂L/∂θ = Σ_i (∂L/∂e_i)ᵀ ∂e_i/∂θ``. Two modes
+compute it, at the cost of F for a forward pass:
 
 * ``cached`` (GradCache, Gao et al. 2021): pass 1 encodes without a graph; the loss gives ``g_i = ∂L/∂e_i``; pass 2
-  runs the ordinary schedule on ``Σ e_i · g_i``. Any number of micro-batches, any layout. Costs 4F against 3F.
-* ``direct``: where the rank's whole batch is one micro-batch, its loss is simply differentiated.
+  runs the ordinary schedule on ``Σ e_i · g_i``. It allows any number of micro-batches and any layout, and costs 4F.
+* ``direct``: if the rank's whole batch is one micro-batch, autograd differentiates its loss, at 3F.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def contrastive_step(
     """Accumulate the gradient of the global batch's loss into the stages' ``main_grad``.
 
     Args:
-        stages: this rank's pipeline stages, wrapped in megatron-core's DDP, gradients zeroed.
-        micro_batches: of this rank's texts, the same on all its tensor- and pipeline-parallel ranks.
-        targets: how the texts make up this rank's part of the batch.
-        mode: ``direct`` takes a single micro-batch. Either gives the same gradient.
+        stages: this rank's pipeline stages, wrapped in megatron-core's DDP, with zeroed gradients.
+        micro_batches: this rank's texts; they are the same on all its tensor- and pipeline-parallel ranks.
+        targets: the roles of the texts in this rank's part of the batch.
+        mode: ``direct`` takes a single micro-batch. Both modes give the same gradient.
 
     Returns:
         The loss of the global batch, the same number on every rank.
@@ -60,11 +61,12 @@ def _direct(
         order = torch.argsort(micro_batch.texts).to(output.device)
         temperature = None
         if log_temperature is not None:
-            # Every context-parallel rank computes the whole gradient of it, and these are added up.
+            # Every context-parallel rank computes the whole gradient of the temperature, and DDP adds these up.
             share = log_temperature / parallel_state.get_context_parallel_world_size()
             temperature = (share + (log_temperature - share).detach()).exp()
         value = loss(output[order], targets, temperature)
-        # DDP averages over data-parallel ranks what is to be summed. Cloned: the schedule divides in place.
+        # The factor turns DDP's average over data-parallel ranks into a sum. The clone is needed because the schedule
+        # divides in place.
         return value * loss.world, value.detach().clone()
 
     losses = run_schedule(stages, micro_batches, loss_function, forward_only=False)
@@ -84,17 +86,18 @@ def _cached(
             leaves.append(log_temperature.detach().requires_grad_())
         value = loss(leaves[0], targets, *(leaf.exp() for leaf in leaves[1:]))
         gradient, *rest = torch.autograd.grad(value, leaves)
-        # see _direct: context-parallel ranks add up
+        # The gradients of context-parallel ranks add up, see _direct.
         temperature_gradient = rest[0] / parallel_state.get_context_parallel_world_size() if rest else None
         value = value.detach()
-    # cancels the schedule's division by the number of micro-batches and DDP's average over ranks
+    # The factor cancels the schedule's division by the number of micro-batches and DDP's average over ranks.
     factor = len(micro_batches) * loss.world
 
     def surrogate(micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
         assert gradient is not None
         total = (micro_batch.rows(output) * gradient[micro_batch.texts.to(output.device)]).sum()
         if temperature_gradient is not None:
-            # once, but a gradient in every micro-batch: DDP, under overlapped reduction, waits for one in the last
+            # Add the temperature's gradient once, but give it one (of 0) in every micro-batch, because DDP with
+            # overlapped reduction waits for a gradient in the last one.
             once = 1 if micro_batch is micro_batches[0] else 0
             total = total + (log_temperature * temperature_gradient * once).sum()
         return total * factor, total.detach().clone()
@@ -104,7 +107,7 @@ def _cached(
 
 
 def _share_loss(loss: Tensor | None) -> float:
-    """Sum over data-parallel ranks, told to every pipeline stage."""
+    """Sum the loss over data-parallel ranks and return it on every pipeline stage."""
     value = torch.zeros((), dtype=torch.float64, device=host.device())
     if loss is not None:
         value += loss
@@ -113,7 +116,7 @@ def _share_loss(loss: Tensor | None) -> float:
 
 
 def learned_temperature(stages: Sequence[torch.nn.Module]) -> float:
-    """What the next step divides scores by, where it is learned: the last stage's parameter, told to every rank."""
+    """Return the learned temperature that divides the next step's scores: the last stage's parameter, on every rank."""
     value = torch.zeros((), dtype=torch.float64, device=host.device())
     log_temperature = unwrap(stages)[-1].log_temperature
     if log_temperature is not None:
@@ -122,7 +125,7 @@ def learned_temperature(stages: Sequence[torch.nn.Module]) -> float:
 
 
 def _from_last_stage(value: Tensor) -> float:
-    """The number that the last pipeline stage has, on every stage."""
+    """Return the last pipeline stage's number on every stage."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(
             value,
@@ -133,5 +136,5 @@ def _from_last_stage(value: Tensor) -> float:
 
 
 def unwrap(stages: Sequence[torch.nn.Module]) -> list[Encoder]:
-    """The encoders inside their DDP wrappers, if they have any."""
+    """Return the encoders without their DDP wrappers, if they have any."""
     return [stage if isinstance(stage, Encoder) else stage.module for stage in stages]

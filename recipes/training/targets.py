@@ -1,4 +1,4 @@
-"""What belongs to what in a batch: slots, identities of texts, teachers' answers."""
+"""The roles of a batch's texts: slots, identities of texts and teachers' answers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from megatron_embed.recipes.datasets.text_ids import text_id
 
 @dataclass(frozen=True)
 class Targets:
-    """A rank's part of the batch: ``Q`` queries, then ``Q × K`` passage slots of which some are empty.
+    """A rank's part of the batch: ``Q`` queries, then ``Q × K`` passage slots, some of them empty.
 
     Attributes:
         queries: Q, the same on every rank.
-        valid: ``[Q, K]`` bool: False where a query has fewer hard negatives than slots; those have no text.
-        query_ids: ``[Q]`` :func:`text_id` of each query; None: no two texts are the same.
-        passage_ids: ``[Q, K]``, 0 in empty slots.
-        known_ids: ``[Q, M]`` all known positives of each query, filled up with 0.
-        teacher_scores: ``[Q, K]``.
-        teacher_embeddings: ``[texts, D]``, in the order of the texts.
-        has_teacher_embedding: ``[texts]`` bool.
+        valid: ``[Q, K]`` bool: False in empty slots, where a query has fewer hard negatives than slots.
+        query_ids: ``[Q]`` :func:`text_id` of each query; None if no two texts are the same.
+        passage_ids: ``[Q, K]`` :func:`text_id` of each passage, 0 in empty slots.
+        known_ids: ``[Q, M]`` ids of all known positives of each query, padded with 0.
+        teacher_scores: ``[Q, K]`` the teacher's score of each slot.
+        teacher_embeddings: ``[texts, D]`` the teacher's vectors, in the order of the texts.
+        has_teacher_embedding: ``[texts]`` bool: True where a text has a teacher's vector.
     """
 
     queries: int
@@ -41,12 +41,12 @@ class Targets:
         return self.valid.shape[1]
 
     def to(self, device: torch.device) -> Targets:
-        """The same on another device."""
+        """Return these targets on another device."""
         moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
     def gathered(self, group: dist.ProcessGroup | None) -> Targets:
-        """Slots and identities of all ranks, in rank order."""
+        """Return the slots and identities of all ranks, in rank order."""
         if group is None:
             return self
         parts = {"valid": self.valid, "query_ids": self.query_ids, "passage_ids": self.passage_ids}
@@ -59,16 +59,17 @@ class Targets:
         return Targets(queries=self.queries * group.size(), **found)  # type: ignore[arg-type]
 
     def false_negatives(self, of: Targets, rows: slice, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of these (gathered) candidates are no negatives for some of a rank's queries.
+        """Return which of these (gathered) candidates are no negatives for some queries of a rank.
 
         Args:
-            of: the rank's own targets; ``rows`` of its queries are asked about.
-            own: ``[R]`` their numbers among these.
+            of: the rank's own targets.
+            rows: the queries of ``of`` to check.
+            own: ``[R]`` the indices of these queries among the gathered ones.
 
         Returns:
-            ``[R, N]`` for passages and ``[R, G]`` for queries: the same text as the positive, a known positive of the
-            query, or the positive of another query with the same text. The positive itself is among them. Scalars
-            (False) where texts have no identities.
+            ``[R, N]`` for passages and ``[R, G]`` for queries: True for the text of the positive, a known positive of
+            the query, and the positive of another query with the same text. This includes the positive itself. Both are
+            scalars (False) if texts have no identities.
         """
         if self.query_ids is None or self.passage_ids is None or of.passage_ids is None or of.query_ids is None:
             nothing = torch.zeros((), dtype=torch.bool, device=self.valid.device)
@@ -78,7 +79,7 @@ class Targets:
         same_query_RG = of.query_ids[rows, None] == self.query_ids
         passages_RN = _is_among(self.passage_ids.flatten(), known_R).view(len(own), self.queries, self.slots)
         passages_RN[:, :, 0] |= same_query_RG
-        # query j is no negative for passage p(i) if p(i) answers j
+        # Query j is no negative for passage p(i) if p(i) answers j.
         queries_RG = same_query_RG | _is_among(self.passage_ids[:, 0], known_R)
         if self.known_ids is not None:
             for column in self.known_ids.unbind(1):
@@ -86,9 +87,9 @@ class Targets:
         return passages_RN.flatten(1), queries_RG
 
     def own_false_negatives(self) -> Tensor:
-        """``[Q, K]``: which of a query's own slots hold the text of its positive or a known positive of it.
+        """Return ``[Q, K]``: True where a query's own slot holds the text of its positive or of a known positive.
 
-        The positive itself is among them. A scalar (False) where texts have no identities.
+        This includes the positive itself. The result is a scalar (False) if texts have no identities.
         """
         if self.passage_ids is None:
             return torch.zeros((), dtype=torch.bool, device=self.valid.device)
@@ -102,7 +103,7 @@ class Targets:
 
 
 def _is_among(ids_N: Tensor, wanted_RM: Tensor) -> Tensor:
-    """``[R, N]``: whether each id is one of a row's. A loop over M: R × N × M at once would not fit."""
+    """Return ``[R, N]``: whether each id is in a row of ``wanted_RM``; loop over M, as R × N × M values may not fit."""
     found = torch.zeros(wanted_RM.shape[0], ids_N.shape[0], dtype=torch.bool, device=ids_N.device)
     for column in wanted_RM.unbind(1):
         found |= (column[:, None] == ids_N) & (column[:, None] != 0)
@@ -119,7 +120,7 @@ def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def identify(
     queries: Sequence[str], passages: Sequence[Sequence[str]], known: Sequence[Sequence[str]], slots: int
 ) -> dict[str, Tensor]:
-    """The identity fields of :class:`Targets` from the texts themselves (without prompts)."""
+    """Return the identity fields of :class:`Targets`, computed from the texts without prompts."""
     rows = [[text_id(text) for text in group] for group in passages]
     most = max(len(group) for group in known)
     return {
