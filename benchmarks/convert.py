@@ -345,7 +345,7 @@ def _direct_rank(rank: int, folder: str, source: str) -> None:
     from megatron_embed.bridge.layout import Layout
     from megatron_embed.bridge.parallel import parallel_world
     from megatron_embed.conversion.hf.folder import HFFolder
-    from megatron_embed.conversion.megatron.direct import load_hf_weights
+    from megatron_embed.conversion.mcore.direct import load_hf_weights
 
     torch.set_num_threads(1)
     host.run_on_cpu()

@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support.damage import cut_short, flip_a_byte
 from support.runs import make_inputs, recipe
 
-from megatron_embed.conversion.megatron.folder import is_sound
+from megatron_embed.conversion.mcore.folder import is_sound
 from megatron_embed.recipes.config.run_config import save_run_config
 
 EXACT = ("step", "loss", "loss_step", "grad_norm", "learning_rate", "consumed_samples")

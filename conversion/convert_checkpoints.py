@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from megatron_embed.bridge import environment
 from megatron_embed.conversion.arguments import Parser, positive, run_command
-from megatron_embed.conversion.io.page_cache import begin_reading
+from megatron_embed.conversion.files.page_cache import begin_reading
 
 DTYPES = ("bfloat16", "float16", "float32")
 BIDIRECTIONAL_HELP = "take a ready embedder with causal attention as a base model, to be trained bidirectionally"

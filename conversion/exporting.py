@@ -10,6 +10,9 @@ from typing import Any, Literal, get_args
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.atomic import atomic_output
+from megatron_embed.conversion.files.casts import Casts, torch_option
+from megatron_embed.conversion.files.progress import Converted, byte_bar
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf.folder import HFFolder, read_json
 from megatron_embed.conversion.hf.model_card import model_card
@@ -23,12 +26,9 @@ from megatron_embed.conversion.hf.sentence_files import (
 )
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer, write_tokenizer
 from megatron_embed.conversion.importing import TEMPERATURE, torch_dtype_of
-from megatron_embed.conversion.io.atomic import atomic_output
-from megatron_embed.conversion.io.casts import Casts, torch_option
-from megatron_embed.conversion.io.progress import Converted, byte_bar
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
-from megatron_embed.conversion.megatron.tensors import CheckpointReader
-from megatron_embed.conversion.megatron.weights import CheckpointWeights
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore.tensors import CheckpointReader
+from megatron_embed.conversion.mcore.weights import CheckpointWeights
 from megatron_embed.conversion.vlm import find_vlm_source, write_vlm
 
 Target = Literal["embedder", "vlm"]

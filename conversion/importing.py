@@ -12,18 +12,18 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.bridge.layout import Layout, check_layout
+from megatron_embed.conversion.files.atomic import atomic_output
+from megatron_embed.conversion.files.casts import Casts, torch_option
+from megatron_embed.conversion.files.checksums import write_checksums
+from megatron_embed.conversion.files.progress import Converted, byte_bar
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
 from megatron_embed.conversion.hf.sidecars import others
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
-from megatron_embed.conversion.io.atomic import atomic_output
-from megatron_embed.conversion.io.casts import Casts, torch_option
-from megatron_embed.conversion.io.checksums import write_checksums
-from megatron_embed.conversion.io.progress import Converted, byte_bar
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
-from megatron_embed.conversion.megatron.tensors import write_chunks
-from megatron_embed.conversion.megatron.weights import chunks, kept_chunks
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore.tensors import write_chunks
+from megatron_embed.conversion.mcore.weights import chunks, kept_chunks
 
 TEMPERATURE = 0.02
 

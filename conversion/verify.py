@@ -38,15 +38,15 @@ from megatron_embed.conversion.compare.tensors import (
     with_folder,
 )
 from megatron_embed.conversion.compare.tokenizers import compare_tokenizers, reads_control_tokens
+from megatron_embed.conversion.files.checksums import DamagedCheckpoint
+from megatron_embed.conversion.files.progress import byte_bar
 from megatron_embed.conversion.hf.declared_attention import declares_causal
 from megatron_embed.conversion.hf.folder import HFFolder, read_json
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
-from megatron_embed.conversion.io.checksums import DamagedCheckpoint
-from megatron_embed.conversion.io.progress import byte_bar
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
-from megatron_embed.conversion.megatron.tensors import CheckpointReader
-from megatron_embed.conversion.megatron.weights import CheckpointWeights
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore.tensors import CheckpointReader
+from megatron_embed.conversion.mcore.weights import CheckpointWeights
 
 #: Relative to the largest value. Both sides compute in fp32, and rounding grows with depth: 3e-6 at 26 layers. A change
 #: of the function changes vectors by far more, or is in a key that is compared by itself.

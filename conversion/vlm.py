@@ -11,16 +11,16 @@ import torch
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
+from megatron_embed.conversion.files.casts import Casts
+from megatron_embed.conversion.files.progress import byte_bar
+from megatron_embed.conversion.files.stored import Stored, Values
 from megatron_embed.conversion.hf.folder import FLOATS, HFFolder, read_json
 from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, write_sharded
 from megatron_embed.conversion.hf.sentence_files import write_json
 from megatron_embed.conversion.hf.sidecars import publish_files, sidecars, without_local_paths
 from megatron_embed.conversion.importing import torch_dtype_of
-from megatron_embed.conversion.io.casts import Casts
-from megatron_embed.conversion.io.progress import byte_bar
-from megatron_embed.conversion.io.stored import Stored, Values
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
-from megatron_embed.conversion.megatron.weights import KEPT, CheckpointWeights
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore.weights import KEPT, CheckpointWeights
 
 _PREFIX = "language_model.model."
 _SCALES = (".weight_scale_inv", ".activation_scale")

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from megatron_embed.bridge.errors import named
 from megatron_embed.conversion.arguments import positive
-from megatron_embed.conversion.io.disk_errors import check_writable
+from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_embed.bridge.errors import named
+from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.conversion.hf.declared_attention import HELP
-from megatron_embed.conversion.io.disk_errors import check_writable
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.datasets.beir import load_collections
 from megatron_embed.recipes.datasets.odd_rows import report

@@ -25,8 +25,8 @@ from megatron_embed.bridge.parallel import parallel_world, select_device
 from megatron_embed.conversion.compare.tokenizers import load_tokenizer
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
-from megatron_embed.conversion.megatron.direct import parameters_with_weights
-from megatron_embed.conversion.megatron.weights import CheckpointWeights
+from megatron_embed.conversion.mcore.direct import parameters_with_weights
+from megatron_embed.conversion.mcore.weights import CheckpointWeights
 
 SENTENCES = (
     "query: how do plants turn light into sugar?",

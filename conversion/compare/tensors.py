@@ -12,9 +12,9 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion.compare.differences import ComparedSection, Difference
+from megatron_embed.conversion.files.progress import byte_bar
 from megatron_embed.conversion.hf.folder import HFFolder
-from megatron_embed.conversion.io.progress import byte_bar
-from megatron_embed.conversion.megatron.weights import KEPT, CheckpointWeights
+from megatron_embed.conversion.mcore.weights import KEPT, CheckpointWeights
 
 #: (name, function that reads the source's tensor, function that reads the other side's in any dtype)
 Pair = tuple[str, Callable[[], Tensor], Callable[[], Tensor]]

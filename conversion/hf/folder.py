@@ -19,8 +19,8 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError, listed
 from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
+from megatron_embed.conversion.files.stored import Stored, Values, addresses
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
-from megatron_embed.conversion.io.stored import Stored, Values, addresses
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.block_writer import BlockWriter
+from megatron_embed.conversion.files.prefetch import fault_in, one_ahead
+from megatron_embed.conversion.files.stored import Values, write_values
 from megatron_embed.conversion.hf.folder import DTYPES, INDEX, SINGLE
 from megatron_embed.conversion.hf.sentence_files import write_json
-from megatron_embed.conversion.io.block_writer import BlockWriter
-from megatron_embed.conversion.io.prefetch import fault_in, one_ahead
-from megatron_embed.conversion.io.stored import Values, write_values
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_embed.bridge.errors import UsageError
-from megatron_embed.conversion.io.atomic import atomic_file
+from megatron_embed.conversion.files.atomic import atomic_file
 from megatron_embed.recipes.config.messages import refuse_unknown_keys
 from megatron_embed.recipes.config.schema import RecipeConfig, explain_refusal, keys
 

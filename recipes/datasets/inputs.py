@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from megatron_embed.bridge.errors import UserError, named
-from megatron_embed.conversion.io.disk_errors import check_writable
+from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.datasets.beir import check_folder, check_names, is_beir
 from megatron_embed.recipes.datasets.rows import check_file, hub_parts
@@ -27,7 +27,7 @@ def check_inputs(cfg: RecipeConfig) -> None:
         for folder in cfg.data.eval or []:
             check_folder(folder, "test")
     if cfg.checkpoint.load is not None:
-        from megatron_embed.conversion.megatron import folder as checkpoint_folder
+        from megatron_embed.conversion.mcore import folder as checkpoint_folder
 
         with named("checkpoint.load"):
             checkpoint_folder.resolve(cfg.checkpoint.load)

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.io.atomic import atomic_output, save_array
+from megatron_embed.conversion.files.atomic import atomic_output, save_array
 
 #: version of the stored content; raise it whenever that content or the reading of rows changes
 VERSION = 6

@@ -11,12 +11,12 @@ import torch
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError, named
+from megatron_embed.conversion.files.casts import Casts, Rounded, dtype_name, merged, told
 from megatron_embed.conversion.hf.declared_attention import CONSENT, CONSENT_OF_A_RECIPE, made_bidirectional
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import SentenceSettings, read_sentence_settings
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
-from megatron_embed.conversion.io.casts import Casts, Rounded, dtype_name, merged, told
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.recipes.config.checks import start_of
 from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.encoding.rank_zero import on_every_rank
@@ -115,8 +115,8 @@ class ModelSource:
         """
         from megatron.core import parallel_state
 
-        from megatron_embed.conversion.megatron.direct import load_hf_weights, refuse_overflow
-        from megatron_embed.conversion.megatron.model_state import load_model_state
+        from megatron_embed.conversion.mcore.direct import load_hf_weights, refuse_overflow
+        from megatron_embed.conversion.mcore.model_state import load_model_state
 
         stages = [(encoder, encoder.layer_offset) for encoder in encoders]
         casts = Casts(self.path, rounding=rounding or self.hf is None, ask=ask)
@@ -141,8 +141,8 @@ class ModelSource:
         if self.hf is not None:
             self.hf.check(self.config)
             return
-        from megatron_embed.conversion.megatron.tensors import CheckpointReader
-        from megatron_embed.conversion.megatron.weights import CheckpointWeights
+        from megatron_embed.conversion.mcore.tensors import CheckpointReader
+        from megatron_embed.conversion.mcore.weights import CheckpointWeights
 
         assert self.iter_dir is not None
         reader = CheckpointReader(self.iter_dir)

@@ -25,7 +25,7 @@ def encoder_of(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig:
     stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
     checkpoint = cfg.checkpoint.pretrained_checkpoint or (None if cfg.model.hf_model else cfg.checkpoint.load)
     if checkpoint:
-        from megatron_embed.conversion.megatron import folder as checkpoint_folder
+        from megatron_embed.conversion.mcore import folder as checkpoint_folder
 
         iter_dir = checkpoint_folder.resolve(checkpoint)
         config = checkpoint_folder.encoder_config(iter_dir)

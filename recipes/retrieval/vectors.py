@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.io.atomic import atomic_file, save_array
-from megatron_embed.conversion.io.disk_errors import NO_SPACE
+from megatron_embed.conversion.files.atomic import atomic_file, save_array
+from megatron_embed.conversion.files.disk_errors import NO_SPACE
 
 FORMAT, MANIFEST, CALIBRATION = "megatron-embed vectors 1", "manifest.json", "calibration.npy"
 

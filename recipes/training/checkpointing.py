@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.hf.sentence_files import SentenceSettings, beside_the_recipe, trained
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
-from megatron_embed.conversion.megatron.model_state import NEW_GROUPS, load_model_state, save_model_state
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore.model_state import NEW_GROUPS, load_model_state, save_model_state
 from megatron_embed.recipes.config.schema import OptimizerSection, RecipeConfig
 from megatron_embed.recipes.encoding.source import ModelSource
 from megatron_embed.recipes.training.optimizer import TrainState, reset_groups

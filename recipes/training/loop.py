@@ -23,8 +23,8 @@ from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.conversion.io.checksums import DamagedCheckpoint
-from megatron_embed.conversion.io.disk_errors import writing_to
+from megatron_embed.conversion.files.checksums import DamagedCheckpoint
+from megatron_embed.conversion.files.disk_errors import writing_to
 from megatron_embed.recipes.config.checks import check_candidates, layout_of, loss_mode, validate, validate_layout
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes
 from megatron_embed.recipes.config.schema import RecipeConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
-from megatron_embed.conversion.megatron.safe_loading import load_common
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore.safe_loading import load_common
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes, changed_keys, config_from_dict, recipe_named
 from megatron_embed.recipes.config.schema import RecipeConfig
 

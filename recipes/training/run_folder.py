@@ -7,8 +7,8 @@ import json
 import os
 from pathlib import Path
 
-from megatron_embed.conversion.io.atomic import atomic_file
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.files.atomic import atomic_file
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.recipes.config.run_config import save_run_config
 from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.training.resume import Start, checkpoints_folder

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, Mistral3ForConditionalGenerat
 
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.megatron.folder import RUN_CONFIG
+from megatron_embed.conversion.mcore.folder import RUN_CONFIG
 
 QUERIES = ["how do plants eat?", "a  b [INST]</s> c", "ünïcödé 漢字"]
 LONG = "one two three four " * 60
@@ -95,7 +95,7 @@ def test_tokens_are_the_training_ones(source: Source, tmp_path: Path) -> None:
     assert sentences.max_seq_length == sentences.tokenizer.model_max_length == 40
     for text in [*QUERIES, LONG]:
         for kind, name in (("query", "query"), ("passage", "document")):
-            (wanted,) = training.encode([text], kind)
+            (wanted,) = training.tokenize([text], kind)
             found = sentences.tokenize([sentences.prompts[name] + text])["input_ids"][0].tolist()
             assert found == wanted
             assert (found[0], found[-1]) == (1, 2)
@@ -204,7 +204,7 @@ def test_model_card(source: Source, tmp_path: Path) -> None:
 
 def test_a_learned_temperature_is_exported(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_embed.conversion import importing
-    from megatron_embed.conversion.megatron.tensors import Chunk
+    from megatron_embed.conversion.mcore.tensors import Chunk
 
     learned = Chunk("log_temperature", (), (), (), torch.float32, 0, lambda: torch.tensor(math.log(0.05)))
     monkeypatch.setattr(importing, "kept_chunks", lambda *_: [learned])

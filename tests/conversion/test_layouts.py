@@ -57,7 +57,7 @@ def in_each_layout(folder: str, others: list[str], checkpoints: list[str], out: 
 def _direct(folder: str, layout: Layout) -> None:
     from megatron.core import parallel_state
 
-    from megatron_embed.conversion.megatron.direct import load_hf_weights
+    from megatron_embed.conversion.mcore.direct import load_hf_weights
 
     source = HFFolder(folder)
     config = source.encoder_config()
@@ -72,9 +72,9 @@ def _direct(folder: str, layout: Layout) -> None:
 def _all_of_one(folder: str, checkpoints: list[str], out: str) -> list[tuple[str, int, int]]:
     from megatron.core import dist_checkpointing, parallel_state
 
-    from megatron_embed.conversion.megatron import folder as checkpoint_folder
-    from megatron_embed.conversion.megatron.direct import load_hf_weights
-    from megatron_embed.conversion.megatron.model_state import load_model_state
+    from megatron_embed.conversion.mcore import folder as checkpoint_folder
+    from megatron_embed.conversion.mcore.direct import load_hf_weights
+    from megatron_embed.conversion.mcore.model_state import load_model_state
 
     config = HFFolder(folder).encoder_config()
     state, read = encoder_tensors_of(Path(folder)), []
@@ -159,7 +159,7 @@ def test_what_megatron_core_saves_can_be_exported(
 
 
 def test_the_checkpoint_has_megatron_cores_keys_and_shapes(world: tuple[Path, Path, list[Any]]) -> None:
-    from megatron_embed.conversion.megatron.tensors import CheckpointReader
+    from megatron_embed.conversion.mcore.tensors import CheckpointReader
 
     ours = CheckpointReader(world[1] / "imported-1-1" / "iter_0000000")
     theirs = CheckpointReader(world[1] / "stacked-1-2" / "iter_0000000")

@@ -87,7 +87,7 @@ def test_tokens_are_the_training_ones(source: Source, tmp_path: Path) -> None:
     exported = AutoTokenizer.from_pretrained(out)
     for text in TEXTS:
         ids = exported(text)["input_ids"]
-        assert ids == training.encode([text], "query")[0]
+        assert ids == training.tokenize([text], "query")[0]
         assert (ids[0], ids[-1], ids.count(2)) == (1, 2, 1)
     assert exported.pad_token == "<|finetune_right_pad_id|>"
 

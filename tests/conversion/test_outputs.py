@@ -191,7 +191,7 @@ def test_an_output_is_made_where_links_and_dots_lead(checkpoint: Path, tmp_path:
 
 def test_only_its_own_temporaries_are_removed(tmp_path: Path) -> None:
     """A name may hold what a glob pattern reads as a wildcard."""
-    from megatron_embed.conversion.io.atomic import atomic_output
+    from megatron_embed.conversion.files.atomic import atomic_output
 
     other = tmp_path / ".out1.partial-abc"
     other.mkdir()

@@ -67,7 +67,7 @@ def test_tokens_are_the_training_ones(source: Source, tmp_path: Path) -> None:
         folder, query_prompt="", passage_prompt="", query_max_length=512, passage_max_length=512
     )
     exported = AutoTokenizer.from_pretrained(out)
-    assert [exported(text)["input_ids"] for text in TEXTS] == training.encode(TEXTS, "query")
+    assert [exported(text)["input_ids"] for text in TEXTS] == training.tokenize(TEXTS, "query")
     assert exported.pad_token == "<|endoftext|>"
 
 

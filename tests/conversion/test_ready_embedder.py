@@ -80,7 +80,7 @@ def test_its_tokenizer_stays_as_it_was_trained(source: Source, tmp_path: Path) -
         training = recipes.TextTokenizer.from_folder(
             path, query_prompt="", passage_prompt="", query_max_length=9, passage_max_length=9
         )
-        assert training.encode(["hello"], "query") == [wanted]
+        assert training.tokenize(["hello"], "query") == [wanted]
 
 
 def test_modules_that_would_change_the_vectors(source: Source, tmp_path: Path) -> None:

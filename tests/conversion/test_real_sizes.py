@@ -32,7 +32,7 @@ from megatron_embed.conversion.compare.configs import compare_encoders
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, _header, _plan
 from megatron_embed.conversion.hf.sentence_files import write_json
-from megatron_embed.conversion.megatron.weights import chunks
+from megatron_embed.conversion.mcore.weights import chunks
 
 #: (config, model, prefix of the encoder on disk, tensors on disk, of them the encoder's, the encoder's parameters)
 SIZES: dict[str, tuple[type, type, str, int, int, float]] = {

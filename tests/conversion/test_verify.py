@@ -18,8 +18,8 @@ from megatron_embed.conversion.compare import embeddings as embedding
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.megatron.tensors import CheckpointReader
-from megatron_embed.conversion.megatron.weights import CheckpointWeights
+from megatron_embed.conversion.mcore.tensors import CheckpointReader
+from megatron_embed.conversion.mcore.weights import CheckpointWeights
 from megatron_embed.conversion.verify import verify
 
 

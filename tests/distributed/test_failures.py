@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.runs import make_inputs, recipe
 
-from megatron_embed.conversion.megatron.folder import resolve
+from megatron_embed.conversion.mcore.folder import resolve
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from support.runs import make_inputs, recipe
 from support.worlds import run_world
 
-from megatron_embed.conversion.megatron.folder import iteration_folder
+from megatron_embed.conversion.mcore.folder import iteration_folder
 
 TP2 = "model.tensor_model_parallel_size=2"
 #: name → (overrides, where the main parameters are)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_embed.conversion.io.checksums import CHECKSUMS
+from megatron_embed.conversion.files.checksums import CHECKSUMS
 
 #: the ``source`` fixture of the conversion tests
 Source = Callable[..., Path]

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megatron_embed.conversion.megatron.folder import RUN_CONFIG
+from megatron_embed.conversion.mcore.folder import RUN_CONFIG
 from support.hf_files import without_checksums
 
 

@@ -14,6 +14,7 @@ from support.tiny_models import save_model
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder
 from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.encode import main as encode_main
 from megatron_embed.recipes.retrieval import encode_corpus
 from megatron_embed.recipes.retrieval.vectors import VectorFolder
 
@@ -72,7 +73,7 @@ def test_encode_takes_the_hub_and_resumes(
     def encode(source: str, output: str) -> int:
         arguments = ["--model", str(folder / "model"), "--device", "cpu", "--input", source]
         with pytest.raises(SystemExit) as ended:
-            encode.main([*arguments, "--output", str(tmp_path / output)])
+            encode_main([*arguments, "--output", str(tmp_path / output)])
         return int(ended.value.code or 0)
 
     rows = read(folder / "corpus.jsonl")

@@ -13,7 +13,7 @@ from support.killing import call_in_fresh_process, run_killed
 from support.tiny_models import save_model
 from test_encode_corpus import ROWS, files_of, write_corpus
 
-from megatron_embed.conversion.io.atomic import atomic_file
+from megatron_embed.conversion.files.atomic import atomic_file
 from megatron_embed.recipes import encode as command
 from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 from megatron_embed.recipes.retrieval import encode_corpus, writer_lock

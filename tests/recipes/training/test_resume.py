@@ -17,7 +17,7 @@ from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.megatron.folder import iteration_folder, read_run_config
+from megatron_embed.conversion.mcore.folder import iteration_folder, read_run_config
 from megatron_embed.recipes.train import main
 from megatron_embed.recipes.training.loop import train
 

@@ -11,9 +11,9 @@ import pytest
 from support.killing import Outcome, call_in_fresh_process, run_killed
 from support.runs import make_inputs, read_metrics, recipe
 
-from megatron_embed.conversion.io.atomic import atomic_file
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
-from megatron_embed.conversion.megatron import model_state
+from megatron_embed.conversion.files.atomic import atomic_file
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import model_state
 from megatron_embed.recipes.config.run_config import save_run_config
 from megatron_embed.recipes.training import checkpointing
 from megatron_embed.recipes.training.loop import TrainingRun, train

@@ -16,8 +16,8 @@ import pytest
 from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.conversion import convert_checkpoints
-from megatron_embed.conversion.io.long_work import progress
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.files.long_work import progress
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.recipes.cli import run_program
 from megatron_embed.recipes.config.run_config import save_run_config
 from megatron_embed.recipes.train import main

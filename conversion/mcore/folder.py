@@ -3,7 +3,7 @@
 ``DIR/latest_checkpointed_iteration.txt`` names the newest ``DIR/iter_0000000/``, which holds megatron-core's files
 (``.metadata``, ``*.distcp``, ``common.pt``, ``metadata.json``) and ours: ``run_config.yaml`` and ``hf/``, the source's
 files beside the weights, so that export does not depend on files that may have moved. ``checksums.json`` holds the
-checksums of all of them, see :mod:`megatron_embed.conversion.io.checksums`.
+checksums of all of them, see :mod:`megatron_embed.conversion.files.checksums`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.atomic import atomic_file
+from megatron_embed.conversion.files.checksums import CHECKSUMS, Checksums, DamagedCheckpoint
 from megatron_embed.conversion.hf import declared_attention
 from megatron_embed.conversion.hf.folder import read_json
 from megatron_embed.conversion.hf.sentence_files import (
@@ -31,9 +33,7 @@ from megatron_embed.conversion.hf.sentence_files import (
     with_the_recipes,
 )
 from megatron_embed.conversion.hf.sidecars import copy_files, sidecars
-from megatron_embed.conversion.io.atomic import atomic_file
-from megatron_embed.conversion.io.checksums import CHECKSUMS, Checksums, DamagedCheckpoint
-from megatron_embed.conversion.megatron.safe_loading import load_common, safe_metadata
+from megatron_embed.conversion.mcore.safe_loading import load_common, safe_metadata
 
 TRACKER, RUN_CONFIG, SIDECARS = "latest_checkpointed_iteration.txt", "run_config.yaml", "hf"
 

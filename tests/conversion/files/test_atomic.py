@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
+from megatron_embed.conversion.files.atomic import atomic_output
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.io.atomic import atomic_output
-from megatron_embed.conversion.megatron import tensors as tensor_stream
+from megatron_embed.conversion.mcore import tensors as tensor_stream
 
 
 def names(folder: Path) -> list[str]:
@@ -104,8 +104,8 @@ from pathlib import Path
 from transformers import Ministral3Config  # once for all children
 from megatron_embed.conversion import convert_checkpoints, exporting, importing
 from megatron_embed.conversion.hf import safetensors_writer
-from megatron_embed.conversion.megatron import tensors as tensor_stream
-from megatron_embed.conversion.io import block_writer
+from megatron_embed.conversion.mcore import tensors as tensor_stream
+from megatron_embed.conversion.files import block_writer
 
 number, below, steps, taken, args = getattr(signal, sys.argv[1]), sys.argv[2], sys.argv[3].split(","), 0, sys.argv[4:]
 

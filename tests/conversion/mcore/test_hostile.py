@@ -17,9 +17,9 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
-from megatron_embed.conversion.megatron import safe_loading
-from megatron_embed.conversion.megatron.tensors import CheckpointReader
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import safe_loading
+from megatron_embed.conversion.mcore.tensors import CheckpointReader
 
 
 class Bomb:

@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.liveness import is_broken_connection
-from megatron_embed.conversion.io.checksums import Checksums, DamagedCheckpoint, write_checksums
-from megatron_embed.conversion.io.disk_errors import explain_unwritten
-from megatron_embed.conversion.megatron.folder import check_lengths, is_sound, iteration_folder, with_older
-from megatron_embed.conversion.megatron.optimizer_forms import FormChange
-from megatron_embed.conversion.megatron.param_groups import ask_for_saved_groups, take_groups
-from megatron_embed.conversion.megatron.safe_loading import load_common, refuse_unsafe_loading, safe_metadata
-from megatron_embed.conversion.megatron.tensor_writer import bytes_on_all_ranks, write_tensors
+from megatron_embed.conversion.files.checksums import Checksums, DamagedCheckpoint, write_checksums
+from megatron_embed.conversion.files.disk_errors import explain_unwritten
+from megatron_embed.conversion.mcore.folder import check_lengths, is_sound, iteration_folder, with_older
+from megatron_embed.conversion.mcore.optimizer_forms import FormChange
+from megatron_embed.conversion.mcore.param_groups import ask_for_saved_groups, take_groups
+from megatron_embed.conversion.mcore.safe_loading import load_common, refuse_unsafe_loading, safe_metadata
+from megatron_embed.conversion.mcore.tensor_writer import bytes_on_all_ranks, write_tensors
 
 #: ending of an iteration folder while it is written
 PARTIAL = ".partial"

@@ -13,10 +13,10 @@ from megatron_embed.bridge import mapping, transforms
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError, listed
 from megatron_embed.bridge.mapping import Weight
+from megatron_embed.conversion.files.casts import Casts
+from megatron_embed.conversion.files.stored import Stored, Values
 from megatron_embed.conversion.hf.folder import HFFolder
-from megatron_embed.conversion.io.casts import Casts
-from megatron_embed.conversion.io.stored import Stored, Values
-from megatron_embed.conversion.megatron.tensors import CheckpointReader, Chunk
+from megatron_embed.conversion.mcore.tensors import CheckpointReader, Chunk
 
 #: prefix to the names of HF tensors that are kept unchanged (``--with-vision``)
 KEPT = "hf."

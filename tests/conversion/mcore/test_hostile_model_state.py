@@ -22,7 +22,7 @@ from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.megatron.model_state import load_model_state
+from megatron_embed.conversion.mcore.model_state import load_model_state
 
 
 @pytest.fixture(scope="module", autouse=True)

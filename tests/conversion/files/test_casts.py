@@ -27,8 +27,8 @@ from torch import Tensor
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.convert_checkpoints import main
 from megatron_embed.conversion.exporting import export_hf
+from megatron_embed.conversion.files.casts import Casts
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.io.casts import Casts
 
 Capture = pytest.CaptureFixture[str]
 UP, NORM, EMBED = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"

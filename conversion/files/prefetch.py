@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron_embed.conversion.io.stored import Stored, Values
+from megatron_embed.conversion.files.stored import Stored, Values
 
 T = TypeVar("T")
 _PAGE = 4096

@@ -19,9 +19,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.bridge.cpu import host
-from megatron_embed.conversion.io.checksums import FileSums, Summing
-from megatron_embed.conversion.io.disk_errors import system_error
-from megatron_embed.conversion.megatron.tensors import without_crc32
+from megatron_embed.conversion.files.checksums import FileSums, Summing
+from megatron_embed.conversion.files.disk_errors import system_error
+from megatron_embed.conversion.mcore.tensors import without_crc32
 
 
 def write_tensors(state: dict[str, Any], folder: Path) -> dict[str, FileSums]:

@@ -12,10 +12,10 @@ from megatron_embed.bridge import mapping, transforms
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.mapping import Weight
+from megatron_embed.conversion.files.casts import Casts
 from megatron_embed.conversion.hf.folder import HFFolder
-from megatron_embed.conversion.io.casts import Casts
-from megatron_embed.conversion.megatron.tensors import CheckpointReader
-from megatron_embed.conversion.megatron.weights import CheckpointWeights, is_ignored, pack, read_cast, read_slices
+from megatron_embed.conversion.mcore.tensors import CheckpointReader
+from megatron_embed.conversion.mcore.weights import CheckpointWeights, is_ignored, pack, read_cast, read_slices
 
 
 def parameters_with_weights(

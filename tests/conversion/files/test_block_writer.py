@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_embed.conversion.io import block_writer
-from megatron_embed.conversion.io.block_writer import BLOCK, BlockWriter
+from megatron_embed.conversion.files import block_writer
+from megatron_embed.conversion.files.block_writer import BLOCK, BlockWriter
 
 SOURCE = os.urandom(3 * BLOCK + 777)
 

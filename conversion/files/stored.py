@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from megatron_embed.conversion.io.block_writer import BlockWriter
+from megatron_embed.conversion.files.block_writer import BlockWriter
 
 #: an address is the file's number times this, plus the position in the file in bytes
 _FILE = 1 << 44

@@ -14,12 +14,12 @@ from support.hf_files import Source
 
 from megatron_embed.bridge import transforms
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files import page_cache
+from megatron_embed.conversion.files.block_writer import BlockWriter
+from megatron_embed.conversion.files.stored import Stored, addresses, write_values
 from megatron_embed.conversion.hf.folder import HFFolder
-from megatron_embed.conversion.io import page_cache
-from megatron_embed.conversion.io.block_writer import BlockWriter
-from megatron_embed.conversion.io.stored import Stored, addresses, write_values
-from megatron_embed.conversion.megatron.tensors import CheckpointReader, Chunk, write_chunks
-from megatron_embed.conversion.megatron.weights import chunks
+from megatron_embed.conversion.mcore.tensors import CheckpointReader, Chunk, write_chunks
+from megatron_embed.conversion.mcore.weights import chunks
 
 
 @pytest.fixture

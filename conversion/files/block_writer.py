@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.io.checksums import Summing
+from megatron_embed.conversion.files.checksums import Summing
 
 #: small enough to stay in a processor's cache between filling and writing
 BLOCK = 2 << 20

@@ -14,11 +14,11 @@ from support.hf_files import Source
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
+from megatron_embed.conversion.files.prefetch import fault_in, one_ahead
 from megatron_embed.conversion.hf import safetensors_writer
 from megatron_embed.conversion.importing import import_hf
-from megatron_embed.conversion.io.prefetch import fault_in, one_ahead
-from megatron_embed.conversion.megatron import tensors as tensor_stream
-from megatron_embed.conversion.megatron.tensors import CheckpointReader, Chunk, write_chunks
+from megatron_embed.conversion.mcore import tensors as tensor_stream
+from megatron_embed.conversion.mcore.tensors import CheckpointReader, Chunk, write_chunks
 
 
 def readers() -> list[threading.Thread]:

@@ -15,7 +15,7 @@ from support.runs import make_inputs, read_metrics, recipe
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
-from megatron_embed.conversion.io.checksums import (
+from megatron_embed.conversion.files.checksums import (
     BLOCK,
     CHECKSUMS,
     Checksums,
@@ -23,7 +23,7 @@ from megatron_embed.conversion.io.checksums import (
     Summing,
     write_checksums,
 )
-from megatron_embed.conversion.megatron import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.conversion.verify import verify
 from megatron_embed.recipes import Encoder
 from megatron_embed.recipes.training.loop import train

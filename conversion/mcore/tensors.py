@@ -33,12 +33,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.io.block_writer import BlockWriter
-from megatron_embed.conversion.io.checksums import Checksums, DamagedCheckpoint, FileSums, Summing
-from megatron_embed.conversion.io.prefetch import fault_in, one_ahead
-from megatron_embed.conversion.io.stored import Stored, Values, addresses, write_values
-from megatron_embed.conversion.megatron.folder import check_lengths, with_older
-from megatron_embed.conversion.megatron.safe_loading import safe_metadata
+from megatron_embed.conversion.files.block_writer import BlockWriter
+from megatron_embed.conversion.files.checksums import Checksums, DamagedCheckpoint, FileSums, Summing
+from megatron_embed.conversion.files.prefetch import fault_in, one_ahead
+from megatron_embed.conversion.files.stored import Stored, Values, addresses, write_values
+from megatron_embed.conversion.mcore.folder import check_lengths, with_older
+from megatron_embed.conversion.mcore.safe_loading import safe_metadata
 
 _ALIGNED = 64
 
