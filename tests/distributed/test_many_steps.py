@@ -66,14 +66,13 @@ def train_all(folder: str, runs: Runs) -> list[list[int]]:
     from megatron_embed.recipes.training import loop as training
 
     seen: list[list[int]] = []
-    cut = training.micro_batches
+    step = training.contrastive_step
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        groups = cut(*args, **kwargs)
+    def recorded(stages: Any, groups: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append([group.tokens.total_tokens for group in groups])
-        return groups
+        return step(stages, groups, *args, **kwargs)
 
-    training.micro_batches = recorded
+    training.contrastive_step = recorded
     for name, (overrides, times) in runs.items():
         for number in range(times):
             train(many_steps(Path(folder), f"{name}-{number}", *overrides))
