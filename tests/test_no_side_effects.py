@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HUGE_PAGES = _HUGE_PAGES.read_text() if _HUGE_PAGES.is_file() else ""
 
@@ -99,12 +101,10 @@ def clean() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in set_by_them}
 
 
-@pytest.mark.slow
 def test_importing_every_module_changes_nothing(clean: dict[str, str]) -> None:
     run(IMPORT_ALL, clean)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_an_entry_point_sets_what_the_process_needs(entry: str, clean: dict[str, str]) -> None:
     run(ENTRIES[entry] + CHECK, clean)
@@ -120,7 +120,6 @@ assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
     run(code, {**clean, "THP_MEM_ALLOC_ENABLE": "0"})
 
 
-@pytest.mark.slow
 def test_the_packages_names_load_without_others_warnings(clean: dict[str, str]) -> None:
     """megatron-core, behind a lazy name, warns while it is imported; the filters stay as they were."""
     code = """
@@ -132,7 +131,6 @@ assert not any(text is not None and text.pattern.startswith("Transformer Engine"
     run(code, clean)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif("[madvise]" not in HUGE_PAGES, reason="this kernel gives large pages to all or to none")
 def test_large_pages_are_still_to_be_had_after_every_import(clean: dict[str, str]) -> None:
     """torch asks for them at its first allocation, so that no import may allocate."""

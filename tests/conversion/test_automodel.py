@@ -124,6 +124,7 @@ def test_what_the_classes_save_is_a_source(kind: str, source: Source, tmp_path: 
     assert_same_bits(encoder_tensors_of(tmp_path / "saved"), encoder_tensors_of(source(kind)))
 
 
+@pytest.mark.slow
 def test_the_bridge_imports_them_only_when_asked() -> None:
     code = """
 import sys

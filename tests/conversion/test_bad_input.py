@@ -325,6 +325,7 @@ def test_verify_exits_1_on_a_difference(source: Source, checkpoint: Path, capsys
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_as_a_script_it_is_quiet(source: Source, tmp_path: Path) -> None:
     """``python conversion/convert_checkpoints.py``: the commands in fresh processes, nothing on stderr."""
     script = ROOT / "conversion" / "convert_checkpoints.py"

@@ -20,6 +20,8 @@ from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = (Layout(tp=2, pp=2), Layout(tp=4), Layout(pp=2), Layout(tp=2, pp=2, vpp=2))
 SHAPE = {"num_hidden_layers": 4, "dtype": "float32"}
 FORMS: dict[str, dict[str, Any]] = {

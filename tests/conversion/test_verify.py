@@ -22,6 +22,8 @@ from megatron_embed.conversion.mcore.tensors import CheckpointReader
 from megatron_embed.conversion.mcore.weights import CheckpointWeights
 from megatron_embed.conversion.verify import verify
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", ["vlm", "causal_lm", "model", "llama_causal_lm"])
 def test_hugging_face_and_megatron_embed_alike(kind: str, source: Source, tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 from support.places import ROOT
 from support.tiny_models import save_vlm
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = ROOT / "examples"
 

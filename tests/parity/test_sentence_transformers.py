@@ -21,6 +21,8 @@ from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["a short one", "", "with </s> and [INST] inside", "long " * 200, "schön – 深い"]
 
 

@@ -14,6 +14,8 @@ from support.tiny_models import save_model
 from megatron_embed.recipes import data, encode, evaluate, mine
 from megatron_embed.recipes.train import main as train_main
 
+pytestmark = pytest.mark.slow
+
 PAIR = '{"query": "q", "positive": "p"}\n'
 DOCUMENT = '{"_id": "a", "text": "one"}\n'
 

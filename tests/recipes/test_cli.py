@@ -210,6 +210,7 @@ def _python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
     ["", "import megatron_embed.recipes.train", "import megatron_embed.recipes.training.loop"],

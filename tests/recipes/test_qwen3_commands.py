@@ -21,6 +21,8 @@ from megatron_embed.recipes.config.overrides import apply_overrides
 from megatron_embed.recipes.planning.model_sizes import encoder_of
 from megatron_embed.recipes.planning.state import chunk_parameters, chunks_of
 
+pytestmark = pytest.mark.slow
+
 #: recipe → its model's config; the head of the language model, tied or not, is no part of the encoder
 SIZES = {"qwen3_0p6b_embed_config": "0.6b", "qwen3_4b_embed_config": "4b", "qwen3_8b_embed_config": "8b"}
 OVERRIDES = [
@@ -39,7 +41,6 @@ OVERRIDES = [
 ]
 
 
-@pytest.mark.slow
 def test_imported_trained_exported_and_loaded_elsewhere(tmp_path: Path) -> None:
     model = save_qwen3_causal_lm(tmp_path / "model")
     data = write_pairs(tmp_path / "train.jsonl", 40)

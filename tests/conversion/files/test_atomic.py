@@ -19,6 +19,8 @@ from megatron_embed.conversion.files.atomic import atomic_output
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.mcore import tensors as tensor_stream
 
+pytestmark = pytest.mark.slow
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())

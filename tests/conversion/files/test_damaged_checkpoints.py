@@ -28,6 +28,8 @@ from megatron_embed.conversion.verify import verify
 from megatron_embed.recipes import Encoder
 from megatron_embed.recipes.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 EXACT = ("step", "loss", "grad_norm", "learning_rate")
 #: one of every kind that a checkpoint of a training run holds
 KINDS = (

@@ -136,6 +136,7 @@ def beir_around(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(encoder: Encoder, tmp_path: Path) -> None:
     text = "word " * (LONG // 5)
     pairs = write(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}, {"query": "q", "positive": text}])

@@ -128,6 +128,7 @@ def test_of_judgements_of_one_pair_the_last_counts_as_in_an_evaluation(tmp_path:
     ]
 
 
+@pytest.mark.slow
 def test_a_beir_corpus_takes_little_memory_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "LEAST_BYTES", 0)
     folder, count = write_beir(tmp_path / "b", ROWS[:4]), 60_000

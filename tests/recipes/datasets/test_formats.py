@@ -222,6 +222,7 @@ def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     return run
 
 
+@pytest.mark.slow
 def test_every_form_gives_the_same_batches_and_losses(
     batches: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

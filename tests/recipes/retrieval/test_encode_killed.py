@@ -20,6 +20,8 @@ from megatron_embed.recipes.retrieval import encode_corpus, writer_lock
 from megatron_embed.recipes.retrieval.encode_corpus import encode_texts
 from megatron_embed.recipes.retrieval.vectors import Manifest, VectorFolder, plan_shards
 
+pytestmark = pytest.mark.slow
+
 SHARDS = plan_shards(len(ROWS), 4)
 
 #: where a run changes the folder, and what lies between; a rank is killed before a line of these

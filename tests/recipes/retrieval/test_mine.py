@@ -219,6 +219,7 @@ def four_ranks(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
 def test_two_and_four_ranks_equal_one(
     ranks: str, request: pytest.FixtureRequest, encoder: Encoder, folder: Path, tmp_path: Path

@@ -17,6 +17,8 @@ from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.importing import import_hf
 
+pytestmark = pytest.mark.slow
+
 LAST = "language_model.model.layers.2.mlp.down_proj.weight"
 BF16, FP16 = "model.precision=bf16", "model.precision=fp16"
 TP2, PP2 = "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"
@@ -117,7 +119,6 @@ def start_all(folder: str) -> list[str]:
     return said
 
 
-@pytest.mark.slow
 def test_ranks_add_up_what_they_rounded_and_refuse_together(tmp_path: Path) -> None:
     make_inputs(tmp_path)
     wanted = count(tmp_path / "model")

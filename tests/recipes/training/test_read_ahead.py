@@ -135,6 +135,7 @@ def test_nothing_is_prepared_while_it_is_paused() -> None:
         assert not taker.is_alive()
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_and_goes_on_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

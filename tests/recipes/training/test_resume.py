@@ -21,6 +21,8 @@ from megatron_embed.conversion.mcore.folder import iteration_folder, read_run_co
 from megatron_embed.recipes.train import main
 from megatron_embed.recipes.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "consumed_samples", "tokens")
 
 
@@ -196,7 +198,6 @@ def rate(step: int, iters: int) -> float:
     return 1e-4 * float(done) / float(warmup) if done <= warmup else 1e-4 * (1.0 - (done - warmup) / (iters - warmup))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("first", [20, 13])
 def test_a_longer_run_goes_on_with_the_schedule_of_its_length_and_says_so(
     inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, first: int
@@ -313,7 +314,6 @@ def test_a_run_does_not_take_the_place_of_what_it_reads(folder: Path, key: str) 
 # ---- the optimizer's form
 
 
-@pytest.mark.slow
 def test_the_optimizer_may_be_distributed_or_not_when_a_run_goes_on(inputs: Path, tmp_path: Path) -> None:
     """On one rank, without clipping, either does the same arithmetic: all losses are equal bit for bit."""
     given = ["optimizer.clip_grad=0", "optimizer.warmup_iters=2"]

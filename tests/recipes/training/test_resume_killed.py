@@ -20,6 +20,8 @@ from megatron_embed.recipes.training.loop import TrainingRun, train
 from megatron_embed.recipes.training.metrics import Reporter
 from megatron_embed.recipes.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = ["loss.temperature=0.02", "train.train_iters=2"], ["loss.temperature=0.5", "train.train_iters=3"]
 AFRESH = "checkpoint.resume=false"
 #: where a run changes its folder, and the loop between
@@ -92,7 +94,6 @@ def kill_at(folder: Path, shares: list[float] | None) -> tuple[int, int]:
     return refused, afresh
 
 
-@pytest.mark.slow
 def test_a_run_that_starts_afresh_and_is_killed_never_passes_for_the_one_before(tmp_path: Path) -> None:
     make_inputs(tmp_path)
     refused, afresh = call_in_fresh_process(kill_at, tmp_path, [0.05, 0.35, 0.5, 0.95])
@@ -100,7 +101,6 @@ def test_a_run_that_starts_afresh_and_is_killed_never_passes_for_the_one_before(
     assert afresh
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_run_that_starts_afresh_and_is_killed_before_any_line_never_passes_for_the_one_before(tmp_path: Path) -> None:
     make_inputs(tmp_path)

@@ -26,6 +26,8 @@ from megatron_embed.recipes.training.resume import Start, checkpoints_folder
 from megatron_embed.recipes.training.run_folder import RunFolder
 from megatron_embed.recipes.training.run_report import read_run, write_report
 
+pytestmark = pytest.mark.slow
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
@@ -172,7 +174,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_used_from_python_the_package_is_silent(folder: Path) -> None:
     """No warning of torch or megatron-core, no bar without a terminal; lines for those who ask ``logging`` for them."""
     save_run_config(recipe(folder, "silent", "train.train_iters=2", "device=cpu"), folder / "silent.yaml")
