@@ -103,7 +103,8 @@ def _may_be_fetched(name: str) -> bool:
 
 def _check_resume(asked: RecipeConfig, save_dir: Path, recipes: Recipes) -> None:
     """Refuse a ``save_dir`` that holds another run, as training does."""
-    if asked.checkpoint.resume and (save_dir / "checkpoints").is_dir():
-        from megatron_embed.recipes.training.resume import find_start
+    from megatron_embed.recipes.training.resume import find_start, refuse_a_checkpoint_folder
 
+    refuse_a_checkpoint_folder(save_dir)
+    if asked.checkpoint.resume and (save_dir / "checkpoints").is_dir():
         find_start(asked, save_dir, recipes=recipes)

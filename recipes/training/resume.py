@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.checksums import CHECKSUMS
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.conversion.mcore.safe_loading import load_common
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes, changed_keys, config_from_dict, recipe_named
@@ -112,9 +113,10 @@ def find_start(
 
     Raises:
         DamagedCheckpoint: a file of the checkpoint differs from what was written.
-        UserError: ``save_dir`` holds a run with other data, loss, optimizer, seed or model; the checkpoint holds no
-            training run; its number of samples is no multiple of this run's batch size.
+        UserError: ``save_dir`` is itself a checkpoint folder, or holds a run with other data, loss, optimizer, seed or
+            model; the checkpoint holds no training run; its number of samples is no multiple of this run's batch size.
     """
+    refuse_a_checkpoint_folder(save_dir)
     root = checkpoints_folder(save_dir)
     resumes = asked.checkpoint.resume and (root / checkpoint_folder.TRACKER).is_file()
     if resumes:
@@ -145,6 +147,26 @@ def find_start(
     if not own:
         _refuse_to_replace_source(asked, root)
     return Start(iter_dir, step, own, before, common.get("data", {}))
+
+
+def refuse_a_checkpoint_folder(save_dir: Path) -> None:
+    """Refuse a ``train.save_dir`` that is itself a Megatron checkpoint, such as one that ``import`` made.
+
+    Whoever reads a run by its folder's name, as ``export`` does, would get that checkpoint and not the trained one.
+
+    Raises:
+        UserError: the folder holds a tracker, an ``iter_…`` folder, or a checkpoint's own files.
+    """
+    marks = (checkpoint_folder.TRACKER, ".metadata", CHECKSUMS)
+    found = [name for name in marks if (save_dir / name).is_file()] or sorted(
+        path.name for path in save_dir.glob("iter_*")
+    )
+    if found:
+        raise UserError(
+            f"train.save_dir: {save_dir} is itself a Megatron checkpoint (found {found[0]} in it), wanted a new folder "
+            f"or that of a run; choose another train.save_dir, and start from this checkpoint's weights with "
+            f"checkpoint.pretrained_checkpoint={save_dir}"
+        )
 
 
 def may_fall_back(asked: RecipeConfig, older: Path) -> tuple[bool, bool]:

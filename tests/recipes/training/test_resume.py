@@ -311,6 +311,21 @@ def test_a_run_does_not_take_the_place_of_what_it_reads(folder: Path, key: str) 
     assert snapshot(folder / "run") == before
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("inside", ["latest_checkpointed_iteration.txt", "iter_0000002", "iter_0000002/.metadata"])
+def test_a_checkpoint_folder_is_no_folder_for_a_run(folder: Path, inside: str, pretrained: bool) -> None:
+    """Export, by the name of the run's folder, would find the old weights there."""
+    checkpoint = folder / "run" / "checkpoints"
+    if inside == "iter_0000002":
+        (checkpoint / "latest_checkpointed_iteration.txt").unlink()
+    save_dir = (checkpoint / inside).parent
+    before = snapshot(folder)
+    start_from = [f"checkpoint.pretrained_checkpoint={folder / 'run'}"] if pretrained and "iter" not in inside else []
+    with pytest.raises(UserError, match=rf"train\.save_dir: {save_dir} is itself a Megatron checkpoint"):
+        train(recipe(folder, "run", f"train.save_dir={save_dir}", *start_from))
+    assert snapshot(folder) == before
+
+
 # ---- the optimizer's form
 
 
