@@ -44,6 +44,34 @@ def writing(what: Path, lock: Path) -> Iterator[None]:
                 os.close(file)
 
 
+def refuse_if_written(what: Path, lock: Path) -> None:
+    """Refuse ``what`` as :func:`writing` would, without creating or locking anything. Every rank must call it.
+
+    Raises:
+        UserError: another run, which the message names, is writing ``what``; raised on every rank.
+    """
+    on_first_rank(lambda: _look(what, lock))
+
+
+def _look(what: Path, lock: Path) -> None:
+    try:
+        file = os.open(lock, os.O_RDONLY)
+    except OSError:  # nobody has written there, or writing() will say why nobody can
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _refusal(what, _holder(file)) from None
+    except OSError:  # a file system without locks
+        pass
+    finally:
+        os.close(file)
+
+
+def _refusal(what: Path, holder: str) -> UserError:
+    return UserError(f"{what}: is being written by {holder}; wait until it ends, or name another")
+
+
 def _take(what: Path, lock: Path) -> int | None:
     """Return the descriptor of the locked file, to be held open, or None if the file system has no locks."""
     while True:
@@ -58,7 +86,7 @@ def _take(what: Path, lock: Path) -> int | None:
             holder = _holder(file)
             os.close(file)
             if isinstance(error, BlockingIOError):
-                raise UserError(f"{what}: is being written by {holder}; wait until it ends, or name another") from None
+                raise _refusal(what, holder) from None
             if error.errno not in _NO_LOCKS:
                 raise
             lock.unlink(missing_ok=True)

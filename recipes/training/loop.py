@@ -35,7 +35,9 @@ from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 from megatron_embed.recipes.encoding.encoder import encode_sequences
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
+from megatron_embed.recipes.encoding.rank_zero import on_first_rank
 from megatron_embed.recipes.encoding.source import ModelSource, open_model
+from megatron_embed.recipes.retrieval.writer_lock import LOCK, refuse_if_written, writing
 from megatron_embed.recipes.training import checkpointing
 from megatron_embed.recipes.training.loss import ContrastiveLoss
 from megatron_embed.recipes.training.metrics import Reporter, model_flops, peak_memory_bytes
@@ -119,7 +121,9 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
         check_candidates(cfg.loss, cfg.train.global_batch_size, replicas, negatives, why)
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
     collections = _open_collections(cfg.data.eval)
+    lock = save_dir / LOCK
     with parallel.parallel_world(layout, timeout_minutes=cfg.train.timeout_minutes):
+        refuse_if_written(save_dir, lock)  # before minutes go into loading; the lock itself would create the folder
         liveness.keep_stacks_in(save_dir / "stacks")
         if dist.get_rank() == 0:
             report([each.odd for each in dataset.sources] + [odd for each in collections for odd in each.odd])
@@ -127,11 +131,25 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
         run = _set_up(cfg, layout, source, dataset, sampler, RunFolder(asked, save_dir, start), collections)
         if start is not None:
             checkpointing.restore(cfg.optimizer, run.state, start)
-        with writing_to(save_dir):
+        with writing_to(save_dir), writing(save_dir, lock):
+            on_first_rank(lambda: _check_unchanged(start, asked, save_dir, instead, recipes))
             run.loop(start)
         if dist.get_rank() == 0:
             _LOG.info(_closing(save_dir, cfg.train.train_iters, time.perf_counter() - began))
     return save_dir
+
+
+def _check_unchanged(
+    start: Start | None, asked: RecipeConfig, save_dir: Path, instead: Path | None, recipes: Recipes
+) -> None:
+    """Check, with the folder locked, that no other run has saved there since ``start`` was found."""
+    now = find_start(asked, save_dir, instead=instead, recipes=recipes)
+    was, found = (each and each.iter_dir for each in (start, now))
+    if was != found:
+        raise UserError(
+            f"{save_dir}: another run has saved {found} while this one was loading {was or 'its model'}; "
+            f"start this one again, or name another train.save_dir"
+        )
 
 
 def _closing(save_dir: Path, steps: int, seconds: float) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,8 +20,10 @@ from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.mcore.folder import iteration_folder, read_run_config
+from megatron_embed.conversion.mcore.folder import iteration_folder, read_run_config, write_tracker
+from megatron_embed.recipes.retrieval.writer_lock import LOCK
 from megatron_embed.recipes.train import main
+from megatron_embed.recipes.training import loop
 from megatron_embed.recipes.training.loop import train
 
 pytestmark = pytest.mark.slow
@@ -324,6 +329,57 @@ def test_a_checkpoint_folder_is_no_folder_for_a_run(folder: Path, inside: str, p
     with pytest.raises(UserError, match=rf"train\.save_dir: {save_dir} is itself a Megatron checkpoint"):
         train(recipe(folder, "run", f"train.save_dir={save_dir}", *start_from))
     assert snapshot(folder) == before
+
+
+# ---- two runs at once
+
+
+def test_two_runs_never_train_into_one_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused before it loads a weight, or, if both were loading, before it writes."""
+    lock, set_up = folder / "run" / LOCK, loop._set_up
+    message = r"/run: is being written by process 4711 on node7, since now; wait until it ends, or name another"
+
+    def hold() -> int:
+        file = os.open(lock, os.O_CREAT | os.O_RDWR)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.write(file, json.dumps({"host": "node7", "pid": 4711, "since": "now"}).encode())
+        return file
+
+    def first(action: Callable[[], Any]) -> None:
+        monkeypatch.setattr(loop, "_set_up", lambda *given: (action(), set_up(*given))[1])
+
+    first(lambda: pytest.fail("the model is being loaded"))
+    held = [hold()]
+    before = snapshot(folder / "run")
+    with pytest.raises(UserError, match=message):
+        run(folder, "train.train_iters=3")
+    assert snapshot(folder / "run") == before
+    os.close(held.pop())  # as the kernel does for a dead run; its file is still there
+    lock.unlink()
+    first(lambda: held.append(hold()))
+    with pytest.raises(UserError, match=message):
+        run(folder, "train.train_iters=3")
+    os.close(held.pop())
+    checkpoints = folder / "run" / "checkpoints"
+    first(lambda: save_another(checkpoints))
+    with pytest.raises(UserError, match=r"/run: another run has saved \S+/iter_0000003 while this one was loading \S+2"):
+        run(folder, "train.train_iters=4")
+    assert not lock.exists()
+    shutil.rmtree(iteration_folder(checkpoints, 3))
+    write_tracker(checkpoints, 2)
+    monkeypatch.setattr(loop, "_set_up", set_up)
+    lock.write_text("left behind by a run that was killed")
+    assert run(folder, "train.train_iters=3") == [1, 2, 3]
+    assert not lock.exists()
+
+
+def save_another(checkpoints: Path) -> None:
+    """Save step 3 as another run would, with the samples of three steps."""
+    later = iteration_folder(checkpoints, 3)
+    shutil.copytree(iteration_folder(checkpoints, 2), later)
+    common = torch.load(later / "common.pt", weights_only=True)
+    torch.save({**common, "consumed_samples": 24}, later / "common.pt")
+    write_tracker(checkpoints, 3)
 
 
 # ---- the optimizer's form
