@@ -46,6 +46,12 @@ def iteration_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
+def iterations(root: Path) -> list[int]:
+    """Return the numbers of the ``iter_…`` folders of ``root`` that hold a checkpoint, in order."""
+    folders = [path for path in root.glob("iter_*") if (path / ".metadata").is_file() or (path / CHECKSUMS).is_file()]
+    return sorted(number for path in folders if (number := _number(path)) is not None)
+
+
 def write_tracker(root: Path, iteration: int) -> None:
     """Make ``iteration`` the current one of ``root``, by an atomic replacement."""
     with atomic_file(root / TRACKER) as file:
@@ -60,7 +66,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         UserError: ``path`` is none of these; the message says what was found.
-        DamagedCheckpoint: a file is cut short, missing, or has other contents than were written (tensors are checked
+        DamagedCheckpoint: a file is cut short, missing (the tracker too), or has other contents than were written (tensors are checked
             later, while they are read); the message names the newest sound checkpoint before it.
     """
     folder = _locate(path)
@@ -79,9 +85,17 @@ def _locate(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{path}: no such folder; wanted a Megatron checkpoint (a folder with {TRACKER})")
     if (root / ".metadata").is_file() or (root / CHECKSUMS).is_file():
         return root
-    if not (root / TRACKER).is_file() and (root / "checkpoints" / TRACKER).is_file():
-        root = root / "checkpoints"
+    if not (root / TRACKER).is_file() and not iterations(root):
+        inner = root / "checkpoints"
+        root = inner if (inner / TRACKER).is_file() or iterations(inner) else root
     if not (root / TRACKER).is_file():
+        if numbers := iterations(root):
+            listed = ", ".join(iteration_folder(root, number).name for number in numbers[-6:])
+            error = DamagedCheckpoint(
+                f"{root}: no {TRACKER} in it (found {listed}); wanted the number of the newest complete iter_… folder "
+                f"there: write {numbers[-1]} into {root / TRACKER}"
+            )
+            raise with_older(error, root / "iter_")
         found = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
         raise UserError(
             f"{path}: not a Megatron checkpoint: no {TRACKER} in it (found {found}); "

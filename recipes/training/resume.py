@@ -118,7 +118,9 @@ def find_start(
     """
     refuse_a_checkpoint_folder(save_dir)
     root = checkpoints_folder(save_dir)
-    resumes = asked.checkpoint.resume and (root / checkpoint_folder.TRACKER).is_file()
+    # Checkpoints that no tracker names are damage to be told of, or asked.checkpoint.load says which one is meant.
+    unnamed = asked.checkpoint.load is None and bool(checkpoint_folder.iterations(root))
+    resumes = asked.checkpoint.resume and ((root / checkpoint_folder.TRACKER).is_file() or unnamed)
     if resumes:
         iter_dir = instead or checkpoint_folder.resolve(root)
     elif asked.checkpoint.load is not None:

@@ -307,6 +307,21 @@ def test_a_checkpoint_that_no_tracker_names_yet_is_gone_on_from(folder: Path) ->
     assert run(folder, "train.train_iters=3", f"checkpoint.load={iteration_folder(checkpoints, 2)}") == [1, 2, 3]
 
 
+def test_a_missing_tracker_is_damage_and_no_reason_to_start_over(folder: Path) -> None:
+    tracker = folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    tracker.unlink()
+    before = snapshot(folder / "run")
+    with pytest.raises(UserError, match=f"no {tracker.name} in it .found iter_0000002") as error:
+        run(folder, "train.train_iters=3")
+    assert f"write 2 into {tracker}; the newest sound checkpoint before it is {tracker.parent}" in str(error.value)
+    assert snapshot(folder / "run") == before
+    assert run(folder, "train.train_iters=3", "checkpoint.allow_fallback=true") == [1, 2, 3]
+    assert tracker.read_text() == "3\n"
+    tracker.unlink()
+    tracker.write_text("3")  # what the message says
+    assert run(folder, "train.train_iters=4") == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("key", ["load", "pretrained_checkpoint"])
 def test_a_run_does_not_take_the_place_of_what_it_reads(folder: Path, key: str) -> None:
     before = snapshot(folder / "run")
@@ -362,7 +377,8 @@ def test_two_runs_never_train_into_one_folder(folder: Path, monkeypatch: pytest.
     os.close(held.pop())
     checkpoints = folder / "run" / "checkpoints"
     first(lambda: save_another(checkpoints))
-    with pytest.raises(UserError, match=r"/run: another run has saved \S+/iter_0000003 while this one was loading \S+2"):
+    message = r"/run: another run has saved \S+/iter_0000003 while this one was loading \S+/iter_0000002; start"
+    with pytest.raises(UserError, match=message):
         run(folder, "train.train_iters=4")
     assert not lock.exists()
     shutil.rmtree(iteration_folder(checkpoints, 3))
