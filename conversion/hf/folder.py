@@ -20,6 +20,7 @@ from megatron_embed.bridge.errors import UserError, listed
 from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
 from megatron_embed.conversion.files.stored import Stored, Values, addresses
+from megatron_embed.conversion.hf.loaded_otherwise import refuse_two_models
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -257,7 +258,7 @@ class HFFolder:
     # ---- files
 
     def _index(self) -> dict[str, str]:
-        """Return tensor name → file name, from the index if there is one."""
+        """Return tensor name → file name, from the index if there is one; it may not contradict a single file."""
         if any(self.path.glob("consolidated*.safetensors")):
             self.notes.append("consolidated*.safetensors ignored: the same weights in Mistral's own names")
         if (self.path / INDEX).is_file():
@@ -276,6 +277,8 @@ class HFFolder:
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
             raise UserError(f"{path}: no 'weight_map'; wanted {{tensor name: file name}}")
+        if (self.path / SINGLE).is_file():
+            refuse_two_models(self.path, SINGLE, INDEX, [str(file) for file in weight_map.values()])
         for name, file in weight_map.items():
             if not isinstance(file, str) or not _inside(file):
                 raise UserError(f"{path}: {name} is said to lie in {file!r}, outside of the folder; refused")

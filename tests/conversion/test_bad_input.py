@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.hf_files import Source, edit_json, edit_tensors, without_checksums
 from support.places import ROOT
 from torch import Tensor
@@ -140,9 +141,22 @@ def test_index_and_files_disagree(sharded: Path, tmp_path: Path, capsys: Capture
     assert "unlisted: vision_tower.ln_pre.weight" in import_refused(capsys, tmp_path, sharded)
 
 
-def test_the_index_wins(sharded: Path, tmp_path: Path) -> None:
-    (sharded / "model.safetensors").write_bytes(b"left over")
-    assert run("import", "--hf-model", sharded, "--megatron-path", tmp_path / "out") == 0
+def test_a_single_file_beside_an_index_of_other_files(
+    vlm: Path, sharded: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """transformers would read the single file, vLLM those of the index."""
+    shutil.copy(vlm / "model.safetensors", sharded)
+    message = import_refused(capsys, tmp_path, sharded)
+    assert "holds model.safetensors and also model.safetensors.index.json, which names model-00001" in message
+    verified = refused(capsys, tmp_path, "verify", "--hf-model", vlm, "--hf-path", sharded)
+    assert verified == message
+
+
+def test_an_index_of_the_single_file(vlm: Path, tmp_path: Path) -> None:
+    names = load_file(vlm / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (vlm / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run("import", "--hf-model", vlm, "--megatron-path", tmp_path / "out") == 0
 
 
 # ---- configs
