@@ -20,7 +20,7 @@ from megatron_embed.bridge.errors import UserError, listed
 from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
 from megatron_embed.conversion.files.stored import Stored, Values, addresses
-from megatron_embed.conversion.hf.loaded_otherwise import refuse_two_models
+from megatron_embed.conversion.hf.loaded_otherwise import refuse_adapter, refuse_two_models
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -76,6 +76,7 @@ class HFFolder:
         self.source = str(path_or_id)
         self.revision = revision
         self.path = _locate(self.source, revision)
+        refuse_adapter(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         if trust_remote_code and "auto_map" in self.config:
             raise UserError(

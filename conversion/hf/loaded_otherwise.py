@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megatron_embed.bridge.errors import UserError
 
+ADAPTER = "adapter_config.json"
+
 
 def refuse_two_models(folder: Path, single: str, index: str, named: Collection[str]) -> None:
     """Refuse a folder with a single weights file beside an index that names other files.
@@ -25,4 +27,17 @@ def refuse_two_models(folder: Path, single: str, index: str, named: Collection[s
         raise UserError(
             f"{folder}: holds {single} and also {index}, which names {shown}; wanted one of the two: transformers "
             f"reads {single}, other programs the files of the index. Remove the stale one"
+        )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with a PEFT adapter, which transformers and sentence-transformers load on top of the weights.
+
+    Raises:
+        UserError: there is an ``adapter_config.json``.
+    """
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder / ADAPTER}: a PEFT adapter, which transformers would load on top of the weights and which is not "
+            f"read here; merge it into the model first (peft: merge_and_unload, then save_pretrained), or remove it"
         )

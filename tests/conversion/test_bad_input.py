@@ -152,6 +152,16 @@ def test_a_single_file_beside_an_index_of_other_files(
     assert verified == message
 
 
+def test_a_peft_adapter_beside_the_weights(vlm: Path, source: Source, tmp_path: Path, capsys: Capture) -> None:
+    """transformers and sentence-transformers would load it on top of them."""
+    (vlm / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    message = import_refused(capsys, tmp_path, vlm)
+    assert f"{vlm / 'adapter_config.json'}: a PEFT adapter" in message
+    assert "merge it into the model first" in message
+    sound = source("vlm", dtype="bfloat16")
+    assert refused(capsys, tmp_path, "verify", "--hf-model", sound, "--hf-path", vlm) == message
+
+
 def test_an_index_of_the_single_file(vlm: Path, tmp_path: Path) -> None:
     names = load_file(vlm / "model.safetensors")
     index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
