@@ -20,7 +20,11 @@ from megatron_embed.bridge.errors import UserError, listed
 from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
 from megatron_embed.conversion.files.stored import Stored, Values, addresses
-from megatron_embed.conversion.hf.loaded_otherwise import refuse_adapter, refuse_two_models
+from megatron_embed.conversion.hf.loaded_otherwise import (
+    refuse_adapter,
+    refuse_quantization,
+    refuse_two_models,
+)
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -92,6 +96,7 @@ class HFFolder:
         #: (number of the tensor's file, position of the tensor in it)
         self._places: dict[str, tuple[int, int]] = {}
         self._read_headers()
+        refuse_quantization(self.path / "config.json", self.config, fp8=self.quantized)
         prefix = mapping.hf_prefix(self._file_of)
         if prefix is None:
             raise UserError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_embed.bridge.errors import UserError
 
@@ -40,4 +42,34 @@ def refuse_adapter(folder: Path) -> None:
         raise UserError(
             f"{folder / ADAPTER}: a PEFT adapter, which transformers would load on top of the weights and which is not "
             f"read here; merge it into the model first (peft: merge_and_unload, then save_pretrained), or remove it"
+        )
+
+
+def refuse_quantization(path: Path, config: Mapping[str, Any], *, fp8: bool) -> None:
+    """Refuse a ``quantization_config`` other than that of FP8 weights with a scale each, which are read here.
+
+    transformers quantises a model with such a key at loading, whatever its tensors are.
+
+    Args:
+        path: the ``config.json``.
+        config: its contents.
+        fp8: whether any tensor of the folder is FP8.
+
+    Raises:
+        UserError: another method, or FP8 without FP8 tensors; the message names the key.
+    """
+    text = config.get("text_config")
+    for name, held in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
+        key, value = f"{name}quantization_config", held.get("quantization_config")
+        method = value.get("quant_method") if isinstance(value, Mapping) else value
+        if value is None or (method == "fp8" and fp8):
+            continue
+        found = (
+            f"{key}.quant_method is {json.dumps(method)}" + (", but no tensor is FP8" if method == "fp8" else "")
+            if isinstance(value, Mapping)
+            else f"{key} is {json.dumps(value)}"
+        )
+        raise UserError(
+            f"{path}: {found}; wanted no {key}, or fp8 with FP8 weights of one scale each; take the model before it "
+            f"was quantised, or take the key out if the tensors are plain"
         )

@@ -198,6 +198,26 @@ def test_configs_of_something_else(
     assert str(vlm / "config.json") in message
 
 
+@pytest.mark.parametrize(
+    ("where", "settings", "found"),
+    [
+        ("", {"quant_method": "gptq", "bits": 4}, 'quantization_config.quant_method is "gptq"'),
+        ("text_config", {"load_in_8bit": True}, "text_config.quantization_config.quant_method is null"),
+        ("", {"quant_method": "fp8"}, 'quantization_config.quant_method is "fp8", but no tensor is FP8'),
+    ],
+    ids=["gptq", "nested", "fp8 of plain tensors"],
+)
+def test_a_quantisation_that_is_not_read(
+    where: str, settings: dict[str, object], found: str, vlm: Path, source: Source, tmp_path: Path, capsys: Capture
+) -> None:
+    """transformers would quantise the plain weights at loading."""
+    edit_json(vlm / "config.json", lambda raw: (raw[where] if where else raw).update(quantization_config=settings))
+    message = import_refused(capsys, tmp_path, vlm)
+    assert f"{vlm / 'config.json'}: {found}; wanted no " in message
+    sound = source("vlm", dtype="bfloat16")
+    assert refused(capsys, tmp_path, "verify", "--hf-model", sound, "--hf-path", vlm) == message
+
+
 def test_no_config_or_no_json(vlm: Path, tmp_path: Path, capsys: Capture) -> None:
     (vlm / "config.json").write_text("{")
     assert "config.json: not valid JSON" in import_refused(capsys, tmp_path, vlm)
