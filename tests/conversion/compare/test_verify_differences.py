@@ -62,6 +62,7 @@ def no_eos(tokenizer: dict[str, Any]) -> None:
 
 CONFIG, SENTENCES, PROCESSOR = "config.json", "sentence-transformers files", "processor_config.json"
 PROMPTS, LENGTHS = "config_sentence_transformers.json", "sentence_bert_config.json"
+STORED = "bfloat16, in which the tensors are stored"
 #: (which, file, edit, name, found, wanted)
 CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object], str, str, str]] = {
     "rope_theta": (
@@ -69,6 +70,12 @@ CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object], str, str,
         *(f"{CONFIG}: rope_parameters.rope_theta", "10000.0", "1000000.0"),
     ),
     "rms_norm_eps": ("hf", CONFIG, set_to(rms_norm_eps=1e-6), f"{CONFIG}: rms_norm_eps", "1e-06", "1e-05"),
+    "dtype": ("hf", CONFIG, set_to(dtype="float16"), f"{CONFIG}: dtype", "float16", STORED),
+    "torch_dtype": ("hf", CONFIG, set_to(torch_dtype="float32"), f"{CONFIG}: torch_dtype", "float32", STORED),
+    "dtype of a VLM": (
+        *("vlm", CONFIG, set_to(text_config__dtype="float16")),
+        *(f"{CONFIG}: text_config.dtype", "float16", STORED),
+    ),
     "is_causal": ("hf", CONFIG, set_to(is_causal=True), f"{CONFIG}: is_causal", "True", "False"),
     "is_causal missing": ("hf", CONFIG, set_to(is_causal=None), f"{CONFIG}: is_causal", "not stated", "False"),
     "is_causal missing in a VLM": (
