@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.hf_files import Source, edit_json, without_checksums
 from support.places import FIXTURES
 from support.run_files import edit_encoder, edit_run
 
+from megatron_embed.conversion.compare.tokenizers import compare_tokenizers
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.verify import verify
@@ -165,6 +167,27 @@ def test_verify_names_what_differs(change: str, made: Path, tmp_path: Path) -> N
     assert difference.found == found or not found
     assert difference.wanted == wanted or not wanted
     assert difference.found != difference.wanted
+
+
+PLACES = "added_tokens.json, tokenizer_config.json: tokens beside tokenizer.json, 1 places"
+
+
+@pytest.mark.parametrize(
+    ("file", "added"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"999": {"content": "zebra"}}}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["zebra"]}),
+        ("added_tokens.json", {"zebra": 999}),
+    ],
+    ids=["added_tokens_decoder", "extra_special_tokens", "added_tokens.json"],
+)
+def test_tokens_added_beside_the_tokenizer_json(file: str, added: dict[str, Any], made: Path, tmp_path: Path) -> None:
+    """No text whose ids are compared holds them."""
+    shutil.copytree(made / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | added))
+    differences = compare_tokenizers(tmp_path / "hf", made / "source").differences
+    assert PLACES in [difference.name for difference in differences]
 
 
 def swap_ids_kept(iter_dir: Path) -> None:
