@@ -65,11 +65,17 @@ def compare_tokenizers(found: Path, wanted: Path) -> ComparedSection:
             _differing_ids(probes[changed[0]], *ids[changed[0]], many=f"{len(changed)} of {len(probes)}")
         )
     names = _SPECIAL if edited else (*_SPECIAL, "model_max_length")  # for an embedder it is a sentence setting
-    values = ({name: getattr(side, name) for name in names} for side in (left, right))
+    values = ({name: getattr(side, name) for name in names} | _mask(side) for side in (left, right))
     more, special = compare_values(*values, where="tokenizer_config.json")
     differences += special
     unequal = len(differences) + max(len(changed) - 1, 0)  # one difference stands for the ids of all texts
     return ComparedSection("tokenizer", count + len(probes) + more, differences, unequal=unequal)
+
+
+def _mask(tokenizer: Any) -> dict[str, str]:
+    """Return whether texts get an attention mask; without one, padding is attended to."""
+    masked = "attention_mask" in tokenizer.model_input_names
+    return {"model_input_names": "with attention_mask" if masked else "without attention_mask"}
 
 
 def reads_control_tokens(folder: Path) -> bool:

@@ -72,6 +72,13 @@ CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object], str, str,
         *(f"{CONFIG}: rope_parameters.rope_theta", "10000.0", "1000000.0"),
     ),
     "rms_norm_eps": ("hf", CONFIG, set_to(rms_norm_eps=1e-6), f"{CONFIG}: rms_norm_eps", "1e-06", "1e-05"),
+    **{
+        f"no attention mask in {which}": (
+            *(which, "tokenizer_config.json", set_to(model_input_names=["input_ids"])),
+            *("tokenizer_config.json: model_input_names", "'without attention_mask'", "'with attention_mask'"),
+        )
+        for which in ("hf", "vlm")
+    },
     "dtype": ("hf", CONFIG, set_to(dtype="float16"), f"{CONFIG}: dtype", "float16", STORED),
     "torch_dtype": ("hf", CONFIG, set_to(torch_dtype="float32"), f"{CONFIG}: torch_dtype", "float32", STORED),
     "dtype of a VLM": (
