@@ -147,9 +147,9 @@ def _beside_tokenizer_json(found: Any, wanted: Any) -> list[Difference]:
     keys = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
     if not keys:
         return []
-    shown = (", ".join(f"{key} {side.get(key, NOT_STATED)}" for key in keys[:2]) for side in (left, right))
+    here, there = (", ".join(f"{key} {side.get(key, NOT_STATED)}" for key in keys[:2]) for side in (left, right))
     name = f"added_tokens.json, tokenizer_config.json: tokens beside tokenizer.json, {len(keys)} places"
-    return [Difference(name, *shown)]
+    return [Difference(name, here, there)]
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[int, str]:

@@ -265,6 +265,11 @@ class HFFolder:
 
     def _index(self) -> dict[str, str]:
         """Return tensor name → file name, from the index if there is one; it may not contradict a single file."""
+        if (named := self.config.get("transformers_weights")) not in (None, SINGLE, INDEX):
+            raise UserError(
+                f"{self.path / 'config.json'}: transformers_weights is {named!r}, which transformers would read; "
+                f"wanted {SINGLE} or {INDEX}: rename the file, and take the key out"
+            )
         if any(self.path.glob("consolidated*.safetensors")):
             self.notes.append("consolidated*.safetensors ignored: the same weights in Mistral's own names")
         if (self.path / INDEX).is_file():

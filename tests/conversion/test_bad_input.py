@@ -152,6 +152,11 @@ def test_a_single_file_beside_an_index_of_other_files(
     assert verified == message
 
 
+def test_a_config_that_names_other_weights(vlm: Path, tmp_path: Path, capsys: Capture) -> None:
+    edit_json(vlm / "config.json", lambda raw: raw.update(transformers_weights="other.safetensors"))
+    assert "config.json: transformers_weights is 'other.safetensors'" in import_refused(capsys, tmp_path, vlm)
+
+
 def test_a_peft_adapter_beside_the_weights(vlm: Path, source: Source, tmp_path: Path, capsys: Capture) -> None:
     """transformers and sentence-transformers would load it on top of them."""
     (vlm / "adapter_config.json").write_text('{"peft_type": "LORA"}')
