@@ -19,6 +19,7 @@ from megatron_embed.conversion.compare.configs import (
     compare_configs,
     compare_encoders,
     compare_processors,
+    compare_stated_dtype,
     stated_causality,
 )
 from megatron_embed.conversion.compare.differences import ComparedSection, Difference
@@ -167,6 +168,7 @@ def _folder_files(
     key = "config.json: text_config.is_causal" if vlm else "config.json: is_causal"
     sections = [
         compare_configs(other.config, source.config, where="config.json"),
+        compare_stated_dtype(other),
         compare_attention(stated_causality(other.config), causal=causal, where=key),
     ]
     if not vlm:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -114,7 +116,6 @@ def write_vlm(
         raw["dtype"] = torch_dtype
         raw.pop("torch_dtype", None)
         raw["text_config"].pop("dtype", None)
-    write_json(out / "config.json", raw)
 
     def dtype_of(spec: TensorSpec) -> torch.dtype:
         return torch_dtype_of(torch_dtype) if torch_dtype is not None and spec.dtype in FLOATS else spec.dtype
@@ -127,6 +128,8 @@ def write_vlm(
     ]
     others = [TensorSpec(spec.name, spec.shape, dtype_of(spec)) for spec in source.others]
     specs += others
+    _restate_dtype(raw, tower, specs)
+    write_json(out / "config.json", raw)
     with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
         write_sharded(
             specs,
@@ -135,6 +138,18 @@ def write_vlm(
             max_shard_size=max_shard_size,
             on_tensor=lambda spec: advance(spec.nbytes),
         )
+
+
+def _restate_dtype(raw: dict[str, Any], tower: torch.dtype, specs: list[TensorSpec]) -> None:
+    """Let a config state the widest dtype of the tensors where it does not state the language tower's.
+
+    transformers casts to the stated dtype at loading; to the widest it loses no value.
+    """
+    widest = reduce(torch.promote_types, (spec.dtype for spec in specs if spec.dtype in FLOATS))
+    for values in (raw, raw["text_config"]):
+        for key in ("dtype", "torch_dtype"):
+            if values.get(key) not in (None, "auto", str(tower).removeprefix("torch.")):
+                values[key] = str(widest).removeprefix("torch.")
 
 
 def _values(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_embed.bridge.config import EncoderConfig, stock_text_config
 from megatron_embed.bridge.errors import UserError
@@ -17,7 +20,7 @@ from megatron_embed.conversion.compare.differences import (
     compare_values,
     flatten,
 )
-from megatron_embed.conversion.hf.folder import read_json
+from megatron_embed.conversion.hf.folder import FLOATS, HFFolder, read_json
 from megatron_embed.conversion.hf.sidecars import without_local_paths
 
 #: Keys that do not change the function, with the reason; a family may name more. Every other key is compared.
@@ -26,8 +29,8 @@ NOT_COMPARED: dict[str, str] = {
     "auto_map": "remote code, which is never run",
     "transformers_version": "says who wrote the file",
     "_name_or_path": "says where the model was loaded from",
-    "dtype": "the tensors are compared in the dtype of the other side",
-    "torch_dtype": "the tensors are compared in the dtype of the other side",
+    "dtype": "held to the folder's own tensors, which are compared in the dtype of the other side",
+    "torch_dtype": "held to the folder's own tensors, which are compared in the dtype of the other side",
     "quantization_config": "FP8 weights are compared as the bfloat16 values that they stand for",
     "initializer_range": "of random weights; all of these are loaded",
     "use_cache": "of generation",
@@ -48,6 +51,9 @@ NOT_COMPARED: dict[str, str] = {
     "llama_4_scaling": "vLLM's: compared with what the rope parameters say",
     "vision_config.rope_parameters.rope_type": "the vision tower has one kind of rope, whatever a file calls it",
 }
+
+#: ends of the names of tensors that belong to FP8 weights
+_SCALES = (".weight_scale_inv", ".activation_scale")
 
 #: files with the image settings of a VLM
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -147,6 +153,38 @@ def _kept(values: Mapping[str, Any]) -> dict[str, Any]:
     names = (*NOT_COMPARED, *(family.not_compared if family else ()))
     flat = flatten(values).items()
     return {key: value for key, value in flat if not any(f".{name}." in f".{key}." for name in names)}
+
+
+# ---- dtype
+
+
+def compare_stated_dtype(found: HFFolder) -> ComparedSection:
+    """Compare the dtypes that a folder's ``config.json`` states with that of its tensors.
+
+    transformers casts the tensors to the stated dtype at loading. Where a VLM's other tensors are wider than its
+    language tower's, either dtype may be stated.
+    """
+    names = [name for name in found.names() if not name.endswith(_SCALES)]
+    tower = _widest(found, [name for name in names if name.startswith(found.prefix)])
+    allowed = (tower, _widest(found, names))
+    text = found.config.get("text_config") if is_vlm(found.config) else None
+    stated = {
+        f"{place}{key}": str(values[key]).removeprefix("torch.")
+        for place, values in (("", found.config), ("text_config.", text if isinstance(text, Mapping) else {}))
+        for key in ("dtype", "torch_dtype")
+        if values.get(key) not in (None, "auto")
+    }
+    differences = [
+        Difference(f"config.json: {key}", value, f"{tower}, in which the tensors are stored")
+        for key, value in stated.items()
+        if value not in allowed
+    ]
+    return ComparedSection("dtype", len(stated), differences)
+
+
+def _widest(folder: HFFolder, names: list[str]) -> str:
+    dtypes = {folder.tensor_dtype(name) for name in names}
+    return str(reduce(torch.promote_types, dtypes & {*FLOATS} or dtypes)).removeprefix("torch.")
 
 
 # ---- attention

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.compare.differences import ComparedSection, Difference, compare_values, flatten
+from megatron_embed.conversion.compare.differences import (
+    NOT_STATED,
+    ComparedSection,
+    Difference,
+    compare_values,
+    flatten,
+)
 from megatron_embed.conversion.hf.folder import read_json
 from megatron_embed.conversion.hf.tokenizer_files import write_tokenizer
 
@@ -49,6 +55,8 @@ def compare_tokenizers(found: Path, wanted: Path) -> ComparedSection:
     edited = as_made[found] or as_made[wanted]
     left, right = load_tokenizer(found, edited=edited and not as_made[found]), load_tokenizer(wanted, edited=edited)
     count, differences = _vocabularies(found, wanted)
+    if not differences:  # tokenizer.json is the same; other files add tokens too
+        count, differences = count + 1, _beside_tokenizer_json(left, right)
     probes = [(text, cut) for cut in (None, _CUT) for text in PROBES]
     ids = [(_ids(left, *probe), _ids(right, *probe)) for probe in probes]
     changed = [number for number, (a, b) in enumerate(ids) if a != b]
@@ -57,11 +65,17 @@ def compare_tokenizers(found: Path, wanted: Path) -> ComparedSection:
             _differing_ids(probes[changed[0]], *ids[changed[0]], many=f"{len(changed)} of {len(probes)}")
         )
     names = _SPECIAL if edited else (*_SPECIAL, "model_max_length")  # for an embedder it is a sentence setting
-    values = ({name: getattr(side, name) for name in names} for side in (left, right))
+    values = ({name: getattr(side, name) for name in names} | _mask(side) for side in (left, right))
     more, special = compare_values(*values, where="tokenizer_config.json")
     differences += special
     unequal = len(differences) + max(len(changed) - 1, 0)  # one difference stands for the ids of all texts
     return ComparedSection("tokenizer", count + len(probes) + more, differences, unequal=unequal)
+
+
+def _mask(tokenizer: Any) -> dict[str, str]:
+    """Return whether texts get an attention mask; without one, padding is attended to."""
+    masked = "attention_mask" in tokenizer.model_input_names
+    return {"model_input_names": "with attention_mask" if masked else "without attention_mask"}
 
 
 def reads_control_tokens(folder: Path) -> bool:
@@ -121,6 +135,21 @@ def _vocabularies(found: Path, wanted: Path) -> tuple[int, list[Difference]]:
             found_text, wanted_text = shown
             differences.append(Difference(f"tokenizer.json: {name}, {len(keys)} places", found_text, wanted_text))
     return count, differences
+
+
+def _beside_tokenizer_json(found: Any, wanted: Any) -> list[Difference]:
+    """Compare all tokens of two loaded tokenizers: id, text and, of an added token, how it is matched."""
+    left, right = (
+        {number: token for token, number in side.get_vocab().items()}
+        | {number: repr(token) for number, token in side.added_tokens_decoder.items()}
+        for side in (found, wanted)
+    )
+    keys = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
+    if not keys:
+        return []
+    here, there = (", ".join(f"{key} {side.get(key, NOT_STATED)}" for key in keys[:2]) for side in (left, right))
+    name = f"added_tokens.json, tokenizer_config.json: tokens beside tokenizer.json, {len(keys)} places"
+    return [Difference(name, here, there)]
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[int, str]:

@@ -20,6 +20,11 @@ from megatron_embed.bridge.errors import UserError, listed
 from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
 from megatron_embed.conversion.files.stored import Stored, Values, addresses
+from megatron_embed.conversion.hf.loaded_otherwise import (
+    refuse_adapter,
+    refuse_quantization,
+    refuse_two_models,
+)
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -75,6 +80,7 @@ class HFFolder:
         self.source = str(path_or_id)
         self.revision = revision
         self.path = _locate(self.source, revision)
+        refuse_adapter(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         if trust_remote_code and "auto_map" in self.config:
             raise UserError(
@@ -90,6 +96,7 @@ class HFFolder:
         #: (number of the tensor's file, position of the tensor in it)
         self._places: dict[str, tuple[int, int]] = {}
         self._read_headers()
+        refuse_quantization(self.path / "config.json", self.config, fp8=self.quantized)
         prefix = mapping.hf_prefix(self._file_of)
         if prefix is None:
             raise UserError(
@@ -257,7 +264,12 @@ class HFFolder:
     # ---- files
 
     def _index(self) -> dict[str, str]:
-        """Return tensor name → file name, from the index if there is one."""
+        """Return tensor name → file name, from the index if there is one; it may not contradict a single file."""
+        if (named := self.config.get("transformers_weights")) not in (None, SINGLE, INDEX):
+            raise UserError(
+                f"{self.path / 'config.json'}: transformers_weights is {named!r}, which transformers would read; "
+                f"wanted {SINGLE} or {INDEX}: rename the file, and take the key out"
+            )
         if any(self.path.glob("consolidated*.safetensors")):
             self.notes.append("consolidated*.safetensors ignored: the same weights in Mistral's own names")
         if (self.path / INDEX).is_file():
@@ -276,6 +288,8 @@ class HFFolder:
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
             raise UserError(f"{path}: no 'weight_map'; wanted {{tensor name: file name}}")
+        if (self.path / SINGLE).is_file():
+            refuse_two_models(self.path, SINGLE, INDEX, [str(file) for file in weight_map.values()])
         for name, file in weight_map.items():
             if not isinstance(file, str) or not _inside(file):
                 raise UserError(f"{path}: {name} is said to lie in {file!r}, outside of the folder; refused")

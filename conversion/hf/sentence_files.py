@@ -155,6 +155,8 @@ def read_sentence_settings(folder: Path) -> SentenceSettings | None:
     )
     transformer = _load_optional(path)
     sentence_keys.check_transformer(path, transformer)
+    path = folder / "tokenizer_config.json"
+    sentence_keys.check_tokenizer(path, _load_optional(path))
     length = _max_length(folder, transformer)
     query, passage = (transformer.get(key) or length for key in ("query_length", "document_length"))
     prompts = {name: prompt or "" for name, prompt in (model.get("prompts") or {}).items()}

@@ -52,6 +52,17 @@ def refuse(path: Path, key: str, found: Any, wanted: str) -> NoReturn:
     raise UserError(f"{path}: {key} is {json.dumps(found, ensure_ascii=False)}; wanted {wanted}")
 
 
+def check_tokenizer(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a ``tokenizer_config.json`` by which texts get no attention mask: padding would be part of the vectors.
+
+    Raises:
+        UserError: ``model_input_names`` are stated without ``attention_mask``.
+    """
+    names = config.get("model_input_names")
+    if names is not None and not (isinstance(names, list) and "attention_mask" in names):
+        refuse(path, "model_input_names", names, 'a list with "attention_mask": padding is never attended to here')
+
+
 def check_transformer(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse keys of a ``sentence_bert_config.json`` beyond the settings that are honoured.
 

@@ -38,6 +38,7 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
       and so does a ready embedder's, which was trained with it.
     * The chat template is removed: with it sentence-transformers 6 would read every text as a chat message.
     * Keys that name a processor, remote code or a path of this machine are removed.
+    * ``model_input_names`` without the attention mask is removed: the default has it, and padding needs it.
     * A tokenizer without a padding token, such as Llama's, gets one: batches need it.
     * The class is the one that reads only ``tokenizer.json``; training uses it too.
 
@@ -57,6 +58,8 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     settings = without_local_paths(read_json(stated)) if stated.is_file() else {}
     for key in ("chat_template", "processor_class", "auto_map"):
         settings.pop(key, None)
+    if "attention_mask" not in (settings.get("model_input_names") or ()):
+        settings.pop("model_input_names", None)
     settings["model_max_length"] = max_length
     settings["split_special_tokens"] = True
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.hf_files import Source, edit_json, edit_tensors, without_checksums
 from support.places import ROOT
 from torch import Tensor
@@ -140,9 +141,37 @@ def test_index_and_files_disagree(sharded: Path, tmp_path: Path, capsys: Capture
     assert "unlisted: vision_tower.ln_pre.weight" in import_refused(capsys, tmp_path, sharded)
 
 
-def test_the_index_wins(sharded: Path, tmp_path: Path) -> None:
-    (sharded / "model.safetensors").write_bytes(b"left over")
-    assert run("import", "--hf-model", sharded, "--megatron-path", tmp_path / "out") == 0
+def test_a_single_file_beside_an_index_of_other_files(
+    vlm: Path, sharded: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """transformers would read the single file, vLLM those of the index."""
+    shutil.copy(vlm / "model.safetensors", sharded)
+    message = import_refused(capsys, tmp_path, sharded)
+    assert "holds model.safetensors and also model.safetensors.index.json, which names model-00001" in message
+    verified = refused(capsys, tmp_path, "verify", "--hf-model", vlm, "--hf-path", sharded)
+    assert verified == message
+
+
+def test_a_config_that_names_other_weights(vlm: Path, tmp_path: Path, capsys: Capture) -> None:
+    edit_json(vlm / "config.json", lambda raw: raw.update(transformers_weights="other.safetensors"))
+    assert "config.json: transformers_weights is 'other.safetensors'" in import_refused(capsys, tmp_path, vlm)
+
+
+def test_a_peft_adapter_beside_the_weights(vlm: Path, source: Source, tmp_path: Path, capsys: Capture) -> None:
+    """transformers and sentence-transformers would load it on top of them."""
+    (vlm / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    message = import_refused(capsys, tmp_path, vlm)
+    assert f"{vlm / 'adapter_config.json'}: a PEFT adapter" in message
+    assert "merge it into the model first" in message
+    sound = source("vlm", dtype="bfloat16")
+    assert refused(capsys, tmp_path, "verify", "--hf-model", sound, "--hf-path", vlm) == message
+
+
+def test_an_index_of_the_single_file(vlm: Path, tmp_path: Path) -> None:
+    names = load_file(vlm / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (vlm / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run("import", "--hf-model", vlm, "--megatron-path", tmp_path / "out") == 0
 
 
 # ---- configs
@@ -172,6 +201,26 @@ def test_configs_of_something_else(
     message = import_refused(capsys, tmp_path, vlm)
     assert part in message
     assert str(vlm / "config.json") in message
+
+
+@pytest.mark.parametrize(
+    ("where", "settings", "found"),
+    [
+        ("", {"quant_method": "gptq", "bits": 4}, 'quantization_config.quant_method is "gptq"'),
+        ("text_config", {"load_in_8bit": True}, "text_config.quantization_config.quant_method is null"),
+        ("", {"quant_method": "fp8"}, 'quantization_config.quant_method is "fp8", but no tensor is FP8'),
+    ],
+    ids=["gptq", "nested", "fp8 of plain tensors"],
+)
+def test_a_quantisation_that_is_not_read(
+    where: str, settings: dict[str, object], found: str, vlm: Path, source: Source, tmp_path: Path, capsys: Capture
+) -> None:
+    """transformers would quantise the plain weights at loading."""
+    edit_json(vlm / "config.json", lambda raw: (raw[where] if where else raw).update(quantization_config=settings))
+    message = import_refused(capsys, tmp_path, vlm)
+    assert f"{vlm / 'config.json'}: {found}; wanted no " in message
+    sound = source("vlm", dtype="bfloat16")
+    assert refused(capsys, tmp_path, "verify", "--hf-model", sound, "--hf-path", vlm) == message
 
 
 def test_no_config_or_no_json(vlm: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
+from megatron_embed.conversion.verify import verify
 
 PROMPTS = {"query": "Instruct: find it\nQuery: ", "document": " "}
 TEXTS = ["how do plants eat?", "a  b [INST]</s> c", "one two three " * 40]
@@ -81,6 +82,20 @@ def test_its_tokenizer_stays_as_it_was_trained(source: Source, tmp_path: Path) -
             path, query_prompt="", passage_prompt="", query_max_length=9, passage_max_length=9
         )
         assert training.tokenize(["hello"], "query") == [wanted]
+
+
+def test_a_tokenizer_without_attention_mask(source: Source, tmp_path: Path) -> None:
+    """Its own vectors depend on padding: refused. A base model has none yet: its export masks padding."""
+    folder = ready(source("model"), tmp_path / "ready")
+    path = folder / "tokenizer_config.json"
+    edit_json(path, lambda raw: raw.update(model_input_names=["input_ids"]))
+    with pytest.raises(UserError, match=rf'{path}: model_input_names is \["input_ids"\]; wanted .*attention_mask'):
+        import_hf(folder, tmp_path / "m", progress=False)
+    (folder / "modules.json").unlink()
+    import_hf(folder, tmp_path / "m", progress=False)
+    export_hf(tmp_path / "m", tmp_path / "hf", progress=False)
+    assert "attention_mask" in AutoTokenizer.from_pretrained(tmp_path / "hf")("hello")
+    assert verify(folder, hf_path=tmp_path / "hf", progress=False)
 
 
 def test_modules_that_would_change_the_vectors(source: Source, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.hf_files import Source, edit_json, without_checksums
 from support.places import FIXTURES
 from support.run_files import edit_encoder, edit_run
 
+from megatron_embed.conversion.compare.tokenizers import compare_tokenizers
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.verify import verify
@@ -62,6 +64,7 @@ def no_eos(tokenizer: dict[str, Any]) -> None:
 
 CONFIG, SENTENCES, PROCESSOR = "config.json", "sentence-transformers files", "processor_config.json"
 PROMPTS, LENGTHS = "config_sentence_transformers.json", "sentence_bert_config.json"
+STORED = "bfloat16, in which the tensors are stored"
 #: (which, file, edit, name, found, wanted)
 CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object], str, str, str]] = {
     "rope_theta": (
@@ -69,6 +72,19 @@ CHANGES: dict[str, tuple[str, str, Callable[[dict[str, Any]], object], str, str,
         *(f"{CONFIG}: rope_parameters.rope_theta", "10000.0", "1000000.0"),
     ),
     "rms_norm_eps": ("hf", CONFIG, set_to(rms_norm_eps=1e-6), f"{CONFIG}: rms_norm_eps", "1e-06", "1e-05"),
+    **{
+        f"no attention mask in {which}": (
+            *(which, "tokenizer_config.json", set_to(model_input_names=["input_ids"])),
+            *("tokenizer_config.json: model_input_names", "'without attention_mask'", "'with attention_mask'"),
+        )
+        for which in ("hf", "vlm")
+    },
+    "dtype": ("hf", CONFIG, set_to(dtype="float16"), f"{CONFIG}: dtype", "float16", STORED),
+    "torch_dtype": ("hf", CONFIG, set_to(torch_dtype="float32"), f"{CONFIG}: torch_dtype", "float32", STORED),
+    "dtype of a VLM": (
+        *("vlm", CONFIG, set_to(text_config__dtype="float16")),
+        *(f"{CONFIG}: text_config.dtype", "float16", STORED),
+    ),
     "is_causal": ("hf", CONFIG, set_to(is_causal=True), f"{CONFIG}: is_causal", "True", "False"),
     "is_causal missing": ("hf", CONFIG, set_to(is_causal=None), f"{CONFIG}: is_causal", "not stated", "False"),
     "is_causal missing in a VLM": (
@@ -158,6 +174,27 @@ def test_verify_names_what_differs(change: str, made: Path, tmp_path: Path) -> N
     assert difference.found == found or not found
     assert difference.wanted == wanted or not wanted
     assert difference.found != difference.wanted
+
+
+PLACES = "added_tokens.json, tokenizer_config.json: tokens beside tokenizer.json, 1 places"
+
+
+@pytest.mark.parametrize(
+    ("file", "added"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"999": {"content": "zebra"}}}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["zebra"]}),
+        ("added_tokens.json", {"zebra": 999}),
+    ],
+    ids=["added_tokens_decoder", "extra_special_tokens", "added_tokens.json"],
+)
+def test_tokens_added_beside_the_tokenizer_json(file: str, added: dict[str, Any], made: Path, tmp_path: Path) -> None:
+    """No text whose ids are compared holds them."""
+    shutil.copytree(made / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | added))
+    differences = compare_tokenizers(tmp_path / "hf", made / "source").differences
+    assert PLACES in [difference.name for difference in differences]
 
 
 def swap_ids_kept(iter_dir: Path) -> None:
