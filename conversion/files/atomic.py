@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, BinaryIO
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.replaceable import refuse_to_remove
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,7 @@ def atomic_output(
 
     Args:
         path: the folder to make.
-        overwrite: replace an existing folder (one that looks like a model or a checkpoint), at the very end.
+        overwrite: replace an existing folder at the very end, if :func:`refuse_to_remove` lets it.
         sources: folders from which the output is or once was made; see :func:`refuse_sources`.
 
     Yields:
@@ -47,7 +48,7 @@ def atomic_output(
     if os.path.lexists(target) and not _is_empty(target):
         if not overwrite:
             raise UserError(f"{path}: exists already; give another path, or --overwrite to replace it")
-        _refuse_foreign(target)
+        refuse_to_remove(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean(target)
@@ -131,13 +132,6 @@ def _real(path: str | os.PathLike[str]) -> Path:
 
 def _is_empty(target: Path) -> bool:
     return target.is_dir() and not target.is_symlink() and next(target.iterdir(), None) is None
-
-
-def _refuse_foreign(target: Path) -> None:
-    """Refuse to remove a folder that is no earlier output: ``--overwrite`` removes a folder with all its contents."""
-    marks = ("config.json", "latest_checkpointed_iteration.txt", ".metadata")
-    if target.is_symlink() or not target.is_dir() or not any((target / mark).exists() for mark in marks):
-        raise UserError(f"{target}: is no model or checkpoint folder, so --overwrite does not remove it; move it away")
 
 
 def _replace(partial: Path, target: Path) -> None:

@@ -198,3 +198,27 @@ def test_only_its_own_temporaries_are_removed(tmp_path: Path) -> None:
     with atomic_output(tmp_path / "out[1]") as folder:
         (folder / "x").touch()
     assert other.is_dir()
+
+
+def test_overwrite_never_removes_a_training_run(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Not the run's folder, not its ``checkpoints``, not one of these; and not those of a run that has moved."""
+    trained = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoint, trained)
+    (trained / "iter_0000000").rename(trained / "iter_0000002")
+    (trained / "latest_checkpointed_iteration.txt").write_text("2\n")
+    shutil.copytree(trained / "iter_0000002" / "hf", tmp_path / "run", dirs_exist_ok=True)  # it passes for a model
+    (tmp_path / "run" / "model.safetensors").touch()
+    young = tmp_path / "young" / "checkpoints"  # before its first checkpoint of its own
+    shutil.copytree(checkpoint, young)
+    for name in ("run_config.yaml", "metrics.jsonl"):
+        (young.parent / name).touch()
+    begun = tmp_path / "begun"
+    shutil.copytree(checkpoint, begun)
+    with (begun / "iter_0000000" / "run_config.yaml").open("a") as file:
+        file.write("train: {seed: 1}\n")
+    for out in (trained, trained.parent, trained / "iter_0000002", young, begun):
+        for args in (
+            ("export", "--megatron-path", checkpoint, "--hf-path", out, "--overwrite"),
+            ("import", "--hf-model", tmp_path / "models" / "vlm", "--megatron-path", out, "--overwrite"),
+        ):
+            assert f"{out}: belongs to a training run (" in refused(tmp_path, capsys, *args)
