@@ -24,6 +24,7 @@ from megatron_embed.conversion.hf.sentence_files import (
     write_json,
     write_sentence_files,
 )
+from megatron_embed.conversion.hf.sidecars import refuse_to_replace
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer, write_tokenizer
 from megatron_embed.conversion.importing import TEMPERATURE, torch_dtype_of
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
@@ -86,7 +87,7 @@ def export_hf(
     sources = [*checkpoint_folder.sources(iter_dir), *([source.path] if source else [])]
     vlm = find_vlm_source(iter_dir, weights, source) if target == "vlm" else None
     notes = list(source.notes) if source else []
-    with atomic_output(hf_path, overwrite=overwrite, sources=sources) as out:
+    with atomic_output(hf_path, overwrite=overwrite, sources=sources, refuse=refuse_to_replace) as out:
         if vlm is not None:
             write_vlm(
                 out, vlm, weights, casts, torch_dtype=torch_dtype, max_shard_size=max_shard_size, progress=progress

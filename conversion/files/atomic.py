@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,11 @@ _LOCK = ".writing"
 
 @contextmanager
 def atomic_output(
-    path: str | os.PathLike[str], *, overwrite: bool = False, sources: Iterable[Path] = ()
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: Iterable[Path] = (),
+    refuse: Callable[[Path], None] = refuse_to_remove,
 ) -> Iterator[Path]:
     """Build a folder under another name beside ``path`` and rename it at the end.
 
@@ -33,8 +37,9 @@ def atomic_output(
 
     Args:
         path: the folder to make.
-        overwrite: replace an existing folder at the very end, if :func:`refuse_to_remove` lets it.
+        overwrite: replace an existing folder at the very end.
         sources: folders from which the output is or once was made; see :func:`refuse_sources`.
+        refuse: function that raises an error for a folder that may not be replaced.
 
     Yields:
         The folder to write into.
@@ -48,7 +53,7 @@ def atomic_output(
     if os.path.lexists(target) and not _is_empty(target):
         if not overwrite:
             raise UserError(f"{path}: exists already; give another path, or --overwrite to replace it")
-        refuse_to_remove(target)
+        refuse(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -23,9 +24,19 @@ def refuse_to_remove(target: Path) -> None:
             f"{target}: belongs to a training run ({why}), so --overwrite does not remove it; "
             f"give another output path, or move the run away"
         )
-    marks = ("config.json", _TRACKER, ".metadata")
-    if not any((target / mark).exists() for mark in marks):
+    checkpoint = any((target / mark).exists() for mark in (_TRACKER, ".metadata"))
+    if not checkpoint and not _is_model(target):
         raise UserError(f"{target}: is no model or checkpoint folder, so --overwrite does not remove it; move it away")
+
+
+def _is_model(target: Path) -> bool:
+    """Return whether a folder has a model's ``config.json``, and ``modules.json`` or weights."""
+    try:
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    named = isinstance(config, dict) and isinstance(config.get("model_type"), str)
+    return named and ((target / "modules.json").is_file() or any(target.glob("*.safetensors")))
 
 
 def _training_run(target: Path) -> str:

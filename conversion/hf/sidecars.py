@@ -15,6 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.replaceable import refuse_to_remove
 from megatron_embed.conversion.hf.sentence_files import write_json
 
 _READ = ("readme", "license", "licence", "copying", "notice", "use_policy", "citation")
@@ -65,6 +67,11 @@ _FOLDERS = {
     "assets": ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp"),  # a model card's pictures
 }
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
+#: what a folder of checkpoints and a checkpoint hold, as this package and megatron-core write them
+_CHECKPOINT = (
+    *("iter_*", "latest_checkpointed_iteration.txt", ".metadata", "*.distcp", "common.pt", "metadata.json"),
+    *("run_config.yaml", "checksums.json", "hf"),
+)
 _LIMIT = 256 << 20
 
 
@@ -83,6 +90,36 @@ def others(folder: Path) -> list[str]:
     own = {path.parts[0] for path in sidecars(folder)} | {".git", ".cache"}
     entries = (entry for entry in sorted(folder.iterdir()) if entry.name not in own)
     return [f"{entry.name}{'/' * entry.is_dir()}" for entry in entries if not entry.name.endswith(_WEIGHTS)]
+
+
+def refuse_to_replace(target: Path) -> None:
+    """Refuse to replace what is no earlier conversion, or holds other files than a model or a checkpoint has.
+
+    Raises:
+        UserError: the message says why it is none, or names the first of these files.
+    """
+    refuse_to_remove(target)
+    if not (names := _foreign(target)):
+        return
+    shown = ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
+    raise UserError(f"{target}: holds {shown}, no part of a model, so --overwrite does not remove it; move them away")
+
+
+def _foreign(target: Path) -> list[str]:
+    """Return what is neither a model's own file nor a checkpoint's; a folder of such files ends in ``/``."""
+    own = set(sidecars(target))
+    folders = {Path(), *(parent for path in own for parent in path.parents)}
+    for module in _module_folders(target / "modules.json"):
+        folders.update((module, *module.parents))
+    found = []
+    for folder in sorted(folders):
+        for entry in sorted((target / folder).iterdir()) if (target / folder).is_dir() else []:
+            relative = folder / entry.name
+            checkpoint = folder == Path() and any(fnmatchcase(entry.name, name) for name in _CHECKPOINT)
+            known = relative in own or relative in folders or entry.name.endswith(_WEIGHTS) or checkpoint
+            if not known:
+                found.append(f"{relative}{'/' * entry.is_dir()}")
+    return found
 
 
 def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:

@@ -222,3 +222,31 @@ def test_overwrite_never_removes_a_training_run(checkpoint: Path, tmp_path: Path
             ("import", "--hf-model", tmp_path / "models" / "vlm", "--megatron-path", out, "--overwrite"),
         ):
             assert f"{out}: belongs to a training run (" in refused(tmp_path, capsys, *args)
+
+
+def test_overwrite_removes_no_files_that_are_no_models(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    args = ("export", "--megatron-path", checkpoint, "--hf-path", tmp_path / "out", "--overwrite")
+    (tmp_path / "out").mkdir()
+    for text in ("{}", '{"model_type": "x"}', '{"model_type": 1}', "[]", "no JSON"):  # without weights it is none
+        (tmp_path / "out" / "config.json").write_text(text)
+        assert "is no model or checkpoint folder" in refused(tmp_path, capsys, *args)
+    shutil.rmtree(tmp_path / "out")
+    assert run(*args) == 0
+    for name in ("thesis.txt", ".git/HEAD", "1_Pooling/notes.txt", "a/b/c"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "out" / name).touch()
+    message = refused(tmp_path, capsys, *args)
+    assert f"{tmp_path / 'out'}: holds .git/, a/, thesis.txt, … (4), no part of a model" in message
+    for name in (".git", "a"):
+        shutil.rmtree(tmp_path / "out" / name)
+    (tmp_path / "out" / "thesis.txt").unlink()
+    assert "holds 1_Pooling/notes.txt, no part" in refused(tmp_path, capsys, *args)
+    (tmp_path / "out" / "1_Pooling" / "notes.txt").unlink()
+    assert run(*args) == 0
+    assert run(*args, "--target", "vlm") == 0
+    assert run(*args, "--target", "vlm") == 0
+    again = ("import", "--hf-model", tmp_path / "models" / "vlm", "--megatron-path", checkpoint, "--overwrite")
+    (checkpoint / "thesis.txt").touch()
+    assert "holds thesis.txt, no part" in refused(tmp_path, capsys, *again)
+    (checkpoint / "thesis.txt").unlink()
+    assert run(*again) == 0
