@@ -85,6 +85,8 @@ def export_hf(
     casts = Casts(iter_dir, rounding=torch_dtype is not None or trained, ask=torch_option)
     weights = CheckpointWeights(CheckpointReader(iter_dir), config)
     sources = [*checkpoint_folder.sources(iter_dir), *([source.path] if source else [])]
+    if overwrite and checkpoint_folder.looks_like_source(Path(hf_path).expanduser(), iter_dir):
+        sources.append(Path(hf_path))
     vlm = find_vlm_source(iter_dir, weights, source) if target == "vlm" else None
     notes = list(source.notes) if source else []
     with atomic_output(hf_path, overwrite=overwrite, sources=sources, refuse=refuse_to_replace) as out:

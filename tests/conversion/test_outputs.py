@@ -250,3 +250,21 @@ def test_overwrite_removes_no_files_that_are_no_models(checkpoint: Path, tmp_pat
     assert "holds thesis.txt, no part" in refused(tmp_path, capsys, *again)
     (checkpoint / "thesis.txt").unlink()
     assert run(*again) == 0
+
+
+@pytest.mark.parametrize("name", ["vlm", "renamed"])
+def test_overwrite_never_replaces_a_source_that_moved_with_its_checkpoint(
+    name: str, vlm: Path, checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "moved").mkdir()
+    checkpoint.rename(tmp_path / "moved" / "ck")
+    source = vlm.rename(tmp_path / "moved" / name)
+    if name == "vlm":  # known by its name alone
+        with (source / "config.json").open("a") as file:
+            file.write("\n")
+    args = ("export", "--megatron-path", tmp_path / "moved" / "ck", "--hf-path")
+    assert f"{source}: holds the source" in refused(tmp_path, capsys, *args, source, "--overwrite")
+    for target in ("embedder", "vlm"):
+        out = tmp_path / target / "vlm"  # an earlier export may be called as the source was
+        for options in ([], ["--overwrite"]):
+            assert run(*args, out, "--target", target, *options) == 0
