@@ -19,7 +19,7 @@ from megatron_embed.conversion.files.progress import Converted, byte_bar
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
-from megatron_embed.conversion.hf.sidecars import others, refuse_to_replace
+from megatron_embed.conversion.hf.sidecars import note_on_links, others, refuse_to_replace
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.conversion.mcore.tensors import write_chunks
@@ -83,7 +83,7 @@ def import_hf(
         write_checksums(iter_dir, sums)
         checkpoint_folder.write_tracker(out, 0)
     left_out = counted_by_reason({name: reason for name, reason in ignored.items() if name not in kept})
-    notes = [*folder.notes, *left_out, *_files_left(folder.path), *_dequantized(folder), *casts.notes()]
+    notes = [*folder.notes, *left_out, *_files_left(folder.path), *note_on_links(folder.path), *_dequantized(folder), *casts.notes()]
     if not has_tokenizer(folder.path):
         notes.append(
             f"no tokenizer.json in {folder.path}: the weights are whole, but training, encoding and export need one; "

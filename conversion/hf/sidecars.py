@@ -76,7 +76,30 @@ _LIMIT = 256 << 20
 
 
 def sidecars(folder: Path) -> list[Path]:
-    """Return a model's own files beside its weights, relative to its folder, sorted."""
+    """Return a model's own files beside its weights, relative to its folder, sorted.
+
+    Links that lead out of the folder are left out, see :func:`note_on_links`.
+    """
+    return [path for path in _named(folder) if _stays_inside(folder, path)]
+
+
+def note_on_links(folder: Path) -> list[str]:
+    """Return a note on the links among a model's own files that lead out of its folder; empty without any."""
+    out = [path for path in _named(folder) if not _stays_inside(folder, path)]
+    shown = ", ".join(f"{path} → {(folder / path).resolve()}" for path in out[:6])
+    more = f", … ({len(out)})" if len(out) > 6 else ""
+    return [f"{folder}: links that lead out of the folder left out: {shown}{more}"] if out else []
+
+
+def _stays_inside(folder: Path, path: Path) -> bool:
+    """Return whether a file lies in the folder, links followed, or in the blobs of a model in a hub cache."""
+    real = (folder / path).resolve()
+    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    return blobs or folder.resolve() in real.parents
+
+
+def _named(folder: Path) -> list[Path]:
+    """Return the files with names of a model's own, sorted."""
     found = set(_matching(folder, Path(), _NAMES))
     for name, patterns in _FOLDERS.items():
         found.update(_matching(folder, Path(name), patterns))
@@ -87,7 +110,7 @@ def sidecars(folder: Path) -> list[Path]:
 
 def others(folder: Path) -> list[str]:
     """Return names in a model's folder, hidden ones too, that are no weights or own files; folders end in ``/``."""
-    own = {path.parts[0] for path in sidecars(folder)} | {".git", ".cache"}
+    own = {path.parts[0] for path in _named(folder)} | {".git", ".cache"}
     entries = (entry for entry in sorted(folder.iterdir()) if entry.name not in own)
     return [f"{entry.name}{'/' * entry.is_dir()}" for entry in entries if not entry.name.endswith(_WEIGHTS)]
 
