@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.replaceable import refuse_to_remove
-from megatron_embed.conversion.hf.sentence_files import write_json
+from megatron_embed.conversion.hf.sentence_files import TRANSFORMER_FILES, write_json
 
 _READ = ("readme", "license", "licence", "copying", "notice", "use_policy", "citation")
 #: Names in lower case, for the folder of the weights and the folders that ``modules.json`` names. Code is not included:
@@ -32,7 +32,7 @@ _NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
-    "tokenizer.model.v*",  # Mistral's, older than tekken
+    "tokenizer.model.v[0-9]*",  # Mistral's, older than tekken
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -45,18 +45,18 @@ _NAMES = (
     # chat and processors
     "chat_template.jinja",
     "chat_template.json",
-    "*system_prompt*.txt",  # Mistral
+    "system_prompt.txt",  # Mistral
+    "chat_system_prompt.txt",
+    "vibe_system_prompt.txt",
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     # sentence-transformers
     "modules.json",
     "config_sentence_transformers.json",
-    "sentence_*_config.json",
+    *TRANSFORMER_FILES,
     # texts for people
     *(f"{name}{end}" for name in _READ for end in ("", ".md", ".txt", ".rst")),
-    "readme_*.md",
-    "license-*",
     "citation.cff",
     "modelcard.json",
     ".gitattributes",
