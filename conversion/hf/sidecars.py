@@ -153,7 +153,7 @@ def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
 
 
 def publish_files(files: Iterable[Path], source: Path, target: Path) -> None:
-    """Copy files byte for byte, except JSON files that name paths of this machine: these lose such keys."""
+    """Copy files byte for byte, except JSON files that name paths of this machine: these lose them."""
     for relative in files:
         copy_files([relative], source, target)
         if relative.suffix == ".json" and (source / relative).stat().st_size < 1 << 20:
@@ -166,14 +166,25 @@ def publish_files(files: Iterable[Path], source: Path, target: Path) -> None:
 
 
 def without_local_paths(value: Any) -> Any:
-    """Return JSON values without the keys whose value is a path of this machine, such as ``_name_or_path``.
+    """Return JSON values without the keys and list items whose value is a path of this machine (``_name_or_path``).
 
     transformers and others write a model's load path into its files. Others cannot use this path, and it reveals who
     made the model and where.
     """
     if isinstance(value, dict):
-        return {key: without_local_paths(inner) for key, inner in value.items() if not _is_local_path(key, inner)}
-    return [without_local_paths(inner) for inner in value] if isinstance(value, list) else value
+        return {
+            key: inner if _holds_tokens(key) else without_local_paths(inner)
+            for key, inner in value.items()
+            if not _is_local_path(key, inner)
+        }
+    if isinstance(value, list):
+        return [without_local_paths(inner) for inner in value if not _is_local_path("", inner)]
+    return value
+
+
+def _holds_tokens(key: str) -> bool:
+    """Return whether a key's lists hold a tokenizer's texts, which are no paths though they may look so."""
+    return key in ("vocab", "merges") or key.endswith("tokens")
 
 
 def _is_local_path(key: str, value: Any) -> bool:

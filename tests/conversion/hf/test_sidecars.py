@@ -134,7 +134,8 @@ def test_no_local_path_is_published(
         folder / "tokenizer_config.json",
         lambda raw: raw.update(name_or_path=here, tokenizer_file="~/tokenizer.json", sep_token="/", extra=["/", 1]),
     )
-    (folder / "processor_config.json").write_text(json.dumps({"path": "org/model", "deep": [{"_name_or_path": here}]}))
+    deep = [{"_name_or_path": here}, [gone, "org/model"], here, "~/tokenizer.json", 7]
+    (folder / "processor_config.json").write_text(json.dumps({"path": "org/model", "deep": deep, "tokens": ["/usr"]}))
     untouched = '{"image_token":  "[IMG]", "other": "/usr-of-someone-else/x"}'
     (folder / "preprocessor_config.json").write_text(untouched)
     import_hf(folder, tmp_path / "m", progress=False)
@@ -148,7 +149,8 @@ def test_no_local_path_is_published(
     if target == "vlm":
         assert json.loads((tmp_path / "hf" / "processor_config.json").read_text()) == {
             "path": "org/model",
-            "deep": [{}],
+            "deep": [{}, ["org/model"], 7],
+            "tokens": ["/usr"],
         }
         assert (tmp_path / "hf" / "preprocessor_config.json").read_text() == untouched
 
