@@ -83,7 +83,14 @@ def import_hf(
         write_checksums(iter_dir, sums)
         checkpoint_folder.write_tracker(out, 0)
     left_out = counted_by_reason({name: reason for name, reason in ignored.items() if name not in kept})
-    notes = [*folder.notes, *left_out, *_files_left(folder.path), *note_on_links(folder.path), *_dequantized(folder), *casts.notes()]
+    notes = [
+        *folder.notes,
+        *left_out,
+        *_files_left(folder.path),
+        *note_on_links(folder.path),
+        *_dequantized(folder),
+        *casts.notes(),
+    ]
     if not has_tokenizer(folder.path):
         notes.append(
             f"no tokenizer.json in {folder.path}: the weights are whole, but training, encoding and export need one; "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_embed.bridge.errors import UserError, named
+from megatron_embed.conversion.arguments import filled, filled_path
 from megatron_embed.conversion.files.atomic import refuse_sources
 from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.conversion.hf.declared_attention import HELP
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with status 0, 1 (failed, with one message) or 2 (bad arguments)."""
     parser = FirstRankParser(prog="megatron_embed.recipes.evaluate", description="Evaluate on BEIR folders.")
-    parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
-    parser.add_argument("--data", required=True, nargs="+", metavar="BEIR_FOLDER", help="collections")
+    parser.add_argument("--model", type=filled, required=True, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("--data", type=filled, required=True, nargs="+", metavar="BEIR_FOLDER", help="collections")
     parser.add_argument("--split", default="test", help="qrels/SPLIT.tsv (default: test)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the numbers there too")
+    parser.add_argument("--output", type=filled_path, metavar="FILE.json", help="write the numbers there too")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE.json")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--bidirectional", action="store_true", help=HELP)

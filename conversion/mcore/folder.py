@@ -264,7 +264,9 @@ def looks_like_source(folder: Path, iter_dir: Path) -> bool:
     moved = isinstance(recorded, str) and not Path(recorded).exists() and Path(recorded).name == folder.name
     kept = iter_dir / SIDECARS
     return moved or all(
-        (kept / name).is_file() and (folder / name).is_file() and (kept / name).read_bytes() == (folder / name).read_bytes()
+        (kept / name).is_file()
+        and (folder / name).is_file()
+        and (kept / name).read_bytes() == (folder / name).read_bytes()
         for name in ("config.json", "tokenizer.json")
     )
 
