@@ -7,6 +7,7 @@ import difflib
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -26,6 +27,18 @@ class Parser(argparse.ArgumentParser):
         options = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(words.split("=")[0].split(" ")[0], options, n=1) if unknown else []
         return f"did you mean {near[0]}?" if near else f"{self.prog} --help shows the arguments"
+
+
+def filled(text: str) -> str:
+    """Parse a text that may not be empty, such as a folder's name or a hub id."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"found {text!r}; wanted a name or a path")
+    return text
+
+
+def filled_path(text: str) -> Path:
+    """Parse a path; an empty one would mean the current folder."""
+    return Path(filled(text))
 
 
 def positive(text: str) -> int:

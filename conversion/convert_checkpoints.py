@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from megatron_embed.bridge import environment
-from megatron_embed.conversion.arguments import Parser, positive, run_command
+from megatron_embed.conversion.arguments import Parser, filled, positive, run_command
 from megatron_embed.conversion.files.page_cache import begin_reading
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="convert-checkpoints", description="Embedding models' weights between Hugging Face and Megatron."
     )
     common = Parser(add_help=False)
-    common.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    common.add_argument("--revision", type=filled, metavar="R", help="branch, tag or commit of a hub id")
     common.add_argument(
         "--trust-remote-code", action="store_true", help="refused for a model with code of its own: none is ever run"
     )
@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|verify")
 
     cmd = commands.add_parser("import", parents=[common], help="Hugging Face → Megatron checkpoint")
-    cmd.add_argument("--hf-model", required=True, metavar="DIR_OR_ID", help="the model to read")
-    cmd.add_argument("--megatron-path", required=True, metavar="OUT", help="the checkpoint folder to make")
+    cmd.add_argument("--hf-model", type=filled, required=True, metavar="DIR_OR_ID", help="the model to read")
+    cmd.add_argument("--megatron-path", type=filled, required=True, metavar="OUT", help="the checkpoint folder to make")
     cmd.add_argument("--torch-dtype", choices=DTYPES, help="of the stored weights; default: the source's")
     cmd.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel size to cut for")
     cmd.add_argument("--pp", type=positive, default=1, metavar="N", help="pipeline-parallel size to cut for")
@@ -72,9 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     cmd.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
 
     cmd = commands.add_parser("export", parents=[common], help="Megatron checkpoint → Hugging Face")
-    cmd.add_argument("--hf-model", metavar="DIR_OR_ID", help="the source, where it is not the recorded one")
-    cmd.add_argument("--megatron-path", required=True, metavar="DIR", help="checkpoint, iter_… folder, or save_dir")
-    cmd.add_argument("--hf-path", required=True, metavar="OUT", help="the model folder to make")
+    cmd.add_argument(
+        "--hf-model", type=filled, metavar="DIR_OR_ID", help="the source, where it is not the recorded one"
+    )
+    cmd.add_argument(
+        "--megatron-path", type=filled, required=True, metavar="DIR", help="checkpoint, iter_… folder, or save_dir"
+    )
+    cmd.add_argument("--hf-path", type=filled, required=True, metavar="OUT", help="the model folder to make")
     cmd.add_argument("--target", choices=("embedder", "vlm"), default="embedder", help="what to write")
     cmd.add_argument("--torch-dtype", choices=DTYPES, help="of the written weights; default: the source's")
     cmd.add_argument("--max-shard-size", default="5GB", type=_size, metavar="SIZE", help="such as 5GB, the default")
@@ -82,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     cmd.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
 
     cmd = commands.add_parser("verify", parents=[common], help="compare a model with its conversion")
-    cmd.add_argument("--hf-model", required=True, metavar="DIR_OR_ID", help="the source")
+    cmd.add_argument("--hf-model", type=filled, required=True, metavar="DIR_OR_ID", help="the source")
     other = cmd.add_mutually_exclusive_group(required=True)
-    other.add_argument("--megatron-path", metavar="DIR", help="compare with this checkpoint")
-    other.add_argument("--hf-path", metavar="DIR", help="compare with this folder")
+    other.add_argument("--megatron-path", type=filled, metavar="DIR", help="compare with this checkpoint")
+    other.add_argument("--hf-path", type=filled, metavar="DIR", help="compare with this folder")
     cmd.add_argument(
         "--bidirectional", action="store_true", help="the source, a causal embedder, was taken as a base model"
     )

@@ -24,6 +24,7 @@ from megatron_embed.conversion.hf.sentence_files import (
     write_json,
     write_sentence_files,
 )
+from megatron_embed.conversion.hf.sidecars import note_on_links, refuse_to_replace
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer, write_tokenizer
 from megatron_embed.conversion.importing import TEMPERATURE, torch_dtype_of
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
@@ -84,9 +85,11 @@ def export_hf(
     casts = Casts(iter_dir, rounding=torch_dtype is not None or trained, ask=torch_option)
     weights = CheckpointWeights(CheckpointReader(iter_dir), config)
     sources = [*checkpoint_folder.sources(iter_dir), *([source.path] if source else [])]
+    if overwrite and checkpoint_folder.looks_like_source(Path(hf_path).expanduser(), iter_dir):
+        sources.append(Path(hf_path))
     vlm = find_vlm_source(iter_dir, weights, source) if target == "vlm" else None
-    notes = list(source.notes) if source else []
-    with atomic_output(hf_path, overwrite=overwrite, sources=sources) as out:
+    notes = [*(source.notes if source else []), *(note_on_links(vlm.files) if vlm else [])]
+    with atomic_output(hf_path, overwrite=overwrite, sources=sources, refuse=refuse_to_replace) as out:
         if vlm is not None:
             write_vlm(
                 out, vlm, weights, casts, torch_dtype=torch_dtype, max_shard_size=max_shard_size, progress=progress

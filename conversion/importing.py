@@ -19,7 +19,7 @@ from megatron_embed.conversion.files.progress import Converted, byte_bar
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
-from megatron_embed.conversion.hf.sidecars import others
+from megatron_embed.conversion.hf.sidecars import note_on_links, others, refuse_to_replace
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.conversion.mcore.tensors import write_chunks
@@ -70,7 +70,7 @@ def import_hf(
     ignored = folder.ignored(config)
     kept = _to_keep(folder, config, ignored) if with_vision else []
     casts = Casts(folder.path, rounding=torch_dtype is not None, ask=torch_option)
-    with atomic_output(megatron_path, overwrite=overwrite, sources=[folder.path]) as out:
+    with atomic_output(megatron_path, overwrite=overwrite, sources=[folder.path], refuse=refuse_to_replace) as out:
         iter_dir = checkpoint_folder.iteration_folder(out, 0)
         iter_dir.mkdir()
         encoder = chunks(folder, config, dtype=torch_dtype_of(config.dtype), tp=tp, pp=pp, casts=casts)
@@ -83,7 +83,14 @@ def import_hf(
         write_checksums(iter_dir, sums)
         checkpoint_folder.write_tracker(out, 0)
     left_out = counted_by_reason({name: reason for name, reason in ignored.items() if name not in kept})
-    notes = [*folder.notes, *left_out, *_files_left(folder.path), *_dequantized(folder), *casts.notes()]
+    notes = [
+        *folder.notes,
+        *left_out,
+        *_files_left(folder.path),
+        *note_on_links(folder.path),
+        *_dequantized(folder),
+        *casts.notes(),
+    ]
     if not has_tokenizer(folder.path):
         notes.append(
             f"no tokenizer.json in {folder.path}: the weights are whole, but training, encoding and export need one; "

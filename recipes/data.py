@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.arguments import filled
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.config.run_config import load_run_config
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = FirstRankParser(prog="megatron_embed.recipes.data", description="Look through training data.")
     parser.add_argument("files", nargs="*", metavar="FILE", help="JSONL, JSON or Parquet file, BEIR folder, hf://…")
     parser.add_argument("--config", metavar="FILE.yaml", help="a run_config.yaml: its sources, prompts and lengths")
-    parser.add_argument("--model", help="Hugging Face folder or Megatron checkpoint: samples as its tokenizer has them")
+    parser.add_argument(
+        "--model", type=filled, help="Hugging Face folder or Megatron checkpoint: samples as its tokenizer has them"
+    )
     parser.add_argument("--strict", action="store_true", help="end with status 1 where anything is to be remarked")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from megatron_embed.bridge.errors import named
-from megatron_embed.conversion.arguments import positive
+from megatron_embed.conversion.arguments import filled, filled_path, positive
 from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.datasets.corpus import Corpus
@@ -28,11 +27,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         prog="megatron_embed.recipes.encode",
         description="Encode a corpus. Several processes: torchrun --nproc-per-node N -m …. Run again to resume.",
     )
-    parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("--model", type=filled, required=True, help="Hugging Face folder or Megatron checkpoint")
     parser.add_argument(
-        "--input", required=True, help="BEIR folder; JSONL, Parquet or hf://org/name with _id and text; plain lines"
+        "--input",
+        type=filled,
+        required=True,
+        help="BEIR folder; JSONL, Parquet or hf://org/name with _id and text; plain lines",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the vectors")
+    parser.add_argument("--output", required=True, type=filled_path, metavar="DIR", help="folder of the vectors")
     parser.add_argument(
         "--kind",
         choices=("query", "passage", "text"),

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_embed.bridge.errors import named
+from megatron_embed.bridge.errors import UserError, named
+from megatron_embed.conversion.arguments import filled, filled_path
+from megatron_embed.conversion.files.atomic import refuse_sources
 from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.conversion.hf.declared_attention import HELP
 from megatron_embed.recipes.cli import FirstRankParser, run_program
@@ -29,10 +31,11 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with status 0, 1 (failed, with one message) or 2 (bad arguments)."""
     parser = FirstRankParser(prog="megatron_embed.recipes.evaluate", description="Evaluate on BEIR folders.")
-    parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
-    parser.add_argument("--data", required=True, nargs="+", metavar="BEIR_FOLDER", help="collections")
+    parser.add_argument("--model", type=filled, required=True, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("--data", type=filled, required=True, nargs="+", metavar="BEIR_FOLDER", help="collections")
     parser.add_argument("--split", default="test", help="qrels/SPLIT.tsv (default: test)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the numbers there too")
+    parser.add_argument("--output", type=filled_path, metavar="FILE.json", help="write the numbers there too")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE.json")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--bidirectional", action="store_true", help=HELP)
     parser.add_argument("--no-bm25", action="store_true", help="leave BM25 out")
@@ -44,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(args: argparse.Namespace) -> None:
     if args.output:
-        with named("--output"):
-            check_writable(args.output.parent)
+        _check_output(args)
     first_rank = os.environ.get("RANK", "0") == "0"
     collections = load_collections(args.data, args.split)
     if first_rank or args.strict:  # with strict, all ranks must raise the error
@@ -67,6 +69,18 @@ def _run(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=2) + "\n"
         write_file(args.output, lambda file: file.write(text.encode()))
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Refuse an output that would change the model or the data, or replace a file that is there already."""
+    with named("--output"):
+        refuse_sources(args.output, map(Path, (args.model, *args.data)))
+    if args.output.exists() and not args.overwrite:
+        raise UserError(f"{args.output}: is there already; name another file, or --overwrite")
+    if args.output.is_dir():
+        raise UserError(f"{args.output}: a folder; wanted a file's name")
+    with named("--output"):
+        check_writable(args.output.parent)
 
 
 if __name__ == "__main__":

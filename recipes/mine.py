@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from megatron_embed.bridge.errors import UserError, named
-from megatron_embed.conversion.arguments import positive
+from megatron_embed.conversion.arguments import filled, filled_path, positive
 from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.datasets.corpus import Corpus
@@ -27,10 +26,10 @@ from megatron_embed.recipes.retrieval.mining_report import audit_as_text, beside
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with status 0, 1 (failed, with one message) or 2 (bad arguments)."""
     parser = FirstRankParser(prog="megatron_embed.recipes.mine", description="Mine hard negatives.")
-    parser.add_argument("--model", required=True, help="Hugging Face folder or Megatron checkpoint")
-    parser.add_argument("--data", required=True, help="training data, any form that training takes")
-    parser.add_argument("--corpus", required=True, help="BEIR folder, file of texts, or hf://org/name")
-    parser.add_argument("--output", required=True, type=Path, metavar="OUT.jsonl")
+    parser.add_argument("--model", type=filled, required=True, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("--data", type=filled, required=True, help="training data, any form that training takes")
+    parser.add_argument("--corpus", type=filled, required=True, help="BEIR folder, file of texts, or hf://org/name")
+    parser.add_argument("--output", required=True, type=filled_path, metavar="OUT.jsonl")
     parser.add_argument(
         "--negatives", type=positive, metavar="N", default=4, help="of each query, at most (default: 4)"
     )
@@ -45,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--faiss", nargs="?", const="Flat", metavar="FACTORY", help="search a FAISS index (default: Flat)"
     )
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of vectors (default: beside OUT.jsonl)")
+    parser.add_argument(
+        "--cache", type=filled_path, metavar="DIR", help="folder of vectors (default: beside OUT.jsonl)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.jsonl")
     parser.add_argument("--strict", action="store_true", help="rows that look odd are an error")
     add_model_arguments(parser)

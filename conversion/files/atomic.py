@@ -7,13 +7,14 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, BinaryIO
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.replaceable import refuse_to_remove
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,11 @@ _LOCK = ".writing"
 
 @contextmanager
 def atomic_output(
-    path: str | os.PathLike[str], *, overwrite: bool = False, sources: Iterable[Path] = ()
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: Iterable[Path] = (),
+    refuse: Callable[[Path], None] = refuse_to_remove,
 ) -> Iterator[Path]:
     """Build a folder under another name beside ``path`` and rename it at the end.
 
@@ -32,8 +37,9 @@ def atomic_output(
 
     Args:
         path: the folder to make.
-        overwrite: replace an existing folder (one that looks like a model or a checkpoint), at the very end.
+        overwrite: replace an existing folder at the very end.
         sources: folders from which the output is or once was made; see :func:`refuse_sources`.
+        refuse: function that raises an error for a folder that may not be replaced.
 
     Yields:
         The folder to write into.
@@ -47,7 +53,7 @@ def atomic_output(
     if os.path.lexists(target) and not _is_empty(target):
         if not overwrite:
             raise UserError(f"{path}: exists already; give another path, or --overwrite to replace it")
-        _refuse_foreign(target)
+        refuse(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean(target)
@@ -131,13 +137,6 @@ def _real(path: str | os.PathLike[str]) -> Path:
 
 def _is_empty(target: Path) -> bool:
     return target.is_dir() and not target.is_symlink() and next(target.iterdir(), None) is None
-
-
-def _refuse_foreign(target: Path) -> None:
-    """Refuse to remove a folder that is no earlier output: ``--overwrite`` removes a folder with all its contents."""
-    marks = ("config.json", "latest_checkpointed_iteration.txt", ".metadata")
-    if target.is_symlink() or not target.is_dir() or not any((target / mark).exists() for mark in marks):
-        raise UserError(f"{target}: is no model or checkpoint folder, so --overwrite does not remove it; move it away")
 
 
 def _replace(partial: Path, target: Path) -> None:

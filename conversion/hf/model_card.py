@@ -10,8 +10,12 @@ from typing import Any
 import yaml
 
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import FAMILIES
+from megatron_embed.conversion.hf.folder import read_json
 from megatron_embed.conversion.hf.sentence_files import SentenceSettings, has_one_length
+
+_BEGINNING = "A bidirectional text embedder: a stock `"
 
 
 def model_card(
@@ -50,6 +54,17 @@ def model_card(
     return "\n".join(part for part in parts if part)
 
 
+def is_export(folder: Path) -> bool:
+    """Return whether a model folder is an earlier export: an embedder with such a card, or a bidirectional VLM."""
+    card = folder / "README.md"
+    if card.is_file() and _BEGINNING in card.read_text(encoding="utf-8", errors="replace"):
+        return True
+    try:
+        return _section(read_json(folder / "config.json"), "text_config").get("is_causal") is False
+    except UserError:
+        return False
+
+
 def _is_hub_id(base: object) -> bool:
     """Return whether the base model is on the hub; a path of this machine means nothing to others."""
     hub = isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~"))
@@ -66,7 +81,7 @@ def _about(config: EncoderConfig, *, made_bidirectional: bool) -> str:
         "text, so the vectors are not those of that embedder.\n"
     )
     return (
-        f"A bidirectional text embedder: a stock `{FAMILIES[config.family].model_class}` with `is_causal: false`, "
+        f"{_BEGINNING}{FAMILIES[config.family].model_class}` with `is_causal: false`, "
         f"{config.num_hidden_layers} layers, {config.hidden_size}-dimensional vectors, {_pooling(config)}.\n"
         f"{causal if made_bidirectional else ''}"
     )

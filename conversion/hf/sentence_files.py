@@ -28,7 +28,7 @@ _FLAGS: dict[str, str] = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 #: files in which sentence-transformers looks for the Transformer's settings; the first that has any counts
-_TRANSFORMER_FILES = tuple(
+TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
@@ -151,7 +151,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings | None:
     model = _load_optional(path)
     sentence_keys.check_model(path, model)
     path = next(
-        (folder / name for name in _TRANSFORMER_FILES if _load_optional(folder / name)), folder / _TRANSFORMER_FILES[0]
+        (folder / name for name in TRANSFORMER_FILES if _load_optional(folder / name)), folder / TRANSFORMER_FILES[0]
     )
     transformer = _load_optional(path)
     sentence_keys.check_transformer(path, transformer)
@@ -252,7 +252,7 @@ def write_sentence_files(out: Path, config: EncoderConfig, settings: SentenceSet
     lengths: dict[str, Any] = {"max_seq_length": settings.text_max_length}
     if not has_one_length(settings):
         lengths |= {"query_length": settings.query_max_length, "document_length": settings.passage_max_length}
-    write_json(out / _TRANSFORMER_FILES[0], lengths | {"do_lower_case": settings.do_lower_case})
+    write_json(out / TRANSFORMER_FILES[0], lengths | {"do_lower_case": settings.do_lower_case})
     write_json(
         out / "config_sentence_transformers.json",
         {
@@ -270,7 +270,7 @@ def note_on_lengths(settings: SentenceSettings) -> list[str]:
         return []
     note = (
         f"queries have {settings.query_max_length} tokens at most, passages {settings.passage_max_length}: "
-        f"sentence-transformers 6 keeps to query_length and document_length in {_TRANSFORMER_FILES[0]}; for version 5, "
+        f"sentence-transformers 6 keeps to query_length and document_length in {TRANSFORMER_FILES[0]}; for version 5, "
         f"which refuses these keys, take them out: then max_seq_length, {settings.text_max_length}, is everyone's"
     )
     return [note]

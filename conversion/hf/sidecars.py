@@ -15,7 +15,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_embed.conversion.hf.sentence_files import write_json
+from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.replaceable import refuse_to_remove
+from megatron_embed.conversion.hf.sentence_files import TRANSFORMER_FILES, write_json
 
 _READ = ("readme", "license", "licence", "copying", "notice", "use_policy", "citation")
 #: Names in lower case, for the folder of the weights and the folders that ``modules.json`` names. Code is not included:
@@ -30,7 +32,7 @@ _NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
-    "tokenizer.model.v*",  # Mistral's, older than tekken
+    "tokenizer.model.v[0-9]*",  # Mistral's, older than tekken
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -43,18 +45,18 @@ _NAMES = (
     # chat and processors
     "chat_template.jinja",
     "chat_template.json",
-    "*system_prompt*.txt",  # Mistral
+    "system_prompt.txt",  # Mistral
+    "chat_system_prompt.txt",
+    "vibe_system_prompt.txt",
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     # sentence-transformers
     "modules.json",
     "config_sentence_transformers.json",
-    "sentence_*_config.json",
+    *TRANSFORMER_FILES,
     # texts for people
     *(f"{name}{end}" for name in _READ for end in ("", ".md", ".txt", ".rst")),
-    "readme_*.md",
-    "license-*",
     "citation.cff",
     "modelcard.json",
     ".gitattributes",
@@ -65,11 +67,39 @@ _FOLDERS = {
     "assets": ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp"),  # a model card's pictures
 }
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
+#: what a folder of checkpoints and a checkpoint hold, as this package and megatron-core write them
+_CHECKPOINT = (
+    *("iter_*", "latest_checkpointed_iteration.txt", ".metadata", "*.distcp", "common.pt", "metadata.json"),
+    *("run_config.yaml", "checksums.json", "hf"),
+)
 _LIMIT = 256 << 20
 
 
 def sidecars(folder: Path) -> list[Path]:
-    """Return a model's own files beside its weights, relative to its folder, sorted."""
+    """Return a model's own files beside its weights, relative to its folder, sorted.
+
+    Links that lead out of the folder are left out, see :func:`note_on_links`.
+    """
+    return [path for path in _named(folder) if _stays_inside(folder, path)]
+
+
+def note_on_links(folder: Path) -> list[str]:
+    """Return a note on the links among a model's own files that lead out of its folder; empty without any."""
+    out = [path for path in _named(folder) if not _stays_inside(folder, path)]
+    shown = ", ".join(f"{path} → {(folder / path).resolve()}" for path in out[:6])
+    more = f", … ({len(out)})" if len(out) > 6 else ""
+    return [f"{folder}: links that lead out of the folder left out: {shown}{more}"] if out else []
+
+
+def _stays_inside(folder: Path, path: Path) -> bool:
+    """Return whether a file lies in the folder, links followed, or in the blobs of a model in a hub cache."""
+    real = (folder / path).resolve()
+    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    return blobs or folder.resolve() in real.parents
+
+
+def _named(folder: Path) -> list[Path]:
+    """Return the files with names of a model's own, sorted."""
     found = set(_matching(folder, Path(), _NAMES))
     for name, patterns in _FOLDERS.items():
         found.update(_matching(folder, Path(name), patterns))
@@ -80,9 +110,39 @@ def sidecars(folder: Path) -> list[Path]:
 
 def others(folder: Path) -> list[str]:
     """Return names in a model's folder, hidden ones too, that are no weights or own files; folders end in ``/``."""
-    own = {path.parts[0] for path in sidecars(folder)} | {".git", ".cache"}
+    own = {path.parts[0] for path in _named(folder)} | {".git", ".cache"}
     entries = (entry for entry in sorted(folder.iterdir()) if entry.name not in own)
     return [f"{entry.name}{'/' * entry.is_dir()}" for entry in entries if not entry.name.endswith(_WEIGHTS)]
+
+
+def refuse_to_replace(target: Path) -> None:
+    """Refuse to replace what is no earlier conversion, or holds other files than a model or a checkpoint has.
+
+    Raises:
+        UserError: the message says why it is none, or names the first of these files.
+    """
+    refuse_to_remove(target)
+    if not (names := _foreign(target)):
+        return
+    shown = ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
+    raise UserError(f"{target}: holds {shown}, no part of a model, so --overwrite does not remove it; move them away")
+
+
+def _foreign(target: Path) -> list[str]:
+    """Return what is neither a model's own file nor a checkpoint's; a folder of such files ends in ``/``."""
+    own = set(sidecars(target))
+    folders = {Path(), *(parent for path in own for parent in path.parents)}
+    for module in _module_folders(target / "modules.json"):
+        folders.update((module, *module.parents))
+    found = []
+    for folder in sorted(folders):
+        for entry in sorted((target / folder).iterdir()) if (target / folder).is_dir() else []:
+            relative = folder / entry.name
+            checkpoint = folder == Path() and any(fnmatchcase(entry.name, name) for name in _CHECKPOINT)
+            known = relative in own or relative in folders or entry.name.endswith(_WEIGHTS) or checkpoint
+            if not known:
+                found.append(f"{relative}{'/' * entry.is_dir()}")
+    return found
 
 
 def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
@@ -93,7 +153,7 @@ def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
 
 
 def publish_files(files: Iterable[Path], source: Path, target: Path) -> None:
-    """Copy files byte for byte, except JSON files that name paths of this machine: these lose such keys."""
+    """Copy files byte for byte, except JSON files that name paths of this machine: these lose them."""
     for relative in files:
         copy_files([relative], source, target)
         if relative.suffix == ".json" and (source / relative).stat().st_size < 1 << 20:
@@ -106,14 +166,25 @@ def publish_files(files: Iterable[Path], source: Path, target: Path) -> None:
 
 
 def without_local_paths(value: Any) -> Any:
-    """Return JSON values without the keys whose value is a path of this machine, such as ``_name_or_path``.
+    """Return JSON values without the keys and list items whose value is a path of this machine (``_name_or_path``).
 
     transformers and others write a model's load path into its files. Others cannot use this path, and it reveals who
     made the model and where.
     """
     if isinstance(value, dict):
-        return {key: without_local_paths(inner) for key, inner in value.items() if not _is_local_path(key, inner)}
-    return [without_local_paths(inner) for inner in value] if isinstance(value, list) else value
+        return {
+            key: inner if _holds_tokens(key) else without_local_paths(inner)
+            for key, inner in value.items()
+            if not _is_local_path(key, inner)
+        }
+    if isinstance(value, list):
+        return [without_local_paths(inner) for inner in value if not _is_local_path("", inner)]
+    return value
+
+
+def _holds_tokens(key: str) -> bool:
+    """Return whether a key's lists hold a tokenizer's texts, which are no paths though they may look so."""
+    return key in ("vocab", "merges") or key.endswith("tokens")
 
 
 def _is_local_path(key: str, value: Any) -> bool:

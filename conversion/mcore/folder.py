@@ -26,6 +26,7 @@ from megatron_embed.conversion.files.atomic import atomic_file
 from megatron_embed.conversion.files.checksums import CHECKSUMS, Checksums, DamagedCheckpoint
 from megatron_embed.conversion.hf import declared_attention
 from megatron_embed.conversion.hf.folder import read_json
+from megatron_embed.conversion.hf.model_card import is_export
 from megatron_embed.conversion.hf.sentence_files import (
     SentenceSettings,
     default_settings,
@@ -262,6 +263,26 @@ def sources(iter_dir: Path) -> list[Path]:
             if isinstance(value, str) and value:
                 waiting += _folders(value)
     return found
+
+
+def looks_like_source(folder: Path, iter_dir: Path) -> bool:
+    """Return whether a model folder seems to be the one that a checkpoint was made from, moved with the checkpoint.
+
+    It is none of our exports, and has the recorded source's name where that is gone, or the files that the checkpoint
+    keeps of it.
+    """
+    if not (folder / "config.json").is_file() or is_export(folder):
+        return False
+    model = read_run_config(iter_dir).get("model")
+    recorded = model.get("hf_model") if isinstance(model, dict) else None
+    moved = isinstance(recorded, str) and not Path(recorded).exists() and Path(recorded).name == folder.name
+    kept = iter_dir / SIDECARS
+    return moved or all(
+        (kept / name).is_file()
+        and (folder / name).is_file()
+        and (kept / name).read_bytes() == (folder / name).read_bytes()
+        for name in ("config.json", "tokenizer.json")
+    )
 
 
 def _folders(recorded: str) -> list[Path]:

@@ -30,6 +30,8 @@ def apply_overrides(cfg: RecipeConfig, overrides: Iterable[str]) -> RecipeConfig
     fields = dict(keys())
     for override in overrides:
         key, equals, text = override.partition("=")
+        if not equals and key in fields:
+            raise UsageError(f"{key}: has no value; wanted {key}=…")
         if not equals:
             raise UsageError(f"{override!r} is not an override; wanted section.key=value{suggest(key, list(fields))}")
         if key not in fields:

@@ -289,9 +289,9 @@ def test_an_output_around_its_source(vlm: Path, checkpoint: Path, tmp_path: Path
 def test_overwrite_replaces_a_model(source: Source, checkpoint: Path, tmp_path: Path) -> None:
     args = ("export", "--megatron-path", checkpoint, "--hf-path", tmp_path / "out")
     assert run(*args) == 0
-    (tmp_path / "out" / "stale.json").touch()
+    (tmp_path / "out" / "vocab.txt").touch()
     assert run(*args, "--overwrite") == 0
-    assert not (tmp_path / "out" / "stale.json").exists()
+    assert not (tmp_path / "out" / "vocab.txt").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "out"}
 
 

@@ -198,3 +198,73 @@ def test_only_its_own_temporaries_are_removed(tmp_path: Path) -> None:
     with atomic_output(tmp_path / "out[1]") as folder:
         (folder / "x").touch()
     assert other.is_dir()
+
+
+def test_overwrite_never_removes_a_training_run(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Not the run's folder, not its ``checkpoints``, not one of these; and not those of a run that has moved."""
+    trained = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoint, trained)
+    (trained / "iter_0000000").rename(trained / "iter_0000002")
+    (trained / "latest_checkpointed_iteration.txt").write_text("2\n")
+    shutil.copytree(trained / "iter_0000002" / "hf", tmp_path / "run", dirs_exist_ok=True)  # it passes for a model
+    (tmp_path / "run" / "model.safetensors").touch()
+    young = tmp_path / "young" / "checkpoints"  # before its first checkpoint of its own
+    shutil.copytree(checkpoint, young)
+    for name in ("run_config.yaml", "metrics.jsonl"):
+        (young.parent / name).touch()
+    begun = tmp_path / "begun"
+    shutil.copytree(checkpoint, begun)
+    with (begun / "iter_0000000" / "run_config.yaml").open("a") as file:
+        file.write("train: {seed: 1}\n")
+    for out in (trained, trained.parent, trained / "iter_0000002", young, begun):
+        for args in (
+            ("export", "--megatron-path", checkpoint, "--hf-path", out, "--overwrite"),
+            ("import", "--hf-model", tmp_path / "models" / "vlm", "--megatron-path", out, "--overwrite"),
+        ):
+            assert f"{out}: belongs to a training run (" in refused(tmp_path, capsys, *args)
+
+
+def test_overwrite_removes_no_files_that_are_no_models(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    args = ("export", "--megatron-path", checkpoint, "--hf-path", tmp_path / "out", "--overwrite")
+    (tmp_path / "out").mkdir()
+    for text in ("{}", '{"model_type": "x"}', '{"model_type": 1}', "[]", "no JSON"):  # without weights it is none
+        (tmp_path / "out" / "config.json").write_text(text)
+        assert "is no model or checkpoint folder" in refused(tmp_path, capsys, *args)
+    shutil.rmtree(tmp_path / "out")
+    assert run(*args) == 0
+    for name in ("thesis.txt", ".git/HEAD", "1_Pooling/notes.txt", "a/b/c"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "out" / name).touch()
+    message = refused(tmp_path, capsys, *args)
+    assert f"{tmp_path / 'out'}: holds .git/, a/, thesis.txt, … (4), no part of a model" in message
+    for name in (".git", "a"):
+        shutil.rmtree(tmp_path / "out" / name)
+    (tmp_path / "out" / "thesis.txt").unlink()
+    assert "holds 1_Pooling/notes.txt, no part" in refused(tmp_path, capsys, *args)
+    (tmp_path / "out" / "1_Pooling" / "notes.txt").unlink()
+    assert run(*args) == 0
+    assert run(*args, "--target", "vlm") == 0
+    assert run(*args, "--target", "vlm") == 0
+    again = ("import", "--hf-model", tmp_path / "models" / "vlm", "--megatron-path", checkpoint, "--overwrite")
+    (checkpoint / "thesis.txt").touch()
+    assert "holds thesis.txt, no part" in refused(tmp_path, capsys, *again)
+    (checkpoint / "thesis.txt").unlink()
+    assert run(*again) == 0
+
+
+@pytest.mark.parametrize("name", ["vlm", "renamed"])
+def test_overwrite_never_replaces_a_source_that_moved_with_its_checkpoint(
+    name: str, vlm: Path, checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "moved").mkdir()
+    checkpoint.rename(tmp_path / "moved" / "ck")
+    source = vlm.rename(tmp_path / "moved" / name)
+    if name == "vlm":  # known by its name alone
+        with (source / "config.json").open("a") as file:
+            file.write("\n")
+    args = ("export", "--megatron-path", tmp_path / "moved" / "ck", "--hf-path")
+    assert f"{source}: holds the source" in refused(tmp_path, capsys, *args, source, "--overwrite")
+    for target in ("embedder", "vlm"):
+        out = tmp_path / target / "vlm"  # an earlier export may be called as the source was
+        for options in ([], ["--overwrite"]):
+            assert run(*args, out, "--target", target, *options) == 0

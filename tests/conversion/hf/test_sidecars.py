@@ -46,6 +46,11 @@ FOREIGN = (
     "checkpoint-500/trainer_state.json",
     "config.json.bak",
     "corpus.jsonl",
+    "readme_private.md",
+    "license-keys.txt",
+    "my_system_prompt_draft.txt",
+    "sentence_private_config.json",
+    "tokenizer.model.vault",
     "data/train.jsonl",
     "eval_results.json",
     "events.out.tfevents.1",
@@ -129,7 +134,8 @@ def test_no_local_path_is_published(
         folder / "tokenizer_config.json",
         lambda raw: raw.update(name_or_path=here, tokenizer_file="~/tokenizer.json", sep_token="/", extra=["/", 1]),
     )
-    (folder / "processor_config.json").write_text(json.dumps({"path": "org/model", "deep": [{"_name_or_path": here}]}))
+    deep = [{"_name_or_path": here}, [gone, "org/model"], here, "~/tokenizer.json", 7]
+    (folder / "processor_config.json").write_text(json.dumps({"path": "org/model", "deep": deep, "tokens": ["/usr"]}))
     untouched = '{"image_token":  "[IMG]", "other": "/usr-of-someone-else/x"}'
     (folder / "preprocessor_config.json").write_text(untouched)
     import_hf(folder, tmp_path / "m", progress=False)
@@ -143,7 +149,8 @@ def test_no_local_path_is_published(
     if target == "vlm":
         assert json.loads((tmp_path / "hf" / "processor_config.json").read_text()) == {
             "path": "org/model",
-            "deep": [{}],
+            "deep": [{}, ["org/model"], 7],
+            "tokens": ["/usr"],
         }
         assert (tmp_path / "hf" / "preprocessor_config.json").read_text() == untouched
 
@@ -160,3 +167,25 @@ def test_a_relative_path_is_no_hub_id(source: Source, tmp_path: Path, monkeypatc
     assert "base_model" not in card
     assert "models/vlm" not in card
     assert "| base model | `vlm` |" in card
+
+
+def test_links_are_followed_only_inside_the_folder_or_into_a_hub_caches_blobs(source: Source, tmp_path: Path) -> None:
+    folder, blobs = tmp_path / "source", tmp_path / "models--org--model" / "blobs"
+    shutil.copytree(source("vlm", dtype="bfloat16"), folder)
+    (tmp_path / "secrets").mkdir()
+    for path in (blobs / "1", folder / "inside", tmp_path / "secrets" / "1.jinja"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    (folder / "vocab.txt").symlink_to("/etc/passwd")
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "secrets")
+    (folder / "merges.txt").symlink_to(blobs / "1")
+    (folder / "NOTICE").symlink_to("inside")
+    done = import_hf(folder, tmp_path / "m", with_vision=True, progress=False)
+    kept = files(tmp_path / "m" / "iter_0000000" / "hf")
+    assert {"merges.txt", "NOTICE"} <= kept
+    assert not {"vocab.txt", "additional_chat_templates/1.jinja"} & kept
+    (note,) = (note for note in done.notes if "links that lead out of the folder" in note)
+    assert "vocab.txt → /etc/passwd" in note
+    done = export_hf(tmp_path / "m", tmp_path / "hf", target="vlm", hf_model=folder, progress=False)
+    assert "vocab.txt" not in files(tmp_path / "hf")
+    assert note in done.notes

@@ -226,7 +226,32 @@ def test_the_command_prints_a_table_and_writes_json(
 
     monkeypatch.setattr(sys.modules[main.__module__], "write_file", without_room)
     with pytest.raises(SystemExit) as ended:
-        main(argv)
+        main([*argv, "--overwrite"])
     assert ended.value.code == 1
     assert "scores.json: cannot be written (File too large)" in capsys.readouterr().err
     assert output.read_bytes() == before
+
+
+def test_the_output_replaces_a_file_only_with_overwrite_and_never_the_model_or_data(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "hf")
+    (tmp_path / "there.json").write_text("mine")
+    (tmp_path / "link.json").symlink_to(tmp_path / "hf" / "config.json")
+    for path, options, message in (
+        (tmp_path / "there.json", [], "is there already; name another file, or --overwrite"),
+        (tmp_path / "hf", ["--overwrite"], "holds the source"),
+        (tmp_path / "hf" / "config.json", ["--overwrite"], "lies in the source"),
+        (tmp_path / "hf" / "new" / "scores.json", [], "lies in the source"),
+        (tmp_path / "link.json", ["--overwrite"], "lies in the source"),
+        (folder / "scores.json", [], "lies in the source"),
+    ):
+        before = (tmp_path / "hf" / "config.json").read_bytes()
+        with pytest.raises(SystemExit) as ended:
+            main(["--model", str(tmp_path / "hf"), "--data", str(folder), "--output", str(path), *options])
+        assert ended.value.code == 1
+        err = capsys.readouterr().err
+        assert str(path) in err
+        assert message in err
+        assert (tmp_path / "hf" / "config.json").read_bytes() == before
+    assert (tmp_path / "there.json").read_text() == "mine"
