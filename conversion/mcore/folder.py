@@ -67,8 +67,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         UserError: ``path`` is none of these; the message says what was found.
-        DamagedCheckpoint: a file is cut short, missing (the tracker too), or has other contents than were written (tensors are checked
-            later, while they are read); the message names the newest sound checkpoint before it.
+        DamagedCheckpoint: a file is cut short, missing (the tracker too), or has other contents than were written
+            (tensors are checked later, while they are read); the message names the newest sound checkpoint before it.
     """
     folder = _locate(path)
     try:
