@@ -206,7 +206,7 @@ def test_overwrite_never_removes_a_training_run(checkpoint: Path, tmp_path: Path
     shutil.copytree(checkpoint, trained)
     (trained / "iter_0000000").rename(trained / "iter_0000002")
     (trained / "latest_checkpointed_iteration.txt").write_text("2\n")
-    shutil.copytree(trained / "iter_0000002" / "hf", tmp_path / "run", dirs_exist_ok=True)  # it passes for a model
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "x"}')  # it passes for a model
     (tmp_path / "run" / "model.safetensors").touch()
     young = tmp_path / "young" / "checkpoints"  # before its first checkpoint of its own
     shutil.copytree(checkpoint, young)
