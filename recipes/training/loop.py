@@ -135,6 +135,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
             checkpointing.restore(cfg.optimizer, run.state, start)
         with writing_to(save_dir), writing(save_dir, lock):
             on_first_rank(lambda: _check_unchanged(start, asked, save_dir, instead, recipes))
+            on_first_rank(run.folder.check)
             run.loop(start)
         if dist.get_rank() == 0:
             _LOG.info(_closing(save_dir, cfg.train.train_iters, time.perf_counter() - began))
