@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -110,12 +109,7 @@ def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
         raise UserError(f"{iter_dir}: does not say which model it is; give --hf-model, the folder it was made from")
     if source is None or config is None:
         return config if source is None else source.encoder_config()  # type: ignore[return-value]
-    theirs = source.encoder_config()
-    free = ("dtype", "pooling", "normalize", "temperature", "tie_word_embeddings", "initializer_range")
-    for field in fields(config):
-        found, wanted = getattr(theirs, field.name), getattr(config, field.name)
-        if field.name not in free and found != wanted:
-            raise UserError(f"{source.path}: {field.name} is {found!r}, but the checkpoint's model has {wanted!r}")
+    checkpoint_folder.refuse_another_model(source.encoder_config(), config, source.path)
     return config
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,24 @@ def encoder_config(iter_dir: Path) -> EncoderConfig | None:
     if (iter_dir / SIDECARS / "config.json").is_file():
         return EncoderConfig.from_hf(iter_dir / SIDECARS)
     return None
+
+
+def refuse_another_model(theirs: EncoderConfig, own: EncoderConfig, where: str | os.PathLike[str]) -> None:
+    """Refuse a model whose architecture is not that of a checkpoint; settings and the dtype may differ.
+
+    Args:
+        theirs: the model's config.
+        own: the checkpoint's.
+        where: the model, for the message.
+
+    Raises:
+        UserError: the message names the first field that differs.
+    """
+    free = ("dtype", "pooling", "normalize", "temperature", "tie_word_embeddings", "initializer_range")
+    for field in fields(own):
+        found, wanted = getattr(theirs, field.name), getattr(own, field.name)
+        if field.name not in free and found != wanted:
+            raise UserError(f"{where}: {field.name} is {found!r}, but the checkpoint's model has {wanted!r}")
 
 
 def says_nothing(iter_dir: Path) -> bool:

@@ -105,6 +105,8 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     validate_layout(cfg, source.config)
     save_dir = Path(cfg.train.save_dir or "")
     start = find_start(asked, save_dir, instead=instead, recipes=recipes)
+    if start is not None:
+        start.check_model(source)
     if start is not None and (done := start.nothing_to_do(cfg.train.train_iters)):
         if parallel.rank() == 0:
             _LOG.info(done)
@@ -133,6 +135,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
             checkpointing.restore(cfg.optimizer, run.state, start)
         with writing_to(save_dir), writing(save_dir, lock):
             on_first_rank(lambda: _check_unchanged(start, asked, save_dir, instead, recipes))
+            on_first_rank(run.folder.check)
             run.loop(start)
         if dist.get_rank() == 0:
             _LOG.info(_closing(save_dir, cfg.train.train_iters, time.perf_counter() - began))

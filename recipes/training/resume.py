@@ -13,6 +13,7 @@ from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.conversion.mcore.safe_loading import load_common
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes, changed_keys, config_from_dict, recipe_named
 from megatron_embed.recipes.config.schema import RecipeConfig
+from megatron_embed.recipes.encoding.source import ModelSource
 
 #: keys that must be unchanged in a run that continues
 RESUME_KEYS = (
@@ -80,6 +81,22 @@ class Start:
                 f"checkpoint.pretrained_checkpoint={root}, "
                 f"or go on in the new order with checkpoint.load={root} checkpoint.resume=false"
             )
+
+    def check_model(self, source: ModelSource) -> None:
+        """Check that the checkpoint is of the recipe's model, as far as it says what it is of.
+
+        Raises:
+            UserError: the message names the field of the architecture that differs.
+        """
+        own = checkpoint_folder.encoder_config(self.iter_dir)
+        if own is not None:
+            try:
+                checkpoint_folder.refuse_another_model(source.config, own, source.path)
+            except UserError as error:
+                raise UserError(
+                    f"{error}, in {self.iter_dir}, from which the run would go on; name the model that it was trained "
+                    f"from, or another checkpoint"
+                ) from None
 
     def nothing_to_do(self, train_iters: int) -> str | None:
         """Return one line if the run already has all its steps, or None if steps remain."""

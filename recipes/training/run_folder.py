@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.atomic import atomic_file
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.recipes.config.run_config import save_run_config
@@ -79,16 +80,35 @@ class RunFolder:
         aside = self._put_aside([str(each.relative_to(self.path)) for each in later])
         return f"the checkpoints after step {step} are in {aside} now"
 
+    def check(self) -> None:
+        """Check that the metrics that the run goes on with are a run's own lines.
+
+        Raises:
+            UserError: a line is not; the message names it.
+        """
+        if self._start is not None and self._start.own:
+            self._metrics_until(self._start.step)
+
     def _cut_metrics(self, step: int) -> None:
         """Keep the metrics up to ``step``, because the continued run repeats the later steps."""
+        kept = self._metrics_until(step)
+        with atomic_file(self.path / METRICS) as file:
+            file.write("".join(kept).encode())
+
+    def _metrics_until(self, step: int) -> list[str]:
         path = self.path / METRICS
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the run was killed while it wrote the line
                 continue
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise UserError(
+                    f"{path}: line {number}: found {line[:60]}, wanted an object with the number of a step as 'step'; "
+                    f"remove the line"
+                )
             if record["step"] <= step:
                 kept.append(line + "\n")
-        with atomic_file(path) as file:
-            file.write("".join(kept).encode())
+        return kept

@@ -288,6 +288,26 @@ def test_another_runs_checkpoint_is_loaded_whatever_its_recipe(folder: Path) -> 
     assert not (folder / "third").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, but the checkpoint's model has 3"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters is "),  # the same shapes: it was loaded
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_by_the_field(
+    folder: Path, change: dict[str, Any], message: str
+) -> None:
+    (folder / "made").mkdir()
+    make_inputs(folder / "made", **change)
+    other = folder / "made" / "model"
+    new = [f"model.hf_model={other}", f"checkpoint.load={folder / 'run'}", "train.train_iters=3"]
+    with pytest.raises(UserError, match=message) as error:
+        train(recipe(folder, "new", *new))
+    assert f"in {folder / 'run' / 'checkpoints' / 'iter_0000002'}, from which the run would go on" in str(error.value)
+    assert not (folder / "new").exists()
+
+
 def test_going_back_to_an_earlier_checkpoint_of_the_run_puts_the_later_ones_aside(folder: Path) -> None:
     assert run(folder, "train.train_iters=4", "train.save_interval=1") == [1, 2, 3, 4]
     checkpoints = folder / "run" / "checkpoints"

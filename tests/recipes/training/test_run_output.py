@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.runs import make_inputs, read_metrics, recipe
 
+from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import convert_checkpoints
 from megatron_embed.conversion.files.long_work import progress
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
@@ -59,6 +60,14 @@ def test_loss_is_the_mean_since_the_line_before_and_loss_step_its_own(tmp_path: 
     report_steps(tmp_path, [5.0, 1.0], {6}, start=4)  # goes on from step 4: of what came after nothing is left
     found = [(record["step"], record["loss"], record["loss_step"]) for record in read_metrics(tmp_path / "run")]
     assert found == [(1, 9.0, 9.0), (4, 3.0, 3.0), (6, 3.0, 1.0)]
+
+
+@pytest.mark.parametrize("line", ['{"foo": 1}', "[1]", '{"step": "1"}'])
+def test_a_foreign_line_of_the_metrics_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    begin = Start(tmp_path / "iter_0000001", 1, own=True, before=None, data={})
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2: found .*, wanted an object"):
+        RunFolder(recipe(tmp_path, "run"), tmp_path, begin).check()
 
 
 def test_without_a_terminal_plain_lines(
