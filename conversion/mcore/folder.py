@@ -90,7 +90,11 @@ def _locate(path: str | os.PathLike[str]) -> Path:
         inner = root / "checkpoints"
         root = inner if (inner / TRACKER).is_file() or iterations(inner) else root
     if not (root / TRACKER).is_file():
-        if numbers := iterations(root):
+        numbers = iterations(root)
+        if len(numbers) == 1 and (iteration_folder(root, numbers[0]) / ".metadata").is_file():
+            # A checkpoint gets its name when it is complete, and the tracker after that: a first save was ended between.
+            return iteration_folder(root, numbers[0])
+        if numbers:
             listed = ", ".join(iteration_folder(root, number).name for number in numbers[-6:])
             error = DamagedCheckpoint(
                 f"{root}: no {TRACKER} in it (found {listed}); wanted the number of the newest complete iter_… folder "

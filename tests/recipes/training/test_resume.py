@@ -329,17 +329,19 @@ def test_a_checkpoint_that_no_tracker_names_yet_is_gone_on_from(folder: Path) ->
 
 def test_a_missing_tracker_is_damage_and_no_reason_to_start_over(folder: Path) -> None:
     tracker = folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    tracker.unlink()  # as after a first save that was ended before it wrote this
+    assert run(folder, "train.train_iters=3") == [1, 2, 3]
     tracker.unlink()
     before = snapshot(folder / "run")
-    with pytest.raises(UserError, match=f"no {tracker.name} in it .found iter_0000002") as error:
-        run(folder, "train.train_iters=3")
-    assert f"write 2 into {tracker}; the newest sound checkpoint before it is {tracker.parent}" in str(error.value)
+    with pytest.raises(UserError, match=f"no {tracker.name} in it .found iter_0000002, iter_0000003") as error:
+        run(folder, "train.train_iters=4")
+    assert f"write 3 into {tracker}; the newest sound checkpoint before it is {tracker.parent}" in str(error.value)
     assert snapshot(folder / "run") == before
-    assert run(folder, "train.train_iters=3", "checkpoint.allow_fallback=true") == [1, 2, 3]
-    assert tracker.read_text() == "3\n"
+    assert run(folder, "train.train_iters=4", "checkpoint.allow_fallback=true") == [1, 2, 3, 4]
+    assert tracker.read_text() == "4\n"
     tracker.unlink()
-    tracker.write_text("3")  # what the message says
-    assert run(folder, "train.train_iters=4") == [1, 2, 3, 4]
+    tracker.write_text("4")  # what the message says
+    assert run(folder, "train.train_iters=5") == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("key", ["load", "pretrained_checkpoint"])
