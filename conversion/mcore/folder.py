@@ -92,7 +92,7 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     if not (root / TRACKER).is_file():
         numbers = iterations(root)
         if len(numbers) == 1 and (iteration_folder(root, numbers[0]) / ".metadata").is_file():
-            # A checkpoint gets its name when it is complete, and the tracker after that: a first save was ended between.
+            # A checkpoint gets its name when it is complete, the tracker after that: a first save ended in between.
             return iteration_folder(root, numbers[0])
         if numbers:
             listed = ", ".join(iteration_folder(root, number).name for number in numbers[-6:])
