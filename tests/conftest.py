@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -26,3 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):  # of several workers none is to begin with a long file at the end
         items.sort(key=lambda item: "distributed" not in item.path.parts)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported to no later collection of garbage, each of which would look through all of it."""
+    gc.freeze()
