@@ -307,8 +307,11 @@ def test_a_folder_without_tracker(checkpoint: Path, tmp_path: Path, capsys: Capt
     tracker.write_text("soon")
     assert "holds 'soon', wanted an iteration number" in export_refused(capsys, tmp_path, checkpoint)
     tracker.unlink()
+    shutil.copytree(checkpoint / "iter_0000000", checkpoint / "iter_0000005")
     message = export_refused(capsys, tmp_path, checkpoint)
-    assert "no latest_checkpointed_iteration.txt in it (found iter_0000000)" in message
+    assert "no latest_checkpointed_iteration.txt in it (found iter_0000000, iter_0000005)" in message
+    shutil.rmtree(checkpoint / "iter_0000005")  # one alone is the newest
+    assert run("export", "--megatron-path", checkpoint, "--hf-path", tmp_path / "newest") == 0
     assert "no such folder" in export_refused(capsys, tmp_path, tmp_path / "nowhere")
     assert run("export", "--megatron-path", checkpoint / "iter_0000000", "--hf-path", tmp_path / "out") == 0
 
