@@ -135,7 +135,8 @@ def find_start(
     """
     refuse_a_checkpoint_folder(save_dir)
     root = checkpoints_folder(save_dir)
-    # Checkpoints that no tracker names are damage to be told of, or asked.checkpoint.load says which one is meant.
+    # resolve() takes the only checkpoint without a tracker, and names several as damage; asked.checkpoint.load says
+    # which one is meant.
     unnamed = asked.checkpoint.load is None and bool(checkpoint_folder.iterations(root))
     resumes = asked.checkpoint.resume and ((root / checkpoint_folder.TRACKER).is_file() or unnamed)
     if resumes:

@@ -9,7 +9,7 @@ import torch
 from support import oracle
 from support.megatron import filled_stages
 from support.tiny_llama import ROPE, tiny_llama_config
-from test_forward import ids_and_mask, positions, states
+from test_forward import check_states, ids_and_mask, states
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.cpu import host
@@ -47,14 +47,7 @@ def build(name: str) -> tuple[Any, Encoder]:
 @pytest.mark.parametrize("side", ["none", "right", "left"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_states_equal_hugging_face(name: str, side: str) -> None:
-    model, encoder = build(name)
-    ids, mask = ids_and_mask(side)
-    with torch.no_grad():
-        wanted = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
-    found = states(encoder, TokenBatch.from_padded(ids, mask))
-    real = mask.bool()
-    error = (found - wanted)[real].abs().max() / wanted[real].abs().max()
-    assert error <= 1e-6, f"off by {error:.1e} of the largest value"
+    check_states(*build(name), side)
 
 
 def test_the_first_token_sees_the_last() -> None:
