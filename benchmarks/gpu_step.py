@@ -27,8 +27,9 @@ from megatron_embed.bridge.parallel import parallel_world, select_device
 from megatron_embed.bridge.sequences import TokenBatch
 from megatron_embed.recipes.config.schema import LossSection, OptimizerSection
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
+from megatron_embed.recipes.planning.flops import model_flops
 from megatron_embed.recipes.training.loss import ContrastiveLoss
-from megatron_embed.recipes.training.metrics import model_flops, peak_memory_bytes
+from megatron_embed.recipes.training.metrics import peak_memory_bytes
 from megatron_embed.recipes.training.optimizer import set_up_training
 from megatron_embed.recipes.training.step import contrastive_step
 from megatron_embed.recipes.training.targets import Targets

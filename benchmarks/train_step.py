@@ -27,8 +27,8 @@ from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan, MicroBatch
 from megatron_embed.recipes.encoding.source import ModelSource
+from megatron_embed.recipes.planning.flops import model_flops
 from megatron_embed.recipes.training.loss import ContrastiveLoss
-from megatron_embed.recipes.training.metrics import model_flops
 from megatron_embed.recipes.training.optimizer import set_up_training
 from megatron_embed.recipes.training.rank_batch import BatchBuilder, RankBatch, micro_batches
 from megatron_embed.recipes.training.step import contrastive_step

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             return
         assert args.cfg is not None
         if args.dry_run:
-            from megatron_embed.recipes.planning.dry_run import describe_run
+            from megatron_embed.recipes.training.dry_run import describe_run
 
             print(describe_run(args.cfg, args.world_size, recipes=RECIPES, sizes=SIZES))
             return

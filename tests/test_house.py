@@ -44,8 +44,8 @@ ROOMS = (
     "recipes.datasets",
     "recipes.encoding",
     "recipes.retrieval",
-    "recipes.training",
     "recipes.planning",
+    "recipes.training",
     "recipes",
 )
 #: commands, which nothing imports

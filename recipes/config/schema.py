@@ -114,6 +114,9 @@ class LossSection(Section):
     """Train the temperature too."""
     mode: Literal["auto", "direct", "cached"] = "auto"
     """One pass (direct, needs the per-rank batch in one micro-batch) or two (cached); the gradient is the same."""
+    kept_micro_batches: CountOrZero | Literal["auto"] = "auto"
+    """Micro-batches whose graphs pass 1 of a cached step keeps, so that pass 2 does not compute them again; auto: as
+    many as the memory holds that the second step leaves free."""
     in_batch_negatives: Flag = True
     """Use other queries' passages as negatives."""
     cross_rank_negatives: Flag = True

@@ -16,16 +16,28 @@ from megatron_embed.recipes.encoding.micro_batches import MicroBatch
 
 #: (micro-batch, output of the last stage) → the values that the schedule expects of a loss function
 LossFunction = Callable[..., Any]
+#: (stage, micro-batch) → the stage's output
+Compute = Callable[[torch.nn.Module, MicroBatch], Tensor]
 
 
-def encode_micro_batches(stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor] | None:
-    """Encode without a graph; return each micro-batch's ``[n, hidden]`` on the last stage and None on the others."""
+def _compute(stage: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+    return stage(micro_batch.tokens.to(host.device()))
+
+
+def encode_micro_batches(
+    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], compute: Compute = _compute
+) -> list[Tensor] | None:
+    """Encode without a graph; return each micro-batch's ``[n, hidden]`` on the last stage and None on the others.
+
+    Args:
+        compute: replaces the stage's call, and may keep a graph of its own.
+    """
 
     def collect(micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> Tensor:
         return micro_batch.rows(output.detach())
 
     with torch.no_grad():  # the schedule itself would build a graph
-        outputs = run_schedule(stages, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+        outputs = run_schedule(stages, micro_batches, collect, compute, forward_only=True, collect_non_loss_data=True)
     return outputs if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
 
 
@@ -33,6 +45,7 @@ def run_schedule(
     stages: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
     loss_function: LossFunction,
+    compute: Compute = _compute,
     *,
     forward_only: bool,
     collect_non_loss_data: bool = False,
@@ -41,7 +54,7 @@ def run_schedule(
 
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         micro_batch = next(iterator)
-        return model(micro_batch.tokens.to(host.device())), partial(loss_function, micro_batch)
+        return compute(model, micro_batch), partial(loss_function, micro_batch)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -11,9 +11,9 @@ from megatron_embed.bridge.layout import Layout, pipeline_split
 from megatron_embed.recipes.config.checks import layout_of, validate, validate_layout
 from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.planning.activations import Activations, in_flight
+from megatron_embed.recipes.planning.flops import model_flops
 from megatron_embed.recipes.planning.state import FP32, WIDTHS, chunk_parameters, chunks_of, states
 from megatron_embed.recipes.planning.step import Step, Traffic, bubble, loss_bytes, step_of, traffic
-from megatron_embed.recipes.training.metrics import model_flops
 
 GIB = 1 << 30
 RECOMPUTE = ("none", "selective", "full")
@@ -35,6 +35,7 @@ class Memory:
         optimizer, optimizer_sharded, optimizer_whole: the optimizer's state as the recipe sets it; with the distributed
             optimizer; without it.
         activations: recomputation → activations of all micro-batches in flight.
+        kept: recomputation → those of the micro-batches that pass 1 keeps while the loss is computed.
         loss: the loss and the step's embeddings.
         working: recomputation → bytes that backward holds for a while: the recomputed layer and the largest gradients.
         direct: True if the loss is computed while activations are kept.
@@ -46,16 +47,19 @@ class Memory:
     optimizer_sharded: int
     optimizer_whole: int
     activations: dict[str, int]
+    kept: dict[str, int]
     loss: int
     working: dict[str, int]
     direct: bool
 
     def total(self, recompute: str) -> int:
         """Return the bytes at the peak of a step."""
-        kept = self.parameters + self.gradients + self.optimizer
+        state = self.parameters + self.gradients + self.optimizer
         backward = self.activations[recompute] + self.working[recompute]
-        # cached: pass 1 keeps no activations. Of the loss, pass 2 keeps only the embeddings' gradient.
-        return kept + (backward + self.loss if self.direct else max(backward, self.loss))
+        if self.direct:
+            return state + backward + self.loss
+        # Of the loss, pass 2 keeps only the embeddings' gradient.
+        return state + max(backward, self.loss + self.kept[recompute])
 
 
 @dataclass(frozen=True)
@@ -253,21 +257,20 @@ def _memory(
     has_last = any(chunk.last for chunk in chunks)
     # Pass 2 keeps the step's embeddings and their gradient beside its activations.
     embeddings = 2 * FP32 * step.texts * config.hidden_size if has_last and step.mode == "cached" else 0
+    by_chunk = {recompute: [activations.chunk(chunk, shape, recompute) for chunk in chunks] for recompute in RECOMPUTE}
+    kept = {recompute: step.kept * sum(sizes) for recompute, sizes in by_chunk.items()}
     return Memory(
         own.parameters,
         own.gradients,
         own.optimizer,
         by_sharding[True].optimizer,
         by_sharding[False].optimizer,
+        # Pass 2 starts with the kept micro-batches and frees each before it computes one more.
         activations={
-            recompute: in_flight(
-                [activations.chunk(chunk, shape, recompute) for chunk in chunks],
-                layout.pp,
-                pp_rank,
-                len(step.micro_batches),
-            )
-            for recompute in RECOMPUTE
+            recompute: max(kept[recompute], in_flight(sizes, layout.pp, pp_rank, len(step.micro_batches)))
+            for recompute, sizes in by_chunk.items()
         },
+        kept=kept,
         loss=loss_bytes(cfg.loss, config, step, replicas) if has_last else 0,
         working={
             recompute: largest + gradients + embeddings + activations.recomputed(shape, recompute)

@@ -18,7 +18,7 @@ from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.bridge.layout import Layout, pipeline_split
 from megatron_embed.bridge.mapping import weights
 from megatron_embed.bridge.transforms import padded_vocab_size
-from megatron_embed.recipes.training.gradient_buckets import bucket_size
+from megatron_embed.recipes.planning.gradient_buckets import bucket_size
 
 FP32 = 4
 #: bytes of a parameter or an activation

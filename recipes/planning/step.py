@@ -19,7 +19,9 @@ from megatron_embed.recipes.config.schema import LossSection, RecipeConfig
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
 from megatron_embed.recipes.planning.activations import Shape
 from megatron_embed.recipes.planning.state import FP32, WIDTHS, ModelChunk
-from megatron_embed.recipes.training.loss import CHUNK_BYTES
+
+#: bytes of the scores of one chunk of the loss's rows, in all directions together
+CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Step:
         mode: ``direct`` or ``cached``.
         queries: queries of the replica.
         slots: passage slots of a query.
+        kept: micro-batches whose graphs pass 1 keeps; ``auto`` counts as none, because it takes what a plan leaves.
     """
 
     mode: str
     micro_batches: tuple[Shape, ...]
     queries: int
     slots: int
+    kept: int
 
     @property
     def texts(self) -> int:
@@ -52,9 +56,9 @@ class Step:
         return sum(n * n for shape in self.micro_batches for n in shape.lengths)
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> float:
         """Number of forward passes without recomputation; there is one backward pass."""
-        return 2 if self.mode == "cached" else 1
+        return 2 - self.kept / len(self.micro_batches) if self.mode == "cached" else 1
 
     @property
     def largest(self) -> Shape:
@@ -84,6 +88,7 @@ def step_of(cfg: RecipeConfig, layout: Layout, replicas: int) -> Step:
         1 + data.negatives_per_query,
         (data.query_max_length, data.passage_max_length),
         cfg.loss.mode,
+        0 if cfg.loss.kept_micro_batches == "auto" else cfg.loss.kept_micro_batches,
         layout.pp,
         _Shapes(
             pad_id=0,
@@ -97,7 +102,7 @@ def step_of(cfg: RecipeConfig, layout: Layout, replicas: int) -> Step:
 
 
 @lru_cache(maxsize=512)  # many layouts have the same step: only DP, TP × CP and (interleaved) PP matter
-def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, pp: int, plan: _Shapes) -> Step:
+def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, kept: int, pp: int, plan: _Shapes) -> Step:
     query, passage = lengths
     texts = [range(query)] * queries + [range(passage)] * (queries * slots)
     fits = plan.holds(texts)
@@ -115,7 +120,7 @@ def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, pp: i
     if mode == "auto":
         mode = "direct" if fits else "cached"
     shapes: list[Shape] = (plan.join if mode == "direct" else plan.split)(texts)  # type: ignore[assignment]
-    return Step(mode, tuple(shapes), queries, slots)
+    return Step(mode, tuple(shapes), queries, slots, min(kept, len(shapes)) if mode == "cached" else 0)
 
 
 def loss_bytes(loss: LossSection, config: EncoderConfig, step: Step, replicas: int) -> int:
@@ -181,7 +186,7 @@ def traffic(
     layers = sum(chunk.layers for chunk in chunks)
     first, last = any(chunk.first for chunk in chunks), any(chunk.last for chunk in chunks)
 
-    tensor = 0
+    tensor = 0.0
     if layout.tp > 1:
         # A layer's forward takes two all-gathers and two reduce-scatters, or two all-reduces. Its backward takes the
         # same, and under sequence parallelism gathers the inputs of the first matrices once more.
@@ -192,13 +197,13 @@ def traffic(
             tensor += first * hidden * (step.forwards + 1) + last * hidden * step.forwards + 2 * norms
         else:
             tensor += first * hidden * 2 * step.forwards
-        tensor = _ring(tensor, layout.tp)
 
     message = hidden // (layout.tp if sequence_parallel else 1)
-    forward = sum(not chunk.last for chunk in chunks) * step.forwards
+    forward = sum(not chunk.last for chunk in chunks) * (2 if step.mode == "cached" else 1)
+    # A kept micro-batch sends its messages in both passes.
     pipeline = message * (forward + sum(not chunk.first for chunk in chunks)) if layout.pp > 1 else 0
 
-    context = 0
+    context = 0.0
     if layout.cp > 1:
         # Keys and values take an all-gather in forward, a reduce-scatter in backward, and another all-gather where
         # attention is recomputed.
@@ -206,14 +211,13 @@ def traffic(
         keys_and_values = step.tokens * 2 * kv * WIDTHS[precision]
         context = layers * keys_and_values * (step.forwards + (recompute != "none") + 1)
         context += last * 2 * step.texts * config.hidden_size * FP32 * step.forwards
-        context = _ring(context, layout.cp)
 
     # Either gradients are reduce-scattered and parameters all-gathered, or gradients are all-reduced.
     reduced = gradients + parameters if distributed else 2 * gradients
     return Traffic(
-        tensor,
+        _ring(tensor, layout.tp),
         pipeline,
-        context,
+        _ring(context, layout.cp),
         _ring(reduced, replicas * layout.cp),
         _loss_gather(loss, config, step, replicas) if last else 0,
     )
@@ -228,8 +232,8 @@ def _loss_gather(loss: LossSection, config: EncoderConfig, step: Step, replicas:
     return _ring(2 * replicas * vectors * dims * FP32, replicas)
 
 
-def _ring(volume: int, ranks: int) -> int:
-    return volume * (ranks - 1) // ranks
+def _ring(volume: float, ranks: int) -> int:
+    return int(volume) * (ranks - 1) // ranks
 
 
 def bubble(layout: Layout, micro_batches: int) -> float:

@@ -110,7 +110,7 @@ def notes(cfg: RecipeConfig, gpu_memory: float, plans: Sequence[Plan], own: Plan
         step, fits = own.step, "fits" if own.fits(gpu_memory) else "does not fit"
         lines.append(
             f"{_name(own)}: {len(step.micro_batches)} micro-batches of at most {step.largest.tokens} tokens, loss.mode "
-            f"{step.mode} (forward passes: {step.forwards}), bubble {own.bubble:.1%} of the computing time, "
+            f"{step.mode} (forward passes: {step.forwards:g}), bubble {own.bubble:.1%} of the computing time, "
             f"about {own.seconds:.3g} s a step; {_gib(own.total)} GiB with recompute {own.recompute} {fits} into "
             f"{gpu_memory:g} GiB."
         )

@@ -37,10 +37,14 @@ from megatron_embed.recipes.encoding.encoder import encode_sequences
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
 from megatron_embed.recipes.encoding.rank_zero import on_first_rank
 from megatron_embed.recipes.encoding.source import ModelSource, open_model
+from megatron_embed.recipes.planning.activations import Activations
+from megatron_embed.recipes.planning.flops import model_flops
+from megatron_embed.recipes.planning.state import chunks_of
 from megatron_embed.recipes.retrieval.writer_lock import LOCK, refuse_if_written, writing
 from megatron_embed.recipes.training import checkpointing
+from megatron_embed.recipes.training.kept_count import KeptCount
 from megatron_embed.recipes.training.loss import ContrastiveLoss
-from megatron_embed.recipes.training.metrics import Reporter, model_flops, peak_memory_bytes
+from megatron_embed.recipes.training.metrics import Reporter, peak_memory_bytes
 from megatron_embed.recipes.training.optimizer import TrainState, set_up_training
 from megatron_embed.recipes.training.rank_batch import (
     BatchBuilder,
@@ -223,7 +227,15 @@ def _set_up(
     )
     group = parallel_state.get_data_parallel_group()
     loss = ContrastiveLoss(cfg.loss, normalize=source.config.normalize, group=group)
-    return TrainingRun(cfg, layout, source, state, builder, plan, loss, folder, collections)
+    kept = _kept_count(cfg, layout, source.config)
+    return TrainingRun(cfg, layout, source, state, builder, plan, loss, kept, folder, collections)
+
+
+def _kept_count(cfg: RecipeConfig, layout: Layout, config: EncoderConfig) -> KeptCount:
+    device = "cpu" if host.cuda_is_hidden() else "cuda"
+    activations = Activations(config, layout, cfg.model.precision, bool(cfg.model.sequence_parallel), device)
+    chunks = chunks_of(config, layout, parallel_state.get_pipeline_model_parallel_rank())
+    return KeptCount(cfg.loss.kept_micro_batches, activations, chunks, cfg.model.recompute)
 
 
 def _ask_for(dtype: torch.dtype) -> str:
@@ -242,6 +254,7 @@ class TrainingRun:
     builder: BatchBuilder
     plan: BatchingPlan
     loss: ContrastiveLoss
+    kept_graphs: KeptCount
     folder: RunFolder
     collections: list[Any]
     kept: Path | None = None
@@ -272,9 +285,10 @@ class TrainingRun:
                     packed = ahead.take()
                     data_seconds = time.perf_counter() - began
                     mode = self._mode(packed)
-                    if mode not in told:
-                        reporter.say(f"step {step}: loss.mode {mode}{self._why(mode)}")
-                        told.add(mode)
+                    for choice, line in self._choices(packed, mode).items():
+                        if choice not in told:
+                            reporter.say(f"step {step}: {line}")
+                            told.add(choice)
                     learning_rate = self.state.optimizer.param_groups[0]["lr"]
                     learned = {}
                     if self.cfg.loss.learn_temperature:  # log the value that divides this step's scores
@@ -327,6 +341,17 @@ class TrainingRun:
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
         return "direct" if fits.item() else "cached"
 
+    def _choices(self, packed: PackedBatch, mode: str) -> dict[str, str]:
+        """Return a line for each choice of this step that a run tells when it first makes it."""
+        lines = {mode: f"loss.mode {mode}{self._why(mode)}"}
+        if mode == "cached" and (kept := self.kept_graphs.of(packed.groups)):
+            count = len(packed.groups)
+            lines["kept"] = (
+                f"keeps the graphs of {kept} of {count} micro-batches (loss.kept_micro_batches "
+                f"{self.cfg.loss.kept_micro_batches}: {4 - kept / count:.3g} instead of 4 forward costs)"
+            )
+        return lines
+
     def _why(self, mode: str) -> str:
         if self.cfg.loss.mode != "auto":
             return ""
@@ -347,7 +372,8 @@ class TrainingRun:
         for stage in state.stages:
             stage.zero_grad_buffer()
         state.optimizer.zero_grad()
-        loss = contrastive_step(state.stages, groups, batch.targets, self.loss, mode=mode)  # type: ignore[arg-type]
+        kept = self.kept_graphs.of(groups)
+        loss = contrastive_step(state.stages, groups, batch.targets, self.loss, mode=mode, kept=kept)  # type: ignore[arg-type]
         if not math.isfinite(loss):
             raise UserError(self._not_finite(step, "loss", loss))
         updated, grad_norm, _ = state.optimizer.step()
@@ -355,6 +381,7 @@ class TrainingRun:
         if updated and not math.isfinite(grad_norm):
             raise UserError(self._not_finite(step, "gradient norm", grad_norm))
         state.scheduler.step(increment=1)
+        self.kept_graphs.close_step(mode)
         total = sum(group.tokens.total_tokens for group in groups)
         return loss, grad_norm, 1 - batch.real_tokens / total
 

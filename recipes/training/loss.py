@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_embed.recipes.config.schema import LossSection
+from megatron_embed.recipes.planning.step import CHUNK_BYTES
 from megatron_embed.recipes.training.targets import Targets
-
-#: bytes of the scores of one chunk, in all directions together
-CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,11 @@ from typing import Any
 
 import torch
 
-from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.conversion.files.long_work import time_left
 from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.training.run_folder import METRICS, TENSORBOARD, RunFolder
 
 _LOG = logging.getLogger(__name__)
-
-
-def model_flops(config: EncoderConfig, *, tokens: int, squared_lengths: int) -> float:
-    """Return the floating-point operations of a training step: forward + backward = 3 × forward, no recomputation.
-
-    A token costs 2 for each weight of the linear layers. In each layer a sequence costs
-    ``4 · length² · heads · head_dim`` for the scores and the weighted sum of bidirectional attention (Narayanan et al.
-    2021, without a causal half).
-    """
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    linear = config.hidden_size * (2 * heads + 2 * kv + 3 * config.intermediate_size)
-    forward = config.num_hidden_layers * (2 * linear * tokens + 4 * heads * squared_lengths)
-    return 3.0 * forward
 
 
 def peak_memory_bytes() -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.recipes.config.schema import OptimizerSection
-from megatron_embed.recipes.training.gradient_buckets import bucket_size
+from megatron_embed.recipes.planning.gradient_buckets import bucket_size
 
 
 class FusedAdamW(torch.optim.Optimizer):

@@ -28,7 +28,14 @@ RESUME_KEYS = (
     "train.global_batch_size",
 )
 #: keys among them that do not affect the trained weights
-_HARMLESS = ("data.eval", "data.packing", "loss.mode", "optimizer.distributed", "optimizer.overlap_grad_reduce")
+_HARMLESS = (
+    "data.eval",
+    "data.packing",
+    "loss.mode",
+    "loss.kept_micro_batches",
+    "optimizer.distributed",
+    "optimizer.overlap_grad_reduce",
+)
 
 #: keys of a checkpoint's run_config.yaml beside the recipe: the folder of its relative paths, and settings for exports
 _DIRECTORY, _OF_EXPORTS = "directory", ("encoder", "sentence")

@@ -4,7 +4,8 @@ The loss depends on the parameters only through the embeddings, so ``∂L/∂θ 
 compute it, at the cost of F for a forward pass:
 
 * ``cached`` (GradCache, Gao et al. 2021): pass 1 encodes without a graph; the loss gives ``g_i = ∂L/∂e_i``; pass 2
-  runs the ordinary schedule on ``Σ e_i · g_i``. It allows any number of micro-batches and any layout, and costs 4F.
+  runs the ordinary schedule on ``Σ e_i · g_i``. It allows any number of micro-batches and any layout, and costs 4F,
+  or ``(4 - k/n) F`` if pass 1 keeps the graphs of k of n micro-batches (:mod:`.kept_graphs`).
 * ``direct``: if the rank's whole batch is one micro-batch, autograd differentiates its loss, at 3F.
 """
 
@@ -22,6 +23,7 @@ from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import Encoder
 from megatron_embed.recipes.encoding.micro_batches import MicroBatch
 from megatron_embed.recipes.encoding.schedule import encode_micro_batches, run_schedule
+from megatron_embed.recipes.training.kept_graphs import KeptGraphs
 from megatron_embed.recipes.training.loss import ContrastiveLoss
 from megatron_embed.recipes.training.targets import Targets
 
@@ -33,6 +35,7 @@ def contrastive_step(
     loss: ContrastiveLoss,
     *,
     mode: Literal["direct", "cached"],
+    kept: int = 0,
 ) -> float:
     """Accumulate the gradient of the global batch's loss into the stages' ``main_grad``.
 
@@ -41,6 +44,7 @@ def contrastive_step(
         micro_batches: this rank's texts; they are the same on all its tensor- and pipeline-parallel ranks.
         targets: the roles of the texts in this rank's part of the batch.
         mode: ``direct`` takes a single micro-batch. Both modes give the same gradient.
+        kept: the number of micro-batches whose graphs pass 1 keeps; more than there are means all.
 
     Returns:
         The loss of the global batch, the same number on every rank.
@@ -48,8 +52,10 @@ def contrastive_step(
     assert mode == "cached" or len(micro_batches) == 1
     for stage in stages:
         stage.train()
-    compute = _direct if mode == "direct" else _cached
-    return _share_loss(compute(stages, micro_batches, targets.to(host.device()), loss))
+    targets = targets.to(host.device())
+    if mode == "direct":
+        return _share_loss(_direct(stages, micro_batches, targets, loss))
+    return _share_loss(_cached(stages, micro_batches, targets, loss, KeptGraphs(micro_batches, kept)))
 
 
 def _direct(
@@ -74,9 +80,13 @@ def _direct(
 
 
 def _cached(
-    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], targets: Targets, loss: ContrastiveLoss
+    stages: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    targets: Targets,
+    loss: ContrastiveLoss,
+    graphs: KeptGraphs,
 ) -> Tensor | None:
-    outputs = encode_micro_batches(stages, micro_batches)
+    outputs = encode_micro_batches(stages, micro_batches, graphs.encode)
     log_temperature = unwrap(stages)[-1].log_temperature
     value = gradient = temperature_gradient = None
     if outputs is not None:
@@ -102,7 +112,7 @@ def _cached(
             total = total + (log_temperature * temperature_gradient * once).sum()
         return total * factor, total.detach().clone()
 
-    run_schedule(stages, micro_batches, surrogate, forward_only=False)
+    run_schedule(stages, micro_batches, surrogate, graphs.replay, forward_only=False)
     return value
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
-from megatron_embed.recipes.training import gradient_buckets
+from megatron_embed.recipes.planning import gradient_buckets
 
 LAYOUTS = [Layout(pp=2), Layout(pp=2, vpp=2), Layout(pp=4), Layout(pp=4, vpp=2), Layout(tp=2, pp=2), Layout(cp=2, pp=2)]
 QUERIES = 16

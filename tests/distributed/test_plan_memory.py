@@ -19,9 +19,9 @@ from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
 from megatron_embed.recipes.config.schema import OptimizerSection
+from megatron_embed.recipes.planning import gradient_buckets
 from megatron_embed.recipes.planning.activations import Activations, Shape, in_flight
 from megatron_embed.recipes.planning.state import State, chunks_of, states
-from megatron_embed.recipes.training import gradient_buckets
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: What activations may be off by. Context-parallel ranks differ in the keys that they look at: the plan is that of the

@@ -33,6 +33,7 @@ DEFAULTS = {
     "loss.temperature": 0.02,
     "loss.learn_temperature": False,
     "loss.mode": "auto",
+    "loss.kept_micro_batches": "auto",
     "loss.in_batch_negatives": True,
     "loss.cross_rank_negatives": True,
     "loss.symmetric": False,

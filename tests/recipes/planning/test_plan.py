@@ -295,3 +295,19 @@ def test_bad_input_ends_with_one_message(
     found, out, err = run(*argv, capsys=capsys)
     assert (found, out) == (status, "")
     assert err.startswith(message)
+
+
+def test_kept_graphs_cost_memory_and_save_forward_passes() -> None:
+    def plan_of(kept: object) -> Any:
+        cfg = recipe("ministral3_3b_embed_config", "train.global_batch_size=256", f"loss.kept_micro_batches={kept}")
+        return plan_layout(cfg, encoder_of(cfg, SIZES), 8)["none"]
+
+    none, some, auto, everything = (plan_of(kept) for kept in (0, 2, "auto", 1000))
+    count = len(none.step.micro_batches)
+    assert count > 4
+    assert [plan.step.forwards for plan in (none, some, auto, everything)] == [2, 2 - 2 / count, 2, 1]
+    assert some.seconds < none.seconds
+    one = none.worst.activations["none"]
+    assert some.worst.activations["none"] == 2 * one
+    assert everything.worst.activations["none"] == count * one
+    assert auto.total == none.total < some.total < everything.total
