@@ -49,15 +49,19 @@ def builder_of(folder: Path, dataset: PairDataset, batch: int, length: int) -> B
 
 
 class Ours:
-    """A training step of this project on a single rank."""
+    """A training step of this project on a single rank.
 
-    def __init__(self, folder: Path, builder: BatchBuilder, dtype: torch.dtype, mode: str):
+    Args:
+        kept: the share of the micro-batches whose graphs a cached step keeps.
+    """
+
+    def __init__(self, folder: Path, builder: BatchBuilder, dtype: torch.dtype, mode: str, kept: float = 0.0):
         from megatron_embed.bridge.encoder import build_stages, transformer_config
 
         source = ModelSource.open(folder)
         stages = build_stages(source.config, transformer_config(source.config, Layout(), dtype=dtype))
         source.fill(stages, tp_rank=0, tp_size=1)
-        self.mode, self.config = mode, source.config
+        self.mode, self.kept, self.config = mode, kept, source.config
         self.state = set_up_training(stages, OptimizerSection(lr=1e-5, distributed=False), train_iters=10_000)
         self.builder, self.loss = builder, ContrastiveLoss(LossSection())
         tokens = 16384 if mode == "direct" else 4096
@@ -72,7 +76,8 @@ class Ours:
         for stage in self.state.stages:
             stage.zero_grad_buffer()
         self.state.optimizer.zero_grad()
-        contrastive_step(self.state.stages, groups, batch.targets, self.loss, mode=self.mode)  # type: ignore[arg-type]
+        kept = round(self.kept * len(groups))
+        contrastive_step(self.state.stages, groups, batch.targets, self.loss, mode=self.mode, kept=kept)  # type: ignore[arg-type]
         self.state.optimizer.step()
         self.state.scheduler.step(increment=1)
 
