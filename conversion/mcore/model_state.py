@@ -28,6 +28,7 @@ from megatron_embed.conversion.files.checksums import Checksums, DamagedCheckpoi
 from megatron_embed.conversion.files.disk_errors import explain_unwritten
 from megatron_embed.conversion.mcore.folder import check_lengths, is_sound, iteration_folder, with_older
 from megatron_embed.conversion.mcore.optimizer_forms import FormChange
+from megatron_embed.conversion.mcore.optimizer_shards import own_values_only
 from megatron_embed.conversion.mcore.param_groups import ask_for_saved_groups, take_groups
 from megatron_embed.conversion.mcore.safe_loading import load_common, refuse_unsafe_loading, safe_metadata
 from megatron_embed.conversion.mcore.tensor_writer import bytes_on_all_ranks, write_tensors
@@ -68,7 +69,8 @@ def save_model_state(
     state: dict[str, Any] = {**model, **(common or {}), "iteration": iteration, "checkpoint_version": 3.0}
     if optimizer is not None:
         _make_moments(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
+        with own_values_only():
+            state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
     needed = bytes_on_all_ranks(state)
 
     def prepare() -> None:
@@ -129,7 +131,8 @@ def _fill(iter_dir: Path, encoders: list[Encoder], optimizer: Any) -> dict[str, 
     model = _sharded_model(encoders)
     state: dict[str, Any] = dict(model)
     if optimizer is not None:
-        wanted = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
+        with own_values_only():
+            wanted = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
         forms = FormChange(wanted, model, metadata.state_dict_metadata.keys())
         state["optimizer"] = forms.request
         groups = ask_for_saved_groups(state["optimizer"], load_common(iter_dir).get("optimizer", {}))
@@ -140,7 +143,8 @@ def _fill(iter_dir: Path, encoders: list[Encoder], optimizer: Any) -> dict[str, 
     if optimizer is not None:
         loaded[NEW_GROUPS] = not take_groups(loaded["optimizer"], groups)
         main = _load({"main": forms.main}, iter_dir, checks)["main"] if forms.main else {}
-        optimizer.load_state_dict(forms.fit(loaded.pop("optimizer"), main))
+        with own_values_only():
+            optimizer.load_state_dict(forms.fit(loaded.pop("optimizer"), main))
     return loaded
 
 

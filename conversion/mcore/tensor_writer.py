@@ -12,10 +12,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.bridge.cpu import host
@@ -35,7 +37,7 @@ def write_tensors(state: dict[str, Any], folder: Path) -> dict[str, FileSums]:
     write = staticmethod(partial(_write_buckets, sums, failures))
     try:
         with without_crc32(), mock.patch.object(writer, "write_preloaded_data_multiproc", write):
-            dist_checkpointing.save(state, str(folder))
+            dist_checkpointing.save(state, str(folder), _parallel())
     except CheckpointException as error:  # raised on all ranks, without the system's own error
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, system_error(failures[0]) if failures else None)
@@ -43,6 +45,12 @@ def write_tensors(state: dict[str, Any], folder: Path) -> dict[str, FileSums]:
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(sums, gathered)
     return {name: each for rank in gathered or [] for name, each in rank.items()}
+
+
+def _parallel() -> FullyParallelSaveStrategyWrapper:
+    """Return megatron-core's writer that divides replicated tensors (the weights) over the data-parallel ranks."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group)
 
 
 def _write_buckets(
