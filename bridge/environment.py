@@ -15,6 +15,11 @@ _CPU = {
     # oneDNN's default of 1024 a second pass over a corpus finds hardly any of them.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
 }
+_CUDA = {
+    # Micro-batches differ in length. Without segments that grow, torch's allocator keeps blocks of every size that it
+    # has seen, and runs out of memory while a tenth or more of it is free.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
 
 
 def set_defaults(*, on_cpu: bool = False) -> None:
@@ -25,6 +30,6 @@ def set_defaults(*, on_cpu: bool = False) -> None:
     Args:
         on_cpu: also ignore the warnings that concern CUDA alone.
     """
-    for name, value in _CPU.items():
+    for name, value in (_CPU | _CUDA).items():
         os.environ.setdefault(name, value)
     ignore_expected_warnings(on_cpu=on_cpu)

@@ -21,14 +21,22 @@ def select_device(wanted: str = "auto") -> torch.device:
     """Choose the device on which this process computes, and prepare it.
 
     Args:
-        wanted: ``cpu``, ``cuda``, or ``auto`` (CUDA where every local process has a GPU of its own).
+        wanted: ``cpu``, ``cuda``, or ``auto`` (CUDA where there is any).
+
+    Raises:
+        UserError: this host has GPUs, or must have them, but fewer than processes.
     """
     environment.set_defaults()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = 0 if host.cuda_is_hidden() or wanted == "cpu" else torch.cuda.device_count()
-    if wanted == "cuda" and gpus < local_world:
-        raise UserError(f"device: cuda was asked for {local_world} processes on this host, which has {gpus} GPUs")
-    if gpus < local_world:
+    if gpus < local_world and (gpus or wanted == "cuda"):
+        # A job with a GPU too few would otherwise run on the CPU, a thousand times slower, and say nothing.
+        raise UserError(
+            f"device: {wanted} finds {gpus} GPU{'s' * (gpus != 1)} for {local_world} processes on this host; wanted "
+            f"one for each: lower torchrun's --nproc-per-node, let each process see all GPUs of the host "
+            f"(CUDA_VISIBLE_DEVICES), or set device=cpu"
+        )
+    if not gpus:
         host.run_on_cpu()
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -52,7 +60,9 @@ def initialize(layout: Layout, *, timeout_minutes: float = 30) -> None:
         limited = backend == "nccl"
         timeout = timedelta(minutes=timeout_minutes + (1 if limited else 0))
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            # With its device named, NCCL connects at once and knows which GPU a rank without tensors belongs to.
+            device = None if host.cuda_is_hidden() else host.device()
+            dist.init_process_group(backend, timeout=timeout, device_id=device)
             if dist.get_world_size() > 1:
                 store = dist.PrefixStore("liveness", dist.distributed_c10d._get_default_store())
                 rank, size = dist.get_rank(), dist.get_world_size()

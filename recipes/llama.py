@@ -41,4 +41,5 @@ def llama31_8b_embed_config() -> RecipeConfig:
     cfg.recipe = "llama31_8b_embed_config"
     cfg.model.hf_model = "meta-llama/Llama-3.1-8B"
     cfg.model.tensor_model_parallel_size = 2
+    cfg.train.micro_batch_tokens = 8192
     return cfg

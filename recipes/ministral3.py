@@ -57,6 +57,7 @@ def ministral3_8b_embed_config() -> RecipeConfig:
     cfg.recipe = "ministral3_8b_embed_config"
     cfg.model.hf_model = "mistralai/Ministral-3-8B-Base-2512"
     cfg.model.tensor_model_parallel_size = 2
+    cfg.train.micro_batch_tokens = 8192  # 16384 leave too little of 80 GB
     return cfg
 
 

@@ -60,4 +60,5 @@ def qwen3_8b_embed_config() -> RecipeConfig:
     cfg = qwen3_4b_embed_config()
     cfg.recipe = "qwen3_8b_embed_config"
     cfg.model.hf_model = "Qwen/Qwen3-8B-Base"
+    cfg.train.micro_batch_tokens = 8192
     return cfg

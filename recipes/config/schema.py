@@ -294,7 +294,7 @@ class RecipeConfig(Section):
     recipe: str = "custom"
     """Name of the recipe function; it names the run's folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto, cpu or cuda; auto: cuda if there are at least as many GPUs as local processes, else cpu."""
+    """auto, cpu or cuda; auto: cuda where there are GPUs, one for each local process, and cpu where there are none."""
     model: ModelSection = ModelSection()
     loss: LossSection = LossSection()
     data: DataSection = DataSection()

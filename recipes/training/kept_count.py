@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.recipes.encoding.micro_batches import MicroBatch
 from megatron_embed.recipes.planning.activations import Activations, Shape
-from megatron_embed.recipes.planning.layouts import USABLE
 from megatron_embed.recipes.planning.state import ModelChunk
-from megatron_embed.recipes.training.metrics import peak_memory_bytes
+from megatron_embed.recipes.training.device_memory import spare_memory
 
 #: The step after which ``auto`` looks at the memory: the optimizer's state exists from the end of the first on, so the
 #: second step's peak is that of every later one.
@@ -61,15 +58,3 @@ class KeptCount:
             least = torch.tensor(spare_memory(), dtype=torch.int64, device=host.device())
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
             self.spare = max(0, int(least.item()))
-
-
-def spare_memory() -> int:
-    """Return the bytes that this process never used until now and may use: of its GPU, or of its share of the host."""
-    if host.cuda_is_hidden():
-        used = psutil.Process().memory_info().rss
-        # other programs of the host need memory too
-        share = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return share - (peak_memory_bytes() - used)
-    free, total = torch.cuda.mem_get_info()
-    ours = torch.cuda.memory_reserved() + free
-    return ours - peak_memory_bytes() - int((1 - USABLE) * total)

@@ -42,6 +42,7 @@ from megatron_embed.recipes.planning.flops import model_flops
 from megatron_embed.recipes.planning.state import chunks_of
 from megatron_embed.recipes.retrieval.writer_lock import LOCK, refuse_if_written, writing
 from megatron_embed.recipes.training import checkpointing
+from megatron_embed.recipes.training.device_memory import too_large
 from megatron_embed.recipes.training.kept_count import KeptCount
 from megatron_embed.recipes.training.loss import ContrastiveLoss
 from megatron_embed.recipes.training.metrics import Reporter, peak_memory_bytes
@@ -107,6 +108,8 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     # The checkpoint that the run starts from may set this.
     asked.model.bidirectional = cfg.model.bidirectional = source.made_bidirectional
     validate_layout(cfg, source.config)
+    if parallel.rank() == 0 and (warning := too_large(cfg, source.config, world)):
+        _LOG.warning(warning)
     save_dir = Path(cfg.train.save_dir or "")
     start = find_start(asked, save_dir, instead=instead, recipes=recipes)
     if start is not None:
