@@ -93,12 +93,13 @@ def transformer_config(
         use_te_activation_func=host.cuda_is_hidden(),
         bias_dropout_fusion=not host.cuda_is_hidden(),
         persist_layer_norm=False,
-        # Micro-batches differ in length, so stages exchange shapes; megatron-core ties this to an MoE setting.
+        # Micro-batches differ in length; megatron-core ties this to an MoE setting.
         variable_seq_lengths=layout.pp > 1,
         moe_token_dispatcher_type="alltoall",
         # The default batched messages hang with interleaved stages.
         overlap_p2p_comm=bool(layout.vpp),
         batch_p2p_comm=not layout.vpp,
+        batch_p2p_sync=False,  # waits for the GPU after each message, because of a fault of torch before 2.0
         # Plain stages wait for the end of a message before megatron-core frees the output that it carried. Interleaved
         # stages send while they compute: there megatron-core frees an output (`.data = empty(1)`) one step before it
         # waits for its message. gloo and NCCL keep the tensor, not its storage, and would send memory that has been

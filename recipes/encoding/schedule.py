@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.recipes.encoding.micro_batches import MicroBatch
+from megatron_embed.recipes.encoding.pipeline_messages import messages
 
 #: (micro-batch, output of the last stage) → the values that the schedule expects of a loss function
 LossFunction = Callable[..., Any]
@@ -61,9 +62,10 @@ def run_schedule(
         data_iterator=[iter(micro_batches) for _ in stages],
         model=list(stages),
         num_microbatches=len(micro_batches),
-        # The schedules require a number, but read the lengths from the tensors (variable_seq_lengths).
+        # The schedules require a number, but the communicator knows the lengths (variable_seq_lengths).
         seq_length=1,
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
+        **messages(stages, micro_batches),
     )

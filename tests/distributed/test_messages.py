@@ -86,6 +86,10 @@ def watch(patch: pytest.MonkeyPatch, ledger: Ledger) -> None:
         if group.grad_reduce_handle is None:
             group.grad_reduce_handle = LateReduction(group, start, ledger)
 
+    def shapes(*_: Any) -> Any:
+        raise AssertionError("the shape of a message was sent, though every stage knows it")
+
+    patch.setattr(p2p_communication.P2PCommunicator, "_communicate_shapes", shapes)
     patch.setattr(p2p_communication, "_p2p_ops", one_by_one)
     patch.setattr(p2p_communication, "_batched_p2p_ops", together)
     patch.setattr(BucketGroup, "start_grad_sync", reduce)
@@ -130,7 +134,7 @@ def three_steps(layout: Layout) -> Ledger:
             if not all(group.is_last_microbatch for stage in stages for group in stage.bucket_groups):
                 ledger.faults.append("forward only: gradient reduction is still held back")
             targets = Targets(QUERIES, torch.ones(QUERIES, 1, dtype=torch.bool))
-            contrastive_step(stages, micro_batches, targets, loss, mode="cached")
+            contrastive_step(stages, micro_batches, targets, loss, mode="cached", kept=2)
         gc.enable()
     return ledger
 
