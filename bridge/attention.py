@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.rope import query_scale, rope_tables
-from megatron_embed.bridge.sequences import Run, TokenBatch
+from megatron_embed.bridge.sequences import Run, TokenBatch, to_device
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -97,7 +97,8 @@ class SequenceInfo(PackedSeqParams):
         assert self.cos is not None
 
         def ends(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.cos.device)  # type: ignore[union-attr]
+            assert self.cos is not None
+            return to_device([0, *accumulate(lengths)], self.cos.device, dtype=torch.int32)
 
         queries = [run.queries for run in self.runs for _ in range(run.sequences)]
         keys = [run.keys for run in self.runs for _ in range(run.sequences)]
@@ -125,7 +126,7 @@ def _runs(batch: TokenBatch, columns: slice) -> tuple[tuple[Run, ...], slice]:
 
 def _positions(batch: TokenBatch) -> Tensor:
     """Return ``[1, S]`` where all rows count from their first column (one table serves them all), else ``[B, S]``."""
-    if batch.packed or (batch.mask is not None and not bool(batch.mask[:, 0].all())):
+    if batch.packed or batch.left_padded:
         return batch.positions
     return torch.arange(batch.positions.shape[1], device=batch.positions.device)[None]
 

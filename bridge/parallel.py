@@ -126,6 +126,15 @@ def parallel_world(layout: Layout, *, timeout_minutes: float = 30) -> Iterator[N
     shut_down(process_group=owned)
 
 
+def data_parallel_hosts() -> dist.ProcessGroup:
+    """Return the data-parallel ranks as a group for tensors of the host: numbers that no GPU has to be waited for."""
+    from megatron.core import parallel_state
+
+    if host.cuda_is_hidden():
+        return parallel_state.get_data_parallel_group()
+    return parallel_state.get_data_parallel_group_gloo()
+
+
 def world_size() -> int:
     """Return the number of processes in this run, before or after the process group exists."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.bridge.config import Pooling
-from megatron_embed.bridge.sequences import TokenBatch
+from megatron_embed.bridge.sequences import TokenBatch, to_device
 
 
 def pool(states: Tensor, batch: TokenBatch, mode: Pooling, columns: slice = slice(None)) -> Tensor:
@@ -31,7 +31,7 @@ def pool(states: Tensor, batch: TokenBatch, mode: Pooling, columns: slice = slic
         return torch.einsum("bs,sbh->bh", weights_BS[:, columns], states)
     # [n, s] with each token's weight in its sequence's row: unlike index_add, a matrix product is deterministic
     tokens = weights_BS.shape[1] - batch.padding
-    lengths = torch.tensor(batch.lengths, device=states.device)
+    lengths = to_device(batch.lengths, states.device)
     owner = torch.repeat_interleave(torch.arange(len(batch.lengths), device=states.device), lengths, output_size=tokens)
     weights_NS = torch.zeros(len(batch.lengths), weights_BS.shape[1], dtype=wide, device=states.device)
     weights_NS[owner, torch.arange(tokens, device=states.device)] = weights_BS[0, :tokens]
@@ -41,9 +41,9 @@ def pool(states: Tensor, batch: TokenBatch, mode: Pooling, columns: slice = slic
 def pooling_weights(batch: TokenBatch, mode: Pooling) -> Tensor:
     """Return each token's share in its sequence's vector: ``[b, s]`` fp64, 0 on padding."""
     device = batch.input_ids.device
-    lengths_n = torch.tensor(batch.lengths, device=device)
+    lengths_n = to_device(batch.lengths, device)
     if batch.packed:
-        lengths_BS = torch.repeat_interleave(lengths_n, lengths_n)[None]
+        lengths_BS = torch.repeat_interleave(lengths_n, lengths_n, output_size=batch.real_tokens)[None]
         lengths_BS = torch.nn.functional.pad(lengths_BS, (0, batch.padding), value=1)
     else:
         lengths_BS = lengths_n[:, None].expand_as(batch.input_ids)

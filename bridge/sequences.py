@@ -7,7 +7,7 @@ Legend: ``n`` sequences, ``b`` rows, ``s`` columns. Padded: one sequence per row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class TokenBatch:
         mask: ``[b, s]`` bool, True on real tokens; None where there is no padding. Padded form only.
         packed: whether the sequences lie end to end in one row.
         padding: columns at the end of a packed row that belong to no sequence.
+        left_padded: whether some row begins with padding.
     """
 
     input_ids: Tensor
@@ -44,6 +45,7 @@ class TokenBatch:
     mask: Tensor | None
     packed: bool
     padding: int = 0
+    left_padded: bool = False
 
     @property
     def real_tokens(self) -> int:
@@ -63,7 +65,9 @@ class TokenBatch:
         mask = attention_mask.bool()
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         lengths = tuple(mask.sum(dim=1).tolist())
-        return cls(input_ids, positions, lengths, None if bool(mask.all()) else mask, packed=False)
+        full = bool(mask.all())
+        left = not full and not bool(mask[:, 0].all())
+        return cls(input_ids, positions, lengths, None if full else mask, packed=False, left_padded=left)
 
     @classmethod
     def pad(cls, sequences: Sequence[Sequence[int]], *, pad_id: int, multiple_of: int = 1) -> TokenBatch:
@@ -90,12 +94,18 @@ class TokenBatch:
         """Return the batch on another device."""
         if self.input_ids.device == device:
             return self
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return TokenBatch(
-            self.input_ids.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
-            self.lengths,
-            mask,
-            self.packed,
-            self.padding,
+        mask = None if self.mask is None else to_device(self.mask, device)
+        return replace(
+            self, input_ids=to_device(self.input_ids, device), positions=to_device(self.positions, device), mask=mask
         )
+
+
+def to_device(values: Tensor | Sequence[int], device: torch.device, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor of the host, or a list's numbers, on a device without waiting for what it computes.
+
+    A copy from ordinary memory makes the host wait for the GPU's queue; one from pinned memory joins the queue.
+    """
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

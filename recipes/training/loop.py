@@ -58,7 +58,8 @@ from megatron_embed.recipes.training.rank_batch import (
 from megatron_embed.recipes.training.read_ahead import ReadAhead
 from megatron_embed.recipes.training.resume import Start, find_start, may_fall_back
 from megatron_embed.recipes.training.run_folder import RunFolder
-from megatron_embed.recipes.training.step import contrastive_step, learned_temperature
+from megatron_embed.recipes.training.step import Later, contrastive_step, learned_temperature
+from megatron_embed.recipes.training.targets import Targets
 
 _LOG = logging.getLogger(__name__)
 
@@ -287,19 +288,16 @@ class TrainingRun:
                     liveness.stand_at(f"step {step}, reading the batch")
                     packed = ahead.take()
                     data_seconds = time.perf_counter() - began
-                    mode = self._mode(packed)
+                    mode, targets = self._agree(packed)
                     for choice, line in self._choices(packed, mode).items():
                         if choice not in told:
                             reporter.say(f"step {step}: {line}")
                             told.add(choice)
                     learning_rate = self.state.optimizer.param_groups[0]["lr"]
-                    learned = {}
-                    if self.cfg.loss.learn_temperature:  # log the value that divides this step's scores
-                        learned["temperature"] = learned_temperature(self.state.stages)
                     liveness.stand_at(f"step {step}, forward and backward", limited=True)
-                    loss, grad_norm, padding = self._step(packed, mode, step)
+                    numbers, padding = self._step(packed, targets, mode, step)
                     record = self._record(step, packed.batch, padding, time.perf_counter() - began)
-                    record.update(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, **learned)
+                    record.update(learning_rate=learning_rate, **numbers)
                     record["data_seconds"] = data_seconds
                     self._close_step(step, record, reporter, ahead)
         finally:
@@ -336,13 +334,14 @@ class TrainingRun:
             f"data: {len(self.builder.dataset):,} examples, {sampler.steps_per_epoch:,} steps an epoch"
         )
 
-    def _mode(self, packed: PackedBatch) -> str:
-        """Return the mode of this step's gradient, the same on every rank."""
-        if loss_mode(self.cfg.loss.mode, self.layout.pp) != "auto":
-            return packed.mode
-        fits = torch.tensor(int(packed.mode == "direct"), device=host.device())
-        dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=parallel_state.get_data_parallel_group())
-        return "direct" if fits.item() else "cached"
+    def _agree(self, packed: PackedBatch) -> tuple[str, Targets]:
+        """Return the mode of this step's gradient, the same on every rank, and targets as wide as every rank's."""
+        targets = packed.batch.targets
+        # numbers of the host: the GPU may still compute the step before
+        ours = torch.tensor([packed.mode != "direct", targets.most_known])
+        dist.all_reduce(ours, op=dist.ReduceOp.MAX, group=parallel.data_parallel_hosts())
+        cached, most_known = ours.tolist()
+        return "cached" if cached else "direct", targets.widened(most_known)
 
     def _choices(self, packed: PackedBatch, mode: str) -> dict[str, str]:
         """Return a line for each choice of this step that a run tells when it first makes it."""
@@ -364,10 +363,12 @@ class TrainingRun:
             return " (pipeline stages need several micro-batches)"
         return " (a rank's batch is more than one micro-batch)"
 
-    def _step(self, packed: PackedBatch, mode: str, step: int) -> tuple[float, float | None, float]:
-        """Compute the gradient and update; return (loss, gradient norm before clipping, share of padding on this rank).
+    def _step(
+        self, packed: PackedBatch, targets: Targets, mode: str, step: int
+    ) -> tuple[dict[str, float | None], float]:
+        """Compute the gradient and update; return the step's numbers and this rank's share of padding.
 
-        The norm is None if fp16 overflowed and the update was skipped.
+        ``grad_norm``, from before clipping, is None if fp16 overflowed and the update was skipped.
         """
         state, batch, groups = self.state, packed.batch, packed.groups
         if mode != packed.mode:  # another rank's batch does not fit into one micro-batch
@@ -375,18 +376,25 @@ class TrainingRun:
         for stage in state.stages:
             stage.zero_grad_buffer()
         state.optimizer.zero_grad()
+        told: dict[str, torch.Tensor] = {}
+        if self.cfg.loss.learn_temperature:  # the value that divides this step's scores
+            told["temperature"] = learned_temperature(state.stages)
         kept = self.kept_graphs.of(groups)
-        loss = contrastive_step(state.stages, groups, batch.targets, self.loss, mode=mode, kept=kept)  # type: ignore[arg-type]
-        if not math.isfinite(loss):
-            raise UserError(self._not_finite(step, "loss", loss))
+        told["loss"] = contrastive_step(state.stages, groups, targets, self.loss, mode=mode, kept=kept)  # type: ignore[arg-type]
+        later = Later(list(told.values()))
+        # The step's only wait for the GPU: the optimizer reads the norm, and everything before it is then known too.
         updated, grad_norm, _ = state.optimizer.step()
+        numbers: dict[str, float | None] = dict(zip(told, later.read(), strict=True))
         # With fp16, an update is skipped while the loss scale adjusts; a skipped update has no norm.
-        if updated and not math.isfinite(grad_norm):
-            raise UserError(self._not_finite(step, "gradient norm", grad_norm))
+        numbers["grad_norm"] = grad_norm
+        for name in ("loss", "grad_norm"):
+            value = numbers[name]
+            if value is not None and not math.isfinite(value) and (updated or name == "loss"):
+                raise UserError(self._not_finite(step, name.replace("grad_", "gradient "), value))
         state.scheduler.step(increment=1)
         self.kept_graphs.close_step(mode)
         total = sum(group.tokens.total_tokens for group in groups)
-        return loss, grad_norm, 1 - batch.real_tokens / total
+        return numbers, 1 - batch.real_tokens / total
 
     def _not_finite(self, step: int, what: str, value: float) -> str:
         return (
@@ -398,11 +406,9 @@ class TrainingRun:
     def _record(self, step: int, batch: RankBatch, padding: float, seconds: float) -> dict[str, Any]:
         """Return this step's record over all ranks."""
         sums = torch.tensor(
-            [batch.real_tokens, batch.squared_lengths, batch.real_tokens / (1 - padding)],
-            dtype=torch.float64,
-            device=host.device(),
+            [batch.real_tokens, batch.squared_lengths, batch.real_tokens / (1 - padding)], dtype=torch.float64
         )
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(sums, group=parallel.data_parallel_hosts())
         tokens, squared, computed = sums.tolist()
         flops = model_flops(self.encoder_config, tokens=int(tokens), squared_lengths=int(squared))
         return {

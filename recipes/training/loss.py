@@ -197,10 +197,11 @@ class ContrastiveLoss:
         count = embeddings.new_zeros(()) if has is None else has.sum().to(embeddings.dtype)
         if self.world > 1:
             dist.all_reduce(count, group=self.group)
-        if vectors is None or has is None or not bool(count):
+        if vectors is None or has is None:
             return embeddings.sum() * 0
-        cosine = F.cosine_similarity(embeddings[has], vectors[has].to(embeddings.dtype), dim=1)
-        return (1 - cosine).sum() / count
+        # Texts without a vector count 0: to select those with one, the host would have to wait for their number.
+        cosine = F.cosine_similarity(embeddings, vectors.to(embeddings.dtype), dim=1)
+        return ((1 - cosine) * has).sum() / count.clamp(min=1)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class FusedAdamW(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            step = torch.tensor(float(group["step"]), device=params[0].device)
+            step = torch.full((), float(group["step"]), device=params[0].device)  # no copy from the host
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
                 params,
@@ -87,6 +87,12 @@ def _scale(chunk_size: int, noop_flag: Tensor, tensors: list[list[Tensor]], fact
         torch.mul(source, factor, out=into)
 
 
+def _l2_norm(chunk_size: int, noop_flag: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    """Return the norm of all tensors; megatron-core's fallback reads one number for each tensor on the host."""
+    norms = [norm for each in tensors for norm in torch._foreach_norm(each)]
+    return torch.stack(norms).norm()[None], None
+
+
 def _use_fused_kernels() -> None:
     """Make megatron-core use :class:`FusedAdamW` if neither Transformer Engine nor Apex is installed."""
     if not mcore_optimizer.USING_PYTORCH_OPTIMIZER:
@@ -94,6 +100,7 @@ def _use_fused_kernels() -> None:
     mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
     mcore_optimizer.Adam = distrib_optimizer.Adam = FusedAdamW
     clip_grads.multi_tensor_scale_impl = _scale
+    clip_grads.l2_norm_impl = _l2_norm
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 

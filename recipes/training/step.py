@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.sequences import to_device
 from megatron_embed.recipes.encoding.micro_batches import MicroBatch
 from megatron_embed.recipes.encoding.schedule import encode_micro_batches, run_schedule
 from megatron_embed.recipes.training.kept_graphs import KeptGraphs
@@ -36,7 +37,7 @@ def contrastive_step(
     *,
     mode: Literal["direct", "cached"],
     kept: int = 0,
-) -> float:
+) -> Tensor:
     """Accumulate the gradient of the global batch's loss into the stages' ``main_grad``.
 
     Args:
@@ -47,7 +48,7 @@ def contrastive_step(
         kept: the number of micro-batches whose graphs pass 1 keeps; more than there are means all.
 
     Returns:
-        The loss of the global batch, the same number on every rank.
+        The loss of the global batch, a number of the device in fp64, the same on every rank.
     """
     assert mode == "cached" or len(micro_batches) == 1
     for stage in stages:
@@ -64,7 +65,7 @@ def _direct(
     log_temperature = unwrap(stages)[-1].log_temperature
 
     def loss_function(micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
-        order = torch.argsort(micro_batch.texts).to(output.device)
+        order = to_device(torch.argsort(micro_batch.texts), output.device)
         temperature = None
         if log_temperature is not None:
             # Every context-parallel rank computes the whole gradient of the temperature, and DDP adds these up.
@@ -90,8 +91,8 @@ def _cached(
     log_temperature = unwrap(stages)[-1].log_temperature
     value = gradient = temperature_gradient = None
     if outputs is not None:
-        texts = torch.cat([micro_batch.texts for micro_batch in micro_batches]).to(outputs[0].device)
-        leaves = [torch.cat(outputs)[torch.argsort(texts)].requires_grad_()]
+        order = torch.argsort(torch.cat([micro_batch.texts for micro_batch in micro_batches]))
+        leaves = [torch.cat(outputs)[to_device(order, outputs[0].device)].requires_grad_()]
         if log_temperature is not None:
             leaves.append(log_temperature.detach().requires_grad_())
         value = loss(leaves[0], targets, *(leaf.exp() for leaf in leaves[1:]))
@@ -104,7 +105,7 @@ def _cached(
 
     def surrogate(micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor]:
         assert gradient is not None
-        total = (micro_batch.rows(output) * gradient[micro_batch.texts.to(output.device)]).sum()
+        total = (micro_batch.rows(output) * gradient[to_device(micro_batch.texts, output.device)]).sum()
         if temperature_gradient is not None:
             # Add the temperature's gradient once, but give it one (of 0) in every micro-batch, because DDP with
             # overlapped reduction waits for a gradient in the last one.
@@ -116,7 +117,7 @@ def _cached(
     return value
 
 
-def _share_loss(loss: Tensor | None) -> float:
+def _share_loss(loss: Tensor | None) -> Tensor:
     """Sum the loss over data-parallel ranks and return it on every pipeline stage."""
     value = torch.zeros((), dtype=torch.float64, device=host.device())
     if loss is not None:
@@ -125,7 +126,7 @@ def _share_loss(loss: Tensor | None) -> float:
     return _from_last_stage(value)
 
 
-def learned_temperature(stages: Sequence[torch.nn.Module]) -> float:
+def learned_temperature(stages: Sequence[torch.nn.Module]) -> Tensor:
     """Return the learned temperature that divides the next step's scores: the last stage's parameter, on every rank."""
     value = torch.zeros((), dtype=torch.float64, device=host.device())
     log_temperature = unwrap(stages)[-1].log_temperature
@@ -134,7 +135,7 @@ def learned_temperature(stages: Sequence[torch.nn.Module]) -> float:
     return _from_last_stage(value)
 
 
-def _from_last_stage(value: Tensor) -> float:
+def _from_last_stage(value: Tensor) -> Tensor:
     """Return the last pipeline stage's number on every stage."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(
@@ -142,7 +143,28 @@ def _from_last_stage(value: Tensor) -> float:
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return value.item()
+    return value
+
+
+class Later:
+    """Numbers of the device that the host reads later, without a wait of its own if the host has waited since."""
+
+    def __init__(self, numbers: Sequence[Tensor]):
+        values = torch.stack(list(numbers))
+        self._copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._values = values
+
+    def read(self) -> list[float]:
+        """Return the numbers, once they have arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
 
 
 def unwrap(stages: Sequence[torch.nn.Module]) -> list[Encoder]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_embed.bridge.sequences import to_device
 from megatron_embed.recipes.datasets.text_ids import text_id
 
 
@@ -42,20 +43,26 @@ class Targets:
 
     def to(self, device: torch.device) -> Targets:
         """Return these targets on another device."""
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        moved = {name: to_device(x, device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
+    @property
+    def most_known(self) -> int:
+        """The columns of ``known_ids``."""
+        return 0 if self.known_ids is None else self.known_ids.shape[1]
+
+    def widened(self, columns: int) -> Targets:
+        """Return these targets with ``known_ids`` of so many columns, which all ranks must agree on before a gather."""
+        if self.known_ids is None or columns == self.most_known:
+            return self
+        return replace(self, known_ids=torch.nn.functional.pad(self.known_ids, (0, columns - self.most_known)))
+
     def gathered(self, group: dist.ProcessGroup | None) -> Targets:
-        """Return the slots and identities of all ranks, in rank order."""
+        """Return the slots and identities of all ranks, in rank order; ``known_ids`` is equally wide on all of them."""
         if group is None:
             return self
-        parts = {"valid": self.valid, "query_ids": self.query_ids, "passage_ids": self.passage_ids}
-        found = {name: _gather(x, group) for name, x in parts.items() if x is not None}
-        if self.known_ids is not None:
-            most = torch.tensor(self.known_ids.shape[1], device=self.known_ids.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-            missing = int(most) - self.known_ids.shape[1]
-            found["known_ids"] = _gather(torch.nn.functional.pad(self.known_ids, (0, missing)), group)
+        names = ("valid", "query_ids", "passage_ids", "known_ids")
+        found = {name: _gather(x, group) for name in names if (x := getattr(self, name)) is not None}
         return Targets(queries=self.queries * group.size(), **found)  # type: ignore[arg-type]
 
     def false_negatives(self, of: Targets, rows: slice, own: Tensor) -> tuple[Tensor, Tensor]:

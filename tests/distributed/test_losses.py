@@ -161,6 +161,7 @@ def compute(kinds: list[str], chunked: bool) -> dict[tuple[str, str], tuple[Tens
         has = torch.ones(valid.shape[0] + int(valid.sum()), dtype=torch.bool)
         teachers = torch.cat((data["teacher_queries"][mine], data["teacher_slots"][mine][valid]))
         targets = Targets(valid.shape[0], valid, **ids, teacher_scores=data["teacher_scores"][mine])
+        targets = targets.widened(max(map(len, data["known"])))  # the ranks' queries have 1 and 2 known positives
         targets = Targets(**{**vars(targets), "teacher_embeddings": teachers, "has_teacher_embedding": has})
         for name, config in CASES.items():
             q, p = (data[key][mine].clone().requires_grad_() for key in ("query_vectors", "slot_vectors"))
