@@ -24,7 +24,7 @@ from megatron_embed.recipes import Encoder, mine
 from megatron_embed.recipes.config.schema import DataSource, LossSection
 from megatron_embed.recipes.datasets.pair import Pair, Teacher, parse_pair
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.retrieval.mining import Audit, MiningRules, still_said
+from megatron_embed.recipes.retrieval.mining import Audit, MiningRules, teacher_answers_for
 from megatron_embed.recipes.retrieval.mining_report import audit_as_text, write_audit
 from megatron_embed.recipes.training.rank_batch import check_teachers
 
@@ -132,11 +132,11 @@ PAIR = Pair("q", ["p"], ["a", "b", "c"], Teacher([1.0, 2.0, 3.0, 4.0], [0.0], [[
     [(["c", "a"], [1.0, 4.0, 2.0]), ([], [1.0]), (["a", "new"], None), (["new"], None)],
 )
 def test_what_a_teacher_still_says(negatives: list[str], scores: list[float] | None) -> None:
-    found = still_said(PAIR, negatives)
+    found = teacher_answers_for(PAIR, negatives)
     assert found.scores == scores
     assert found.passages == (scores and [[score] for score in scores])
     assert found.query == (scores and [0.0])
-    assert still_said(Pair("q", ["p"], ["a"]), ["a"]) == Teacher()
+    assert teacher_answers_for(Pair("q", ["p"], ["a"]), ["a"]) == Teacher()
 
 
 def test_the_counts_of_all_ranks_are_added_up() -> None:
