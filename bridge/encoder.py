@@ -111,7 +111,7 @@ def transformer_config(
     )
 
 
-class Encoder(MegatronModule):
+class EncoderStage(MegatronModule):
     """One pipeline stage of the bidirectional encoder.
 
     Args:
@@ -201,14 +201,14 @@ def build_stages(
     *,
     layers: LayerKind | None = None,
     learn_temperature: bool = False,
-) -> list[Encoder]:
+) -> list[EncoderStage]:
     """Build this rank's pipeline stages (one, unless interleaved); parameters are allocated but not filled."""
     vpp = transformer.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(vpp or 1):
         vp_stage = stage if vpp else None
         chunks.append(
-            Encoder(
+            EncoderStage(
                 config,
                 transformer,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vpp is None, vp_stage=vp_stage),
@@ -223,7 +223,7 @@ def build_stages(
     return chunks
 
 
-def _mark_tensor_parallel(encoder: Encoder, config: EncoderConfig) -> None:
+def _mark_tensor_parallel(encoder: EncoderStage, config: EncoderConfig) -> None:
     """Give each parameter the attributes by which megatron-core counts it once in the gradient norm.
 
     megatron-core's layers set them in their random initialisation, which is off here. Without them every sliced weight

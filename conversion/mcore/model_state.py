@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.liveness import is_broken_connection
 from megatron_embed.conversion.files.checksums import Checksums, DamagedCheckpoint, write_checksums
@@ -41,7 +41,7 @@ NEW_GROUPS = "new parameter groups"
 def save_model_state(
     root: Path,
     iteration: int,
-    encoders: list[Encoder],
+    encoders: list[EncoderStage],
     *,
     optimizer: Any = None,
     common: dict[str, Any] | None = None,
@@ -103,7 +103,7 @@ def save_model_state(
 # ---- loading
 
 
-def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any = None) -> dict[str, Any]:
+def load_model_state(iter_dir: Path, encoders: list[EncoderStage], *, optimizer: Any = None) -> dict[str, Any]:
     """Fill the stages (and the optimizer) from an iteration folder that was written under any layout.
 
     The optimizer may be distributed where the saved one was not, and the other way round. Data are compared with the
@@ -124,7 +124,7 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
         raise with_older(error, iter_dir, _is_sound_on_all_ranks) from None
 
 
-def _fill(iter_dir: Path, encoders: list[Encoder], optimizer: Any) -> dict[str, Any]:
+def _fill(iter_dir: Path, encoders: list[EncoderStage], optimizer: Any) -> dict[str, Any]:
     checks, metadata = _on_all_ranks(lambda: _open_checked(iter_dir))
     model = _sharded_model(encoders)
     state: dict[str, Any] = dict(model)
@@ -222,7 +222,7 @@ def _load_plain(*args: Any, **kwargs: Any) -> Any:
     return _torch_load(*args, **{**kwargs, "weights_only": True})
 
 
-def _sharded_model(encoders: list[Encoder]) -> dict[str, Any]:
+def _sharded_model(encoders: list[EncoderStage]) -> dict[str, Any]:
     """Return ``{"model": …}``, or ``{"model0": …, "model1": …}`` for interleaved stages: megatron-core's own names."""
     sharded = {}
     for index, encoder in enumerate(encoders):

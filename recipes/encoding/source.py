@@ -22,7 +22,7 @@ from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.encoding.rank_zero import on_every_rank
 
 if TYPE_CHECKING:
-    from megatron_embed.bridge.encoder import Encoder
+    from megatron_embed.bridge.encoder import EncoderStage
 
 
 def dtype_option(dtype: torch.dtype) -> str:
@@ -93,7 +93,7 @@ class ModelSource:
 
     def fill(
         self,
-        encoders: list[Encoder],
+        encoders: list[EncoderStage],
         *,
         tp_rank: int,
         tp_size: int,

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_embed.bridge.cpu import host
-from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.recipes.encoding.micro_batches import MicroBatch
 from megatron_embed.recipes.encoding.schedule import encode_micro_batches, run_schedule
 from megatron_embed.recipes.training.loss import ContrastiveLoss
@@ -135,6 +135,6 @@ def _from_last_stage(value: Tensor) -> float:
     return value.item()
 
 
-def unwrap(stages: Sequence[torch.nn.Module]) -> list[Encoder]:
+def unwrap(stages: Sequence[torch.nn.Module]) -> list[EncoderStage]:
     """Return the encoders without their DDP wrappers, if they have any."""
-    return [stage if isinstance(stage, Encoder) else stage.module for stage in stages]
+    return [stage if isinstance(stage, EncoderStage) else stage.module for stage in stages]

@@ -13,7 +13,7 @@ from test_forward import check_states, ids_and_mask, states
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.cpu import host
-from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.bridge.parallel import Layout, parallel_world
 from megatron_embed.bridge.rope import inverse_frequencies, query_scale, rope_tables
 from megatron_embed.bridge.sequences import TokenBatch
@@ -36,7 +36,7 @@ def _world() -> Any:
         yield
 
 
-def build(name: str) -> tuple[Any, Encoder]:
+def build(name: str) -> tuple[Any, EncoderStage]:
     config = tiny_llama_config(**CONFIGS[name])
     model = oracle.hf_model(config)
     assert type(model).__name__ == "LlamaModel"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.cpu import host
-from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
+from megatron_embed.bridge.encoder import EncoderStage, build_stages, transformer_config
 from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import OWN_PARAMETERS, Weight, checkpoint_name, weights
@@ -65,7 +65,7 @@ def filled_stages(
     learn_temperature: bool = False,
     layers: LayerKind | None = None,
     **options: Any,
-) -> list[Encoder]:
+) -> list[EncoderStage]:
     """This rank's stages with the weights of an HF ``Ministral3Model``'s state dict."""
     transformer = transformer_config(config, layout, dtype=dtype, **options)
     encoders = build_stages(config, transformer, layers=layers, learn_temperature=learn_temperature)
