@@ -25,6 +25,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.conversion.files.checksums import DamagedCheckpoint
 from megatron_embed.conversion.files.disk_errors import writing_to
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.recipes.config.checks import check_candidates, layout_of, loss_mode, validate, validate_layout
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes
 from megatron_embed.recipes.config.schema import RecipeConfig
@@ -51,7 +52,7 @@ from megatron_embed.recipes.training.rank_batch import (
     pack,
 )
 from megatron_embed.recipes.training.read_ahead import ReadAhead
-from megatron_embed.recipes.training.resume import Start, find_start, may_fall_back
+from megatron_embed.recipes.training.resume import Start, checkpoints_folder, find_start, may_fall_back
 from megatron_embed.recipes.training.run_folder import RunFolder
 from megatron_embed.recipes.training.step import contrastive_step, learned_temperature
 
@@ -104,6 +105,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     asked.model.bidirectional = cfg.model.bidirectional = source.made_bidirectional
     validate_layout(cfg, source.config)
     save_dir = Path(cfg.train.save_dir or "")
+    saved = checkpoint_folder.iterations(checkpoints_folder(save_dir))
     start = find_start(asked, save_dir, instead=instead, recipes=recipes)
     if start is not None:
         start.check_model(source)
@@ -134,7 +136,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
         if start is not None:
             checkpointing.restore(cfg.optimizer, run.state, start)
         with writing_to(save_dir), writing(save_dir, lock):
-            on_first_rank(lambda: _check_unchanged(start, asked, save_dir, instead, recipes))
+            on_first_rank(lambda: _check_unchanged(save_dir, saved, start))
             on_first_rank(run.folder.check)
             run.loop(start)
         if dist.get_rank() == 0:
@@ -142,15 +144,14 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     return save_dir
 
 
-def _check_unchanged(
-    start: Start | None, asked: RecipeConfig, save_dir: Path, instead: Path | None, recipes: Recipes
-) -> None:
-    """Check, with the folder locked, that no other run has saved there since ``start`` was found."""
-    now = find_start(asked, save_dir, instead=instead, recipes=recipes)
-    was, found = (each and each.iter_dir for each in (start, now))
-    if was != found:
+def _check_unchanged(save_dir: Path, saved: list[int], start: Start | None) -> None:
+    """Check, with the folder locked, that no other run has saved there since ``saved`` was listed."""
+    root = checkpoints_folder(save_dir)
+    if others := [number for number in checkpoint_folder.iterations(root) if number not in saved]:
+        found = checkpoint_folder.iteration_folder(root, others[-1])
         raise UserError(
-            f"{save_dir}: another run has saved {found} while this one was loading {was or 'its model'}; "
+            f"{save_dir}: another run has saved {found} while this one was loading "
+            f"{start.iter_dir if start is not None else 'its model'}; "
             f"start this one again, or name another train.save_dir"
         )
 
