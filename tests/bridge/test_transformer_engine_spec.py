@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from support import oracle
 from support.megatron import forbid_questions
+from support.tiny_families import tiny_qwen3_config
 from support.tiny_models import tiny_config
-from support.tiny_qwen3 import tiny_qwen3_config
 from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
