@@ -6,21 +6,20 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.atomic import atomic_output
 from megatron_embed.conversion.files.casts import Casts, torch_option
-from megatron_embed.conversion.files.progress import Converted, byte_bar
+from megatron_embed.conversion.files.json_files import read_json, write_json
+from megatron_embed.conversion.files.progress import Converted
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
-from megatron_embed.conversion.hf.folder import HFFolder, read_json
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.model_card import model_card
-from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, parse_size, write_sharded
+from megatron_embed.conversion.hf.safetensors_writer import parse_size, tower_specs, write_sharded
 from megatron_embed.conversion.hf.sentence_files import (
     SentenceSettings,
     note_on_lengths,
     read_sentence_settings,
-    write_json,
     write_sentence_files,
 )
 from megatron_embed.conversion.hf.sidecars import note_on_links, refuse_to_replace
@@ -147,19 +146,8 @@ def _write_embedder(
     card = model_card(config, settings, run, iter_dir, made_bidirectional=made)
     (out / "README.md").write_text(card, encoding="utf-8")
     dtype = torch_dtype_of(config.dtype)
-    specs = [
-        TensorSpec(name, shape, dtype)
-        for weight in mapping.weights(config)
-        for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
-    ]
-    with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
-        write_sharded(
-            specs,
-            weights.hf_values(dtype, casts),
-            out,
-            max_shard_size=max_shard_size,
-            on_tensor=lambda spec: advance(spec.nbytes),
-        )
+    values = weights.hf_values(dtype, casts)
+    write_sharded(tower_specs(config, dtype), values, out, max_shard_size=max_shard_size, progress=progress)
 
 
 def write_embedder_config(out: Path, config: EncoderConfig) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, some
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.bridge.layout import Layout, check_layout
 from megatron_embed.conversion.files.atomic import atomic_output
 from megatron_embed.conversion.files.casts import Casts, torch_option
 from megatron_embed.conversion.files.checksums import write_checksums
-from megatron_embed.conversion.files.progress import Converted, byte_bar
+from megatron_embed.conversion.files.progress import Converted
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
@@ -75,8 +75,7 @@ def import_hf(
         iter_dir.mkdir()
         encoder = chunks(folder, config, dtype=torch_dtype_of(config.dtype), tp=tp, pp=pp, casts=casts)
         pieces = [*encoder, *kept_chunks(folder, kept)]
-        with byte_bar("import", sum(piece.nbytes for piece in pieces), enabled=progress) as advance:
-            sums = write_chunks(iter_dir, pieces, on_chunk=lambda piece: advance(piece.nbytes))
+        sums = write_chunks(iter_dir, pieces, progress=progress)
         checkpoint_folder.write_sidecars(iter_dir, folder.path)
         checkpoint_folder.write_common(iter_dir, 0)
         checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, made, tp=tp, pp=pp))
@@ -122,8 +121,7 @@ def counted_by_reason(ignored: dict[str, str]) -> list[str]:
 def _files_left(folder: Path) -> list[str]:
     if not (names := others(folder)):
         return []
-    shown = ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
-    return [f"beside the weights left out, no files of a model by their names: {shown}"]
+    return [f"beside the weights left out, no files of a model by their names: {some(names, 6)}"]
 
 
 def _dequantized(folder: HFFolder) -> list[str]:

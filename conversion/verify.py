@@ -40,9 +40,10 @@ from megatron_embed.conversion.compare.tensors import (
 )
 from megatron_embed.conversion.compare.tokenizers import compare_tokenizers, reads_control_tokens
 from megatron_embed.conversion.files.checksums import DamagedCheckpoint
+from megatron_embed.conversion.files.json_files import read_json
 from megatron_embed.conversion.files.progress import byte_bar
 from megatron_embed.conversion.hf.declared_attention import declares_causal
-from megatron_embed.conversion.hf.folder import HFFolder, read_json
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
@@ -189,19 +190,17 @@ def _checkpoint_files(
         notes.append(f"config not compared: {iter_dir} does not say which model it is")
     else:
         sections.append(compare_encoders(stated, source.config, where=f"{checkpoint_folder.RUN_CONFIG}: encoder"))
-    kept = read_json(sidecars / "config.json") if (sidecars / "config.json").is_file() else None
-    if kept is not None:
-        files = compare_configs(kept, source.config, where=f"{checkpoint_folder.SIDECARS}/config.json")
+    kept = read_json(sidecars / "config.json", optional=True)
+    if kept:
         before = sections.pop() if sections else ComparedSection("config", 0)
-        sections.append(
-            ComparedSection("config", before.compared + files.compared, before.differences + files.differences)
-        )
+        where = f"{checkpoint_folder.SIDECARS}/config.json"
+        sections.append(before + compare_configs(kept, source.config, where=where))
     # a checkpoint's encoder is bidirectional, whatever was imported
     sections.append(compare_attention(False, causal=causal, where="the encoder's attention, is_causal"))
     settings = checkpoint_folder.sentence_settings(iter_dir, stated or config)
     sections.append(compare_settings(settings, source, config, where=f"{checkpoint_folder.RUN_CONFIG}: data"))
     sections += _tokenizer(source, sidecars, notes)
-    if kept is not None and is_vlm(kept) and is_vlm(source.config):
+    if is_vlm(kept) and is_vlm(source.config):
         sections += compare_processors(sidecars, source.path)
     return sections
 

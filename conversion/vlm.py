@@ -14,11 +14,10 @@ from megatron_embed.bridge import mapping
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion.files.casts import Casts
-from megatron_embed.conversion.files.progress import byte_bar
+from megatron_embed.conversion.files.json_files import read_json, write_json
 from megatron_embed.conversion.files.stored import Stored, Values
-from megatron_embed.conversion.hf.folder import FLOATS, HFFolder, read_json
-from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, write_sharded
-from megatron_embed.conversion.hf.sentence_files import write_json
+from megatron_embed.conversion.hf.folder import FLOATS, HFFolder
+from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, tower_specs, write_sharded
 from megatron_embed.conversion.hf.sidecars import publish_files, sidecars, without_local_paths
 from megatron_embed.conversion.importing import torch_dtype_of
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
@@ -104,7 +103,6 @@ def write_vlm(
         casts: casts the tensors.
         torch_dtype: None keeps the dtype of every tensor beside the language tower; else all floats get this dtype.
     """
-    config = weights.config
     files = [path for path in sidecars(source.files) if str(path) != "config.json"]
     publish_files(files, source.files, out)
     raw = without_local_paths(read_json(source.files / "config.json"))
@@ -120,24 +118,13 @@ def write_vlm(
     def dtype_of(spec: TensorSpec) -> torch.dtype:
         return torch_dtype_of(torch_dtype) if torch_dtype is not None and spec.dtype in FLOATS else spec.dtype
 
-    tower = torch_dtype_of(config.dtype)
-    specs = [
-        TensorSpec(source.prefix + name, shape, tower)
-        for weight in mapping.weights(config)
-        for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
-    ]
+    tower = torch_dtype_of(weights.config.dtype)
     others = [TensorSpec(spec.name, spec.shape, dtype_of(spec)) for spec in source.others]
-    specs += others
+    specs = [*tower_specs(weights.config, tower, prefix=source.prefix), *others]
     _restate_dtype(raw, tower, specs)
     write_json(out / "config.json", raw)
-    with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
-        write_sharded(
-            specs,
-            _values(source, weights, casts, tower, others),
-            out,
-            max_shard_size=max_shard_size,
-            on_tensor=lambda spec: advance(spec.nbytes),
-        )
+    values = _values(source, weights, casts, tower, others)
+    write_sharded(specs, values, out, max_shard_size=max_shard_size, progress=progress)
 
 
 def _restate_dtype(raw: dict[str, Any], tower: torch.dtype, specs: list[TensorSpec]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,10 +15,12 @@ from torch import Tensor
 
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError, listed
+from megatron_embed.bridge.errors import UserError, listed, some
 from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
+from megatron_embed.conversion.files.json_files import read_json
 from megatron_embed.conversion.files.stored import Stored, Values, addresses
+from megatron_embed.conversion.hf.hub import locate
 from megatron_embed.conversion.hf.loaded_otherwise import (
     refuse_adapter,
     refuse_quantization,
@@ -46,11 +47,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-#: files to fetch from the hub; Mistral's own ``consolidated`` form is never needed
-_FETCH = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.md"]
-_FETCH_NOT = ["consolidated*", "*/consolidated*", "onnx/*", "openvino/*"]
 
 
 class HFFolder:
@@ -79,7 +75,7 @@ class HFFolder:
     ) -> None:
         self.source = str(path_or_id)
         self.revision = revision
-        self.path = _locate(self.source, revision)
+        self.path = locate(self.source, revision)
         refuse_adapter(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         if trust_remote_code and "auto_map" in self.config:
@@ -100,7 +96,7 @@ class HFFolder:
         prefix = mapping.hf_prefix(self._file_of)
         if prefix is None:
             raise UserError(
-                f"{self.path}: no tensor named '…embed_tokens.weight' (found {_some(self._file_of)}); "
+                f"{self.path}: no tensor named '…embed_tokens.weight' (found {some(self._file_of)}); "
                 f"wanted a model of {' or '.join(family.title for family in FAMILIES.values())} "
                 f"with one of the prefixes {', '.join(map(repr, mapping.HF_PREFIXES))}"
             )
@@ -279,10 +275,10 @@ class HFFolder:
         found = sorted(p.name for p in self.path.iterdir())
         if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
             raise UserError(
-                f"{self.path}: holds pickled weights only ({_some(pickles)}); pickles are not opened. "
+                f"{self.path}: holds pickled weights only ({some(pickles)}); pickles are not opened. "
                 f"Convert them to safetensors: load the model with transformers and save_pretrained it"
             )
-        raise UserError(f"{self.path}: neither {INDEX} nor {SINGLE} (found {_some(found)})")
+        raise UserError(f"{self.path}: neither {INDEX} nor {SINGLE} (found {some(found)})")
 
     def _read_index(self, path: Path) -> dict[str, str]:
         weight_map = read_json(path).get("weight_map")
@@ -298,13 +294,13 @@ class HFFolder:
         for file in sorted(set(weight_map.values())):
             if not (self.path / file).is_file():
                 names = [name for name, where in weight_map.items() if where == file]
-                raise UserError(f"{path}: names {file}, which does not exist ({len(names)} tensors, {_some(names)})")
+                raise UserError(f"{path}: names {file}, which does not exist ({len(names)} tensors, {some(names)})")
             held = set(self._handle(file).keys())
             listed = {name for name, where in weight_map.items() if where == file}
             if held != listed:
                 raise UserError(
                     f"{self.path / file}: holds other tensors than {path.name} says; "
-                    f"absent: {_some(sorted(listed - held))}; unlisted: {_some(sorted(held - listed))}"
+                    f"absent: {some(sorted(listed - held))}; unlisted: {some(sorted(held - listed))}"
                 )
         return dict(weight_map)
 
@@ -330,53 +326,6 @@ class HFFolder:
         return self._open_files[file]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        UserError: the file is absent, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__}, wanted an object")
-    return value
-
-
-def _locate(source: str, revision: str | None) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"{source}: is a file; wanted the folder that holds config.json and *.safetensors")
-    if not is_hub_id(source):
-        raise UserError(f"{source}: no such folder; wanted a Hugging Face model folder or the id of one on the hub")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_FETCH, ignore_patterns=_FETCH_NOT))
-    except Exception as error:  # the hub raises a dozen kinds: offline, no such repository, gated, …
-        raise UserError(not_on_the_hub(source, error)) from None
-
-
-def is_hub_id(name: str) -> bool:
-    """Return whether a name can be a hub id, and not only a path."""
-    return not name.startswith((".", "/", "~")) and _HUB_ID.fullmatch(name) is not None
-
-
-def not_on_the_hub(name: str, error: Exception) -> str:
-    """Return the message for a name that is no folder and for which the hub raised ``error``."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"{name}: no such folder, and not to be had from the hub ({reason}); give a local folder, or check the "
-        f"id, --revision, the network (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')!r}) and HF_TOKEN"
-    )
-
-
 def _inside(file: str) -> bool:
     """Return whether a file name stays in its folder. The name decides, because a hub cache's own entries are links."""
     path = PurePosixPath(file)
@@ -394,8 +343,3 @@ def _what_it_is(path: Path) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "; it is a Git LFS pointer: run `git lfs pull`"
     return "; fetch it again"
-
-
-def _some(names: Sequence[str] | Mapping[str, Any]) -> str:
-    names = list(names)
-    return ", ".join(names[:4]) + (f", … ({len(names)})" if len(names) > 4 else "") if names else "nothing"

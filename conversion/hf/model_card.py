@@ -12,7 +12,7 @@ import yaml
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import FAMILIES
-from megatron_embed.conversion.hf.folder import read_json
+from megatron_embed.conversion.files.json_files import read_json
 from megatron_embed.conversion.hf.sentence_files import SentenceSettings, has_one_length
 
 _BEGINNING = "A bidirectional text embedder: a stock `"

@@ -24,8 +24,8 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.atomic import atomic_file
 from megatron_embed.conversion.files.checksums import CHECKSUMS, Checksums, DamagedCheckpoint
+from megatron_embed.conversion.files.json_files import read_json
 from megatron_embed.conversion.hf import declared_attention
-from megatron_embed.conversion.hf.folder import read_json
 from megatron_embed.conversion.hf.model_card import is_export
 from megatron_embed.conversion.hf.sentence_files import (
     SentenceSettings,
@@ -359,7 +359,7 @@ def was_made_bidirectional(iter_dir: Path, *, bidirectional: bool, consent: str 
     model = run.get("model")
     if isinstance(model, dict) and model.get("bidirectional") is True:
         return True
-    config = read_json(sidecars / "config.json") if (sidecars / "config.json").is_file() else {}
+    config = read_json(sidecars / "config.json", optional=True)
     agreed = bidirectional or "train" in run
     return declared_attention.made_bidirectional(sidecars, config, bidirectional=agreed, consent=consent)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, reason
 
 
 def load_common(iter_dir: Path) -> Any:
@@ -26,8 +26,9 @@ def load_common(iter_dir: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: damaged, or holds more than tensors and plain values ({reason}); refused") from None
+        raise UserError(
+            f"{path}: damaged, or holds more than tensors and plain values ({reason(error)}); refused"
+        ) from None
 
 
 def refuse_unsafe_loading() -> None:
