@@ -22,6 +22,7 @@ from megatron_embed.conversion.hf.sentence_files import beside_the_recipe, defau
 from megatron_embed.conversion.hf.sidecars import note_on_links, others, refuse_to_replace
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.tensors import write_chunks
 from megatron_embed.conversion.mcore.weights import chunks, kept_chunks
 
@@ -76,9 +77,9 @@ def import_hf(
         encoder = chunks(folder, config, dtype=torch_dtype_of(config.dtype), tp=tp, pp=pp, casts=casts)
         pieces = [*encoder, *kept_chunks(folder, kept)]
         sums = write_chunks(iter_dir, pieces, progress=progress)
-        checkpoint_folder.write_sidecars(iter_dir, folder.path)
+        statements.write_sidecars(iter_dir, folder.path)
         checkpoint_folder.write_common(iter_dir, 0)
-        checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, made, tp=tp, pp=pp))
+        statements.write_run_config(iter_dir, _run_config(folder, config, made, tp=tp, pp=pp))
         write_checksums(iter_dir, sums)
         checkpoint_folder.write_tracker(out, 0)
     left_out = counted_by_reason({name: reason for name, reason in ignored.items() if name not in kept})

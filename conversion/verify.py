@@ -47,6 +47,7 @@ from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.tensors import CheckpointReader
 from megatron_embed.conversion.mcore.weights import CheckpointWeights
 
@@ -126,8 +127,7 @@ def verify(
     other: HFFolder | Path
     if megatron_path is not None:
         other = checkpoint_folder.resolve(megatron_path)
-        model = checkpoint_folder.read_run_config(other).get("model")
-        bidirectional = bidirectional or (isinstance(model, dict) and model.get("bidirectional") is True)
+        bidirectional = bidirectional or statements.read_section(other, "model").get("bidirectional") is True
     else:
         assert hf_path is not None
         other = HFFolder(hf_path, trust_remote_code=trust_remote_code)
@@ -186,7 +186,7 @@ def _checkpoint_files(
     """Compare a checkpoint's config and settings, and the files that it keeps for exports, with its source's."""
     sidecars = iter_dir / checkpoint_folder.SIDECARS
     sections = []
-    if (stated := checkpoint_folder.encoder_config(iter_dir)) is None:
+    if (stated := statements.encoder_config(iter_dir)) is None:
         notes.append(f"config not compared: {iter_dir} does not say which model it is")
     else:
         sections.append(compare_encoders(stated, source.config, where=f"{checkpoint_folder.RUN_CONFIG}: encoder"))
@@ -197,7 +197,7 @@ def _checkpoint_files(
         sections.append(before + compare_configs(kept, source.config, where=where))
     # a checkpoint's encoder is bidirectional, whatever was imported
     sections.append(compare_attention(False, causal=causal, where="the encoder's attention, is_causal"))
-    settings = checkpoint_folder.sentence_settings(iter_dir, stated or config)
+    settings = statements.sentence_settings(iter_dir, stated or config)
     sections.append(compare_settings(settings, source, config, where=f"{checkpoint_folder.RUN_CONFIG}: data"))
     sections += _tokenizer(source, sidecars, notes)
     if is_vlm(kept) and is_vlm(source.config):
@@ -225,7 +225,7 @@ def _open(
 ) -> tuple[HFFolder | CheckpointWeights, Iterator[Pair]]:
     if isinstance(other, HFFolder):
         return other, with_folder(source, other, config)
-    stated = checkpoint_folder.encoder_config(other)
+    stated = statements.encoder_config(other)
     weights = CheckpointWeights(CheckpointReader(other), _of_checkpoint(stated, config))
     return weights, with_checkpoint(source, weights, config)
 

@@ -21,6 +21,7 @@ from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, tower_sp
 from megatron_embed.conversion.hf.sidecars import publish_files, sidecars, without_local_paths
 from megatron_embed.conversion.importing import torch_dtype_of
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.weights import KEPT, CheckpointWeights
 
 _PREFIX = "language_model.model."
@@ -48,8 +49,7 @@ def find_vlm_source(iter_dir: Path, weights: CheckpointWeights, given: HFFolder 
     """
     if given is not None:
         return _from_folder(given, weights)
-    model = checkpoint_folder.read_run_config(iter_dir).get("model")
-    model = model if isinstance(model, dict) else {}
+    model = statements.read_section(iter_dir, "model")
     kept = weights.kept()
     if kept:
         reader = weights.reader

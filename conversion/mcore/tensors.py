@@ -209,23 +209,6 @@ class CheckpointReader:
         rows = self.addresses(key, dtype=dtype)
         return self.read(key) if rows is None else Stored(self.files, rows, self.shape(key), dtype)
 
-    def check_files(self) -> None:
-        """Check that every chunk lies within its file, without reading any.
-
-        Raises:
-            UserError: a file is missing, or too short.
-        """
-        ends: dict[str, int] = {}
-        for info in self._storage.values():
-            name = str(info.relative_path)
-            ends[name] = max(ends.get(name, 0), info.offset + info.length)
-        for name, end in ends.items():
-            path = self.path / name
-            if not path.is_file():
-                raise UserError(f"{path}: no such file; the checkpoint is incomplete")
-            if (size := path.stat().st_size) < end:
-                raise UserError(f"{path}: found {size:,} bytes; wanted at least {end:,}: the file was cut short")
-
     def _assemble(
         self,
         key: str,

@@ -12,7 +12,6 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes.config.checks import loss_mode
 from megatron_embed.recipes.config.schema import LossSection, RecipeConfig
@@ -100,20 +99,9 @@ def step_of(cfg: RecipeConfig, layout: Layout, replicas: int) -> Step:
 def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, pp: int, plan: _Shapes) -> Step:
     query, passage = lengths
     texts = [range(query)] * queries + [range(passage)] * (queries * slots)
-    fits = plan.holds(texts)
-    if wanted == "direct" and not fits:
-        limit = (
-            f"train.micro_batch_size {plan.max_texts}"
-            if plan.max_texts is not None
-            else f"train.micro_batch_tokens {plan.max_tokens}"
-        )
-        raise UserError(
-            f"loss.mode: direct needs a rank's whole batch in one micro-batch, but {len(texts)} texts of up to "
-            f"{max(lengths)} tokens are more than {limit} holds; use loss.mode=cached, or raise the limit"
-        )
     mode = loss_mode(wanted, pp)
     if mode == "auto":
-        mode = "direct" if fits else "cached"
+        mode = "direct" if plan.holds(texts) else "cached"
     shapes: list[Shape] = (plan.join if mode == "direct" else plan.split)(texts)  # type: ignore[assignment]
     return Step(mode, tuple(shapes), queries, slots)
 

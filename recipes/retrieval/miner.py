@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.ranks import on_first_rank
 from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets.corpus import Corpus, Texts
 from megatron_embed.recipes.datasets.odd_rows import OddRows, report
 from megatron_embed.recipes.datasets.pairs import PairSource
 from megatron_embed.recipes.datasets.tokenization import Kind
 from megatron_embed.recipes.encoding.encoder import Encoder
-from megatron_embed.recipes.encoding.rank_zero import on_first_rank
 from megatron_embed.recipes.retrieval.cross_encoder import CrossScorer
 from megatron_embed.recipes.retrieval.encode_corpus import encode_texts
 from megatron_embed.recipes.retrieval.fingerprints import fingerprint, model_fingerprint

@@ -23,6 +23,7 @@ from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.ranks import on_first_rank
 from megatron_embed.conversion.files.checksums import DamagedCheckpoint
 from megatron_embed.conversion.files.disk_errors import writing_to
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
@@ -36,7 +37,6 @@ from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
 from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 from megatron_embed.recipes.encoding.encoder import encode_sequences
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
-from megatron_embed.recipes.encoding.rank_zero import on_first_rank
 from megatron_embed.recipes.encoding.source import ModelSource, open_model
 from megatron_embed.recipes.retrieval.writer_lock import LOCK, refuse_if_written, writing
 from megatron_embed.recipes.training import checkpointing

@@ -140,17 +140,4 @@ def micro_batches(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> list[Mi
     Raises:
         UserError: the mode is ``direct`` and the batch does not fit into one micro-batch.
     """
-    if mode == "cached":
-        return plan.split(batch.sequences)
-    if not plan.holds(batch.sequences):
-        limit = (
-            f"train.micro_batch_size {plan.max_texts}"
-            if plan.max_texts is not None
-            else f"train.micro_batch_tokens {plan.max_tokens}"
-        )
-        raise UserError(
-            f"loss.mode: direct needs a rank's whole batch in one micro-batch, but its {len(batch.sequences)} texts "
-            f"({batch.real_tokens} tokens) are more than {limit} holds; use loss.mode=cached (the same gradient), "
-            f"or raise the limit"
-        )
-    return plan.join(batch.sequences)
+    return plan.split(batch.sequences) if mode == "cached" else plan.join(batch.sequences)

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.checksums import CHECKSUMS
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.safe_loading import load_common
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes, changed_keys, config_from_dict, recipe_named
 from megatron_embed.recipes.config.schema import RecipeConfig
@@ -88,10 +89,10 @@ class Start:
         Raises:
             UserError: the message names the field of the architecture that differs.
         """
-        own = checkpoint_folder.encoder_config(self.iter_dir)
+        own = statements.encoder_config(self.iter_dir)
         if own is not None:
             try:
-                checkpoint_folder.refuse_another_model(source.config, own, source.path)
+                statements.refuse_another_model(source.config, own, source.path)
             except UserError as error:
                 raise UserError(
                     f"{error}, in {self.iter_dir}, from which the run would go on; name the model that it was trained "
@@ -219,7 +220,7 @@ def trained_config(iter_dir: Path, recipes: Recipes = NO_RECIPES) -> tuple[Recip
     Raises:
         UserError: the file is missing or damaged, or has keys that this version does not know.
     """
-    values = checkpoint_folder.read_run_config(iter_dir)
+    values = statements.read_run_config(iter_dir)
     path = iter_dir / checkpoint_folder.RUN_CONFIG
     if "train" not in values:
         raise UserError(
