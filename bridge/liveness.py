@@ -180,7 +180,6 @@ def begin_end() -> None:
 
     The main thread and that of :func:`watch` can notice one fault at the same moment. The second must not end the
     process while the first still writes its message.
-    process while the first still writes its message.
     """
     _ending.acquire()
 
