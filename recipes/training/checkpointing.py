@@ -26,7 +26,6 @@ def save(
     step: int,
     save_dir: Path,
     data: dict[str, list[int]],
-    first: bool,
 ) -> Path:
     """Write the checkpoint of a step from all ranks.
 
@@ -57,7 +56,7 @@ def save(
 
     common = {"consumed_samples": step * asked.train.global_batch_size, "data": data}
     iter_dir = save_model_state(root, step, state.encoders, optimizer=state.optimizer, common=common, finish=finish)
-    if first:
+    if dist.get_rank() == 0:
         checkpoint_folder.write_tracker(root, step)
     return iter_dir
 
