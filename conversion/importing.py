@@ -17,7 +17,7 @@ from megatron_embed.conversion.files.casts import Casts, torch_option
 from megatron_embed.conversion.files.checksums import write_checksums
 from megatron_embed.conversion.files.progress import Converted
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
-from megatron_embed.conversion.hf.folder import HFFolder
+from megatron_embed.conversion.hf.folder import FP8_SCALES, HFFolder
 from megatron_embed.conversion.hf.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
 from megatron_embed.conversion.hf.sidecars import note_on_links, others, refuse_to_replace
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
@@ -134,9 +134,8 @@ def _to_keep(folder: HFFolder, config: EncoderConfig, ignored: dict[str, str]) -
     """Return the tensors beside a VLM's language tower, but not a tied lm_head: it is the embedding."""
     if not is_vlm(folder.config):
         raise UserError(f"{folder.path}: --with-vision: the source is {folder.architecture}, which has no vision tower")
-    scales = (".weight_scale_inv", ".activation_scale")
     tied_head = [name for name in ignored if name.endswith("lm_head.weight")] if config.tie_word_embeddings else []
-    return [name for name in ignored if not name.endswith(scales) and name not in tied_head]
+    return [name for name in ignored if not name.endswith(FP8_SCALES) and name not in tied_head]
 
 
 def _run_config(folder: HFFolder, config: EncoderConfig, made: bool, *, tp: int, pp: int) -> dict[str, Any]:

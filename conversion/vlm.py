@@ -13,10 +13,10 @@ import torch
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
-from megatron_embed.conversion.files.casts import Casts
+from megatron_embed.conversion.files.casts import Casts, dtype_name
 from megatron_embed.conversion.files.json_files import read_json, write_json
 from megatron_embed.conversion.files.stored import Stored, Values
-from megatron_embed.conversion.hf.folder import FLOATS, HFFolder
+from megatron_embed.conversion.hf.folder import FLOATS, FP8_SCALES, HFFolder
 from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, tower_specs, write_sharded
 from megatron_embed.conversion.hf.sidecars import publish_files, sidecars, without_local_paths
 from megatron_embed.conversion.importing import torch_dtype_of
@@ -25,7 +25,6 @@ from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.weights import KEPT, CheckpointWeights
 
 _PREFIX = "language_model.model."
-_SCALES = (".weight_scale_inv", ".activation_scale")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _from_folder(folder: HFFolder, weights: CheckpointWeights) -> VLMSource:
         )
     folder.check(folder.encoder_config())
     tower = {folder.prefix + name for weight in mapping.weights(weights.config) for name in weight.hf}
-    names = [name for name in folder.names() if name not in tower and not name.endswith(_SCALES)]
+    names = [name for name in folder.names() if name not in tower and not name.endswith(FP8_SCALES)]
     specs = tuple(TensorSpec(name, folder.shape(name), folder.tensor_dtype(name)) for name in names)
     return VLMSource(folder.path, folder.prefix, specs, folder.values)
 
@@ -135,8 +134,8 @@ def _restate_dtype(raw: dict[str, Any], tower: torch.dtype, specs: list[TensorSp
     widest = reduce(torch.promote_types, (spec.dtype for spec in specs if spec.dtype in FLOATS))
     for values in (raw, raw["text_config"]):
         for key in ("dtype", "torch_dtype"):
-            if values.get(key) not in (None, "auto", str(tower).removeprefix("torch.")):
-                values[key] = str(widest).removeprefix("torch.")
+            if values.get(key) not in (None, "auto", dtype_name(tower)):
+                values[key] = dtype_name(widest)
 
 
 def _values(

@@ -20,8 +20,9 @@ from megatron_embed.conversion.compare.differences import (
     compare_values,
     flatten,
 )
+from megatron_embed.conversion.files.casts import dtype_name
 from megatron_embed.conversion.files.json_files import read_json
-from megatron_embed.conversion.hf.folder import FLOATS, HFFolder
+from megatron_embed.conversion.hf.folder import FLOATS, FP8_SCALES, HFFolder
 from megatron_embed.conversion.hf.sidecars import without_local_paths
 
 #: Keys that do not change the function, with the reason; a family may name more. Every other key is compared.
@@ -52,9 +53,6 @@ NOT_COMPARED: dict[str, str] = {
     "llama_4_scaling": "vLLM's: compared with what the rope parameters say",
     "vision_config.rope_parameters.rope_type": "the vision tower has one kind of rope, whatever a file calls it",
 }
-
-#: ends of the names of tensors that belong to FP8 weights
-_SCALES = (".weight_scale_inv", ".activation_scale")
 
 #: files with the image settings of a VLM
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -158,12 +156,12 @@ def compare_stated_dtype(found: HFFolder) -> ComparedSection:
     transformers casts the tensors to the stated dtype at loading. Where a VLM's other tensors are wider than its
     language tower's, either dtype may be stated.
     """
-    names = [name for name in found.names() if not name.endswith(_SCALES)]
+    names = [name for name in found.names() if not name.endswith(FP8_SCALES)]
     tower = _widest(found, [name for name in names if name.startswith(found.prefix)])
     allowed = (tower, _widest(found, names))
     text = found.config.get("text_config") if is_vlm(found.config) else None
     stated = {
-        f"{place}{key}": str(values[key]).removeprefix("torch.")
+        f"{place}{key}": dtype_name(values[key])
         for place, values in (("", found.config), ("text_config.", text if isinstance(text, Mapping) else {}))
         for key in ("dtype", "torch_dtype")
         if values.get(key) not in (None, "auto")
@@ -178,7 +176,7 @@ def compare_stated_dtype(found: HFFolder) -> ComparedSection:
 
 def _widest(folder: HFFolder, names: list[str]) -> str:
     dtypes = {folder.tensor_dtype(name) for name in names}
-    return str(reduce(torch.promote_types, dtypes & {*FLOATS} or dtypes)).removeprefix("torch.")
+    return dtype_name(reduce(torch.promote_types, dtypes & {*FLOATS} or dtypes))
 
 
 # ---- attention

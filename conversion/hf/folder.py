@@ -18,6 +18,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError, listed, some
 from megatron_embed.bridge.families import FAMILIES, Family
 from megatron_embed.bridge.transforms import dequantize_fp8
+from megatron_embed.conversion.files.casts import dtype_name
 from megatron_embed.conversion.files.json_files import read_json
 from megatron_embed.conversion.files.stored import Stored, Values, addresses
 from megatron_embed.conversion.hf.hub import locate
@@ -45,6 +46,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+#: ends of the names of tensors that belong to FP8 weights
+FP8_SCALES = (".weight_scale_inv", ".activation_scale")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -150,8 +153,8 @@ class HFFolder:
             (c[k] for c in (self.config, text) for k in ("dtype", "torch_dtype") if isinstance(c.get(k), str)), None
         )
         if self.quantized or stated is None or not isinstance(getattr(torch, stated, None), torch.dtype):
-            stated = str(self.tensor_dtype(f"{self.prefix}embed_tokens.weight"))
-        return stated.removeprefix("torch.")
+            return dtype_name(self.tensor_dtype(f"{self.prefix}embed_tokens.weight"))
+        return dtype_name(stated)
 
     def encoder_config(self, **overrides: Any) -> EncoderConfig:
         """Return the folder's encoder config; a ready embedder's files decide its pooling and normalisation."""

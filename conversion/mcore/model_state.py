@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -189,12 +188,9 @@ def _is_sound_on_all_ranks(iter_dir: Path) -> bool:
     return all(gathered(is_sound(iter_dir, part=dist.get_rank(), parts=dist.get_world_size())))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> warnings.catch_warnings[None]:
     """Silence FutureWarning: megatron-core uses deprecated parts of torch, which warn at every tensor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
 _torch_load = torch.load

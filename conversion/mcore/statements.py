@@ -14,6 +14,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.json_files import read_json
 from megatron_embed.conversion.hf import declared_attention
+from megatron_embed.conversion.hf.hub import is_hub_id
 from megatron_embed.conversion.hf.model_card import is_export
 from megatron_embed.conversion.hf.sentence_files import (
     SentenceSettings,
@@ -132,7 +133,7 @@ def _folders(recorded: str) -> list[Path]:
         return [resolve(path).resolve()]
     if path.is_dir():
         return [path.resolve()]
-    if recorded.count("/") > 1 or recorded.startswith((".", "/", "~")):
+    if not is_hub_id(recorded):
         return []
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
