@@ -179,7 +179,7 @@ class HFFolder:
         try:
             tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[tuple(index)]
         except SafetensorError as error:
-            raise UserError(f"{self._file_of[name]}: cannot read {name} ({error})") from None
+            raise UserError(f"{self._file_of[name]}: cannot read {name} ({error}); fetch the file again") from None
         self.bytes_requested += tensor.numel() * tensor.element_size()
         return self._dequantize(name, tensor) if self.is_fp8(name) else tensor
 
@@ -281,29 +281,41 @@ class HFFolder:
                 f"{self.path}: holds pickled weights only ({some(pickles)}); pickles are not opened. "
                 f"Convert them to safetensors: load the model with transformers and save_pretrained it"
             )
-        raise UserError(f"{self.path}: neither {INDEX} nor {SINGLE} (found {some(found)})")
+        raise UserError(
+            f"{self.path}: holds neither {INDEX} nor {SINGLE} (found {some(found)}); wanted the model's weights as "
+            f"safetensors: fetch them, or name another folder"
+        )
 
     def _read_index(self, path: Path) -> dict[str, str]:
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
-            raise UserError(f"{path}: no 'weight_map'; wanted {{tensor name: file name}}")
+            raise UserError(f"{path}: has no 'weight_map'; wanted {{tensor name: file name}}: fetch the file again")
         if (self.path / SINGLE).is_file():
             refuse_two_models(self.path, SINGLE, INDEX, [str(file) for file in weight_map.values()])
         for name, file in weight_map.items():
             if not isinstance(file, str) or not _inside(file):
-                raise UserError(f"{path}: {name} is said to lie in {file!r}, outside of the folder; refused")
+                raise UserError(
+                    f"{path}: {name} is said to lie in {file!r}, outside of the folder; refused: wanted the name of a "
+                    f"file beside it"
+                )
             if not file.endswith(".safetensors"):
-                raise UserError(f"{path}: {name} is said to lie in {file!r}; wanted a .safetensors file")
+                raise UserError(
+                    f"{path}: {name} is said to lie in {file!r}; wanted a .safetensors file: convert the weights to it"
+                )
         for file in sorted(set(weight_map.values())):
             if not (self.path / file).is_file():
                 names = [name for name, where in weight_map.items() if where == file]
-                raise UserError(f"{path}: names {file}, which does not exist ({len(names)} tensors, {some(names)})")
+                raise UserError(
+                    f"{path}: names {file}, which does not exist ({len(names)} tensors, {some(names)}); "
+                    f"fetch that file too"
+                )
             held = set(self._handle(file).keys())
             listed = {name for name, where in weight_map.items() if where == file}
             if held != listed:
                 raise UserError(
                     f"{self.path / file}: holds other tensors than {path.name} says; "
-                    f"absent: {some(sorted(listed - held))}; unlisted: {some(sorted(held - listed))}"
+                    f"absent: {some(sorted(listed - held))}; unlisted: {some(sorted(held - listed))}; "
+                    f"fetch both files again"
                 )
         return dict(weight_map)
 
@@ -315,7 +327,10 @@ class HFFolder:
             for name in header.keys() - {"__metadata__"}:
                 entry = header[name]
                 if (dtype := DTYPES.get(entry["dtype"])) is None:
-                    raise UserError(f"{path}: {name} has dtype {entry['dtype']!r}, which is not supported")
+                    raise UserError(
+                        f"{path}: {name} has dtype {entry['dtype']!r}, which is not supported; wanted one of "
+                        f"{', '.join(DTYPES)}"
+                    )
                 self._headers[name] = (dtype, tuple(entry["shape"]))
                 self._places[name] = (number, 8 + length + entry["data_offsets"][0])
 

@@ -179,7 +179,7 @@ def _read_modules(folder: Path) -> dict[str, str]:
     path = folder / "modules.json"
     modules = load_json(path)
     if not isinstance(modules, list) or not all(isinstance(each, Mapping) and "type" in each for each in modules):
-        raise UserError(f"{path}: not a list of modules, each with its type and path")
+        raise UserError(f"{path}: not a list of modules, each with its type and path; fetch the file again")
     types = [str(module["type"]) for module in modules]
     kinds = [name.rsplit(".", 1)[-1] if name.startswith("sentence_transformers.") else name for name in types]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
@@ -214,6 +214,8 @@ def _max_length(folder: Path, transformer: Mapping[str, Any]) -> int:
 
 
 def _read_pooling(path: Path) -> Pooling:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, though modules.json names its folder; fetch the model again")
     config = read_json(path)
     sentence_keys.check_pooling(path, config, _FLAGS.values())
     modes = config.get("pooling_mode") or [mode for mode, flag in _FLAGS.items() if config.get(flag)] or ["mean"]

@@ -96,7 +96,9 @@ def check_pooling(path: Path, config: Mapping[str, Any], flags: Collection[str])
         if key not in (*_POOLING, *flags):
             _refuse_unknown(path, key, value, [*_POOLING, *flags])
     if config.get("include_prompt") is False:
-        raise UserError(f"{path}: include_prompt is false; the encoder pools over the prompt's tokens as well")
+        raise UserError(
+            f"{path}: include_prompt is false; the encoder pools over the prompt's tokens as well; wanted true"
+        )
 
 
 def check_normalize(path: Path, config: Mapping[str, Any]) -> None:

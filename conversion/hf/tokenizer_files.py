@@ -90,7 +90,10 @@ def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
     front = [bos] if _has_bos(settings, ids) else []
     for token in (*front, eos):
         if token not in ids:
-            raise UserError(f"tokenizer.json: no token {token!r}, which tokenizer_config.json names")
+            raise UserError(
+                f"tokenizer.json: has no token {token!r}, the default or the one that tokenizer_config.json names; "
+                f"wanted both files of one tokenizer"
+            )
     post = tokenizer.get("post_processor")
     steps = post["processors"] if post and post.get("type") == "Sequence" else [post] if post else []
     if any(_adds(step, [*front, "A", eos]) for step in steps):

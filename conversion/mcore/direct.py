@@ -32,7 +32,9 @@ def parameters_with_weights(
             continue
         weight = table.get(mapping.checkpoint_name(name, layer_offset=layer_offset))
         if weight is None:
-            raise UserError(f"parameter {name}: no weight of the source belongs to it")
+            raise UserError(
+                f"parameter {name}: the table of weights has no row for it; wanted one in the model's family"
+            )
         yield name, parameter, weight
 
 

@@ -176,7 +176,7 @@ def check_lengths(iter_dir: Path, metadata: Metadata) -> None:
     for name, wanted in lengths.items():
         path = iter_dir / name
         if not path.is_file():
-            raise DamagedCheckpoint(f"{path}: no such file, though tensors lie in it")
+            raise DamagedCheckpoint(f"{path}: no such file, but .metadata names it for tensors")
         if (found := path.stat().st_size) < wanted:
             raise DamagedCheckpoint(f"{path}: damaged: found {found:,} bytes, wanted at least {wanted:,}")
 

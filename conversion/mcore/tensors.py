@@ -221,14 +221,16 @@ class CheckpointReader:
         covered = sum(math.prod(stop - start for start, stop in inner) for _, inner in parts)
         if covered != math.prod(shape):
             raise UserError(
-                f"{self.path}: {key} is incomplete: its chunks hold {covered} of {math.prod(shape)} values wanted"
+                f"{self.path}: {key} is incomplete: its chunks hold {covered} of the {math.prod(shape)} values wanted; "
+                f"take a checkpoint that was saved to its end"
             )
         out = None if parts else torch.empty(shape, dtype=self.dtype(key))
         for chunk, inner in parts:
             info = self._storage.get(MetadataIndex(key, chunk.offsets))
             if info is None or getattr(info, "transform_descriptors", None):
                 raise UserError(
-                    f"{self.path}: {key}: the metadata does not say where its chunk at {chunk.offsets} lies"
+                    f"{self.path}: {key}: .metadata does not say in which file its chunk at {chunk.offsets} is stored; "
+                    f"take a checkpoint that was saved to its end"
                 )
             loaded = load(key, chunk, info)
             if loaded is None:
@@ -278,7 +280,9 @@ class CheckpointReader:
         except DamagedCheckpoint as error:
             raise with_older(error, self.path) from None
         except FileNotFoundError:
-            raise UserError(f"{self.path / file}: no such file, though {key} lies in it") from None
+            raise UserError(
+                f"{self.path / file}: no such file, but {key} is stored in it; copy the whole checkpoint"
+            ) from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
             raise UserError(
                 f"{self.path / file}: {key}: damaged, or more than a tensor ({reason(error)}); refused"

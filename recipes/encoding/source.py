@@ -71,7 +71,7 @@ class ModelSource:
             config = statements.encoder_config(iter_dir)
             if config is None:
                 raise UserError(
-                    f"{iter_dir}: says nothing of its model (no run_config.yaml with 'encoder:', no hf/config.json); "
+                    f"{iter_dir}: does not state its model (no run_config.yaml with 'encoder:', no hf/config.json); "
                     f"wanted a checkpoint written by `convert_checkpoints.py import` or by training"
                 )
             made = statements.was_made_bidirectional(iter_dir, bidirectional=bidirectional, consent=consent)

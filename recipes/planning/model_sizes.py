@@ -32,7 +32,7 @@ def encoder_of(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig:
         iter_dir = checkpoint_folder.resolve(name)
         config = statements.encoder_config(iter_dir)
         if config is None:
-            raise UserError(f"{iter_dir}: says nothing of its model; wanted run_config.yaml with 'encoder:'")
+            raise UserError(f"{iter_dir}: does not state its model; wanted a run_config.yaml with 'encoder:'")
         return config.replace(**stated)
     if not name:
         raise UsageError("model.hf_model: missing; wanted a Hugging Face model folder or id, model.hf_model=DIR_OR_ID")

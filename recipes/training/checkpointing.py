@@ -72,7 +72,10 @@ def restore(section: OptimizerSection, state: TrainState, start: Start) -> None:
     except UserError:
         raise
     except (KeyError, AssertionError) as error:
-        raise UserError(f"{start.iter_dir}: holds no optimizer state that fits ({error})") from error
+        raise UserError(
+            f"{start.iter_dir}: holds no optimizer state that fits ({error}); start from its weights with "
+            f"checkpoint.pretrained_checkpoint"
+        ) from error
     if loaded[NEW_GROUPS] and dist.get_rank() == 0:
         logging.getLogger(__name__).warning(
             f"{start.iter_dir}: from before optimizer.temperature_lr: its temperature learned at the rate of "

@@ -115,11 +115,12 @@ def check_teachers(dataset: PairDataset, loss: LossSection, hidden_size: int) ->
         for key, (row, fields) in wanted.items():
             if getattr(loss, key.removeprefix("loss.")) and row >= 0:
                 where = f"{source.path}, {source.place(row)}"
-                raise UserError(f"{where}: no {fields}, which {key} above 0 wants")
+                raise UserError(f"{where}: no {fields}, which {key} above 0 needs; add them, or set it to 0")
         if loss.embedding_distillation_weight and source.vector_widths != {hidden_size}:
             widths = ", ".join(map(str, sorted(source.vector_widths)))
             raise UserError(
-                f"{source.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}"
+                f"{source.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}: "
+                f"take a teacher of that width"
             )
 
 

@@ -77,10 +77,10 @@ class Start:
         if changed:
             root = self.iter_dir.parent
             raise UserError(
-                f"{self.iter_dir}: the training data changed since ({'; '.join(changed)}), so that the run cannot go "
-                f"on where it stood; put it back, take another train.save_dir with "
+                f"{self.iter_dir}: the training data has changed since this checkpoint ({'; '.join(changed)}), so the "
+                f"run cannot continue at its position; restore the data, start in another train.save_dir with "
                 f"checkpoint.pretrained_checkpoint={root}, "
-                f"or go on in the new order with checkpoint.load={root} checkpoint.resume=false"
+                f"or continue in the new order with checkpoint.load={root} checkpoint.resume=false"
             )
 
     def check_model(self, source: ModelSource) -> None:
@@ -95,8 +95,8 @@ class Start:
                 statements.refuse_another_model(source.config, own, source.path)
             except UserError as error:
                 raise UserError(
-                    f"{error}, in {self.iter_dir}, from which the run would go on; name the model that it was trained "
-                    f"from, or another checkpoint"
+                    f"{error}, in {self.iter_dir}, from which the run would go on; name the model from which it was "
+                    f"trained, or another checkpoint"
                 ) from None
 
     def nothing_to_do(self, train_iters: int) -> str | None:
@@ -161,7 +161,7 @@ def find_start(
     if samples % batch:
         raise UserError(
             f"{iter_dir}: {samples} samples were trained on, which is no multiple of train.global_batch_size {batch}; "
-            f"continue with the batch size that it was trained with"
+            f"continue with the batch size of its own run"
         )
     step = samples // batch
     own = os.path.realpath(iter_dir) == os.path.realpath(checkpoint_folder.iteration_folder(root, step))
@@ -224,8 +224,8 @@ def trained_config(iter_dir: Path, recipes: Recipes = NO_RECIPES) -> tuple[Recip
     path = iter_dir / checkpoint_folder.RUN_CONFIG
     if "train" not in values:
         raise UserError(
-            f"{path}: missing, damaged, or not of a training run, so that nobody can say whether this is the same run; "
-            f"go on all the same with checkpoint.load={iter_dir} checkpoint.resume=false"
+            f"{path}: is missing, damaged, or not that of a training run, so the checkpoint cannot be compared with "
+            f"this run; to continue without the comparison, set checkpoint.load={iter_dir} checkpoint.resume=false"
         )
     directory = values.pop(_DIRECTORY, None)
     values = {key: value for key, value in values.items() if key not in _OF_EXPORTS}
@@ -247,8 +247,8 @@ def _refuse_to_replace_source(asked: RecipeConfig, root: Path) -> None:
             os.path.realpath(root)
         ):
             raise UserError(
-                f"checkpoint.{key}: {path} is in the run's own train.save_dir, where a run that starts afresh takes "
-                f"its place; choose another train.save_dir"
+                f"checkpoint.{key}: {path} is in the run's own train.save_dir, and a run that starts afresh there "
+                f"would move it away; choose another train.save_dir"
             )
 
 

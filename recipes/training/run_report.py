@@ -91,7 +91,7 @@ def read_run(folder: str | Path) -> RunLog:
             raise UserError(f"{path}, line {number}: wanted an object with a step")
         records.append(record)
     if not records:
-        raise UserError(f"{path}: no step was logged yet")
+        raise UserError(f"{path}: holds no step yet; wait until the run has logged one")
     config = folder / "run_config.yaml"
     return RunLog(folder.resolve().name, records, config.read_text(encoding="utf-8") if config.is_file() else "")
 
