@@ -144,16 +144,13 @@ class Traffic:
 
 
 def traffic(
-    loss: LossSection,
+    cfg: RecipeConfig,
     config: EncoderConfig,
     layout: Layout,
     step: Step,
     chunks: Sequence[ModelChunk],
     *,
     replicas: int,
-    precision: str,
-    distributed: bool,
-    sequence_parallel: bool,
     recompute: str,
     parameters: int,
     gradients: int,
@@ -162,10 +159,10 @@ def traffic(
 
     Args:
         chunks: the (virtual) stages of the rank.
-        distributed: True if the optimizer's state is sharded.
         parameters, gradients: their bytes on the rank.
     """
-    hidden = step.tokens // layout.cp * config.hidden_size * WIDTHS[precision]
+    width, sequence_parallel = WIDTHS[cfg.model.precision], bool(cfg.model.sequence_parallel)
+    hidden = step.tokens // layout.cp * config.hidden_size * width
     layers = sum(chunk.layers for chunk in chunks)
     first, last = any(chunk.first for chunk in chunks), any(chunk.last for chunk in chunks)
 
@@ -191,19 +188,19 @@ def traffic(
         # Keys and values take an all-gather in forward, a reduce-scatter in backward, and another all-gather where
         # attention is recomputed.
         kv = config.num_key_value_heads * config.head_dim // layout.tp
-        keys_and_values = step.tokens * 2 * kv * WIDTHS[precision]
+        keys_and_values = step.tokens * 2 * kv * width
         context = layers * keys_and_values * (step.forwards + (recompute != "none") + 1)
         context += last * 2 * step.texts * config.hidden_size * FP32 * step.forwards
         context = _ring(context, layout.cp)
 
     # Either gradients are reduce-scattered and parameters all-gathered, or gradients are all-reduced.
-    reduced = gradients + parameters if distributed else 2 * gradients
+    reduced = gradients + parameters if cfg.optimizer.distributed else 2 * gradients
     return Traffic(
         tensor,
         pipeline,
         context,
         _ring(reduced, replicas * layout.cp),
-        _loss_gather(loss, config, step, replicas) if last else 0,
+        _loss_gather(cfg.loss, config, step, replicas) if last else 0,
     )
 
 
