@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.recipes.encoding.micro_batches import MicroBatch
-from megatron_embed.recipes.encoding.schedule import encode_micro_batches, run_schedule
+from megatron_embed.recipes.encoding.schedule import encode_micro_batches, run_schedule, share_last_stage
 from megatron_embed.recipes.training.loss import ContrastiveLoss
 from megatron_embed.recipes.training.targets import Targets
 
@@ -112,7 +112,7 @@ def _share_loss(loss: Tensor | None) -> float:
     if loss is not None:
         value += loss
         dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
-    return _from_last_stage(value)
+    return share_last_stage(value).item()
 
 
 def learned_temperature(stages: Sequence[torch.nn.Module]) -> float:
@@ -121,18 +121,7 @@ def learned_temperature(stages: Sequence[torch.nn.Module]) -> float:
     log_temperature = unwrap(stages)[-1].log_temperature
     if log_temperature is not None:
         value += log_temperature.detach().double().exp().squeeze()
-    return _from_last_stage(value)
-
-
-def _from_last_stage(value: Tensor) -> float:
-    """Return the last pipeline stage's number on every stage."""
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(
-            value,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return value.item()
+    return share_last_stage(value).item()
 
 
 def unwrap(stages: Sequence[torch.nn.Module]) -> list[EncoderStage]:
