@@ -77,16 +77,6 @@ class Verification:
         return next((section for section in self.sections if section.name == name), None)
 
     @property
-    def compared(self) -> int:
-        """Return the number of tensors that were compared."""
-        return tensors.compared if (tensors := self.section("tensors")) else 0
-
-    @property
-    def equal(self) -> int:
-        """Return the number of tensors that are the same."""
-        return tensors.equal if (tensors := self.section("tensors")) else 0
-
-    @property
     def embeddings(self) -> float | None:
         """Return the largest difference of the embeddings, or None if not compared; ``notes`` then says why."""
         return embeddings.largest if (embeddings := self.section("embeddings")) else None

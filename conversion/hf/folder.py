@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -208,7 +208,7 @@ class HFFolder:
 
     def ignored(self, config: EncoderConfig) -> dict[str, str]:
         """Return the tensors that the encoder leaves out, each with the reason, but no unknown tensors."""
-        wanted, family = set(self._wanted(config)), FAMILIES[config.family]
+        wanted, family = self._wanted(config), FAMILIES[config.family]
         reasons = {name: self._reason(name, wanted, family) for name in self.names() if name not in wanted}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -230,7 +230,7 @@ class HFFolder:
             elif self.stored_dtype(name) not in FLOATS:
                 problems.append(f"{name}: found dtype {self.stored_dtype(name)}, wanted a floating-point one")
         for name in self.names():
-            if name not in wanted and self._reason(name, set(wanted), FAMILIES[config.family]) is None:
+            if name not in wanted and self._reason(name, wanted, FAMILIES[config.family]) is None:
                 problems.append(f"{name}: not a tensor of this model (shape {list(self.shape(name))})")
         if problems:
             raise UserError(
@@ -245,7 +245,7 @@ class HFFolder:
             for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
         }
 
-    def _reason(self, name: str, wanted: set[str], family: Family) -> str | None:
+    def _reason(self, name: str, wanted: Collection[str], family: Family) -> str | None:
         if name.endswith(".weight_scale_inv") and name.removesuffix("_scale_inv") in wanted:
             return "folded into its weight"
         if name.endswith(".activation_scale") and name.removesuffix("activation_scale") + "weight" in wanted:
