@@ -20,7 +20,8 @@ from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.conversion.mcore import statements
 from megatron_embed.recipes.config.checks import start_of
-from megatron_embed.recipes.config.schema import RecipeConfig
+from megatron_embed.recipes.config.schema import DataSection, RecipeConfig
+from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
     from megatron_embed.bridge.encoder import EncoderStage
@@ -82,6 +83,17 @@ class ModelSource:
         made = made_bidirectional(hf.path, hf.config, bidirectional=bidirectional, consent=consent)
         stated = read_sentence_settings(hf.path)
         return cls(str(path), hf.encoder_config(), hf.path, stated, hf=hf, made_bidirectional=made)
+
+    def tokenizer(self, data: DataSection) -> TextTokenizer:
+        """Return the model's tokenizer with the prompts and maximal lengths of training."""
+        return TextTokenizer.from_folder(
+            self.files,
+            query_prompt=data.query_prompt,
+            passage_prompt=data.passage_prompt,
+            query_max_length=data.query_max_length,
+            passage_max_length=data.passage_max_length,
+            do_lower_case=self.settings is not None and self.settings.do_lower_case,
+        )
 
     def for_scores(self) -> ModelSource:
         """Return this model with vectors whose scalar product is its similarity (normalised if that is the cosine)."""

@@ -30,7 +30,6 @@ from megatron_embed.recipes.datasets.inputs import check_inputs
 from megatron_embed.recipes.datasets.odd_rows import report
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
-from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
 from megatron_embed.recipes.encoding.source import ModelSource, open_model
 from megatron_embed.recipes.retrieval.writer_lock import LOCK, refuse_if_written, writing
@@ -164,14 +163,7 @@ def _set_up(
     collections: list[Any],
 ) -> TrainingRun:
     data = cfg.data
-    tokenizer = TextTokenizer.from_folder(
-        source.files,
-        query_prompt=data.query_prompt,
-        passage_prompt=data.passage_prompt,
-        query_max_length=data.query_max_length,
-        passage_max_length=data.passage_max_length,
-        do_lower_case=source.settings is not None and source.settings.do_lower_case,
-    )
+    tokenizer = source.tokenizer(data)
     transformer = transformer_config(
         source.config,
         layout,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from support.hf_files import Source, assert_same_bits, edit_json, edit_tensors, encoder_tensors_of, tensors_of
+from test_round_trip import there_and_back
 from transformers import AutoConfig, AutoModel, AutoTokenizer, LlamaForCausalLM, Qwen3ForCausalLM
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.verify import verify
 from megatron_embed.recipes.datasets.tokenization import TextTokenizer
@@ -25,12 +25,6 @@ MODEL = {"llama": "LlamaModel", "qwen3": "Qwen3Model"}
 #: ids in front of every text
 BOS: dict[str, list[int]] = {"llama": [1], "qwen3": []}
 TEXTS = ["query: how do plants eat?", "passage: a  b <|end_of_text|> <|im_end|> c", "ünïcödé 漢字"]
-
-
-def there_and_back(source: Path, tmp_path: Path, *, tp: int = 1, pp: int = 1) -> Path:
-    import_hf(source, tmp_path / "m", tp=tp, pp=pp, progress=False)
-    export_hf(tmp_path / "m", tmp_path / "hf", progress=False)
-    return tmp_path / "hf"
 
 
 def changed(folder: Path, tmp_path: Path, **config: Any) -> Path:
@@ -50,7 +44,7 @@ def test_there_and_back(family: str, form: str, tied: bool, tp: int, pp: int, so
     found = tensors_of(there_and_back(folder, tmp_path, tp=tp, pp=pp))
     assert ("layers.0.self_attn.q_norm.weight" in found) == (family == "qwen3")
     assert_same_bits(found, encoder_tensors_of(folder))
-    assert verify(folder, megatron_path=tmp_path / "m", progress=False)
+    assert verify(folder, megatron_path=tmp_path / "megatron", progress=False)
 
 
 def test_config_of_the_export_of_a_llama(source: Source, tmp_path: Path) -> None:
@@ -145,7 +139,7 @@ def test_what_the_encoder_does_not_compute(
 ) -> None:
     folder = changed(source(f"{family}_model"), tmp_path, **{key: value})
     with pytest.raises(UserError, match=f"config.json: {message}"):
-        import_hf(folder, tmp_path / "m", progress=False)
+        import_hf(folder, tmp_path / "megatron", progress=False)
 
 
 def test_verify_passes_over_what_only_a_window_would_use(source: Source, tmp_path: Path) -> None:
@@ -153,7 +147,7 @@ def test_verify_passes_over_what_only_a_window_would_use(source: Source, tmp_pat
     folder = changed(source("qwen3_model"), tmp_path, max_window_layers=36)
     out = there_and_back(folder, tmp_path)
     assert verify(folder, hf_path=out, progress=False)
-    assert verify(folder, megatron_path=tmp_path / "m", progress=False)
+    assert verify(folder, megatron_path=tmp_path / "megatron", progress=False)
 
 
 def test_a_llama_has_no_vision_tower(source: Source, tmp_path: Path) -> None:
@@ -161,6 +155,6 @@ def test_a_llama_has_no_vision_tower(source: Source, tmp_path: Path) -> None:
     folder = changed(source("llama_model"), tmp_path)
     edit_tensors(folder, lambda tensors: tensors.update({"vision_tower.x": torch.zeros(3)}))
     with pytest.raises(UserError, match=r"vision_tower.x: not a tensor of this model"):
-        import_hf(folder, tmp_path / "m", progress=False)
+        import_hf(folder, tmp_path / "megatron", progress=False)
     with pytest.raises(UserError, match="has no vision tower"):
-        import_hf(source("llama_causal_lm"), tmp_path / "m", with_vision=True, progress=False)
+        import_hf(source("llama_causal_lm"), tmp_path / "megatron", with_vision=True, progress=False)
