@@ -23,7 +23,7 @@ from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.bridge.layer_spec import block_spec, choose_layers
 from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout, check_layout, pipeline_split
-from megatron_embed.bridge.mapping import OWN_PARAMETERS, checkpoint_name, weights
+from megatron_embed.bridge.mapping import parameters_with_weights
 from megatron_embed.bridge.pooling import pool
 from megatron_embed.bridge.rope import inverse_frequencies
 from megatron_embed.bridge.sequences import TokenBatch
@@ -229,11 +229,7 @@ def _mark_tensor_parallel(encoder: EncoderStage, config: EncoderConfig) -> None:
     megatron-core's layers set them in their random initialisation, which is off here. Without them every sliced weight
     counts as a replica, and under TP the norm (and so the clipping) is too small.
     """
-    table = {weight.megatron: weight for weight in weights(config)}
-    for name, parameter in encoder.named_parameters():
-        if name in OWN_PARAMETERS:
-            continue
-        weight = table[checkpoint_name(name, layer_offset=encoder.layer_offset)]
+    for name, parameter, weight in parameters_with_weights(encoder, config, layer_offset=encoder.layer_offset):
         if weight.tp_dim is None:
             continue
         if getattr(parameter, "tensor_model_parallel", False):

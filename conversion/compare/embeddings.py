@@ -25,7 +25,6 @@ from megatron_embed.bridge.parallel import parallel_world, select_device
 from megatron_embed.conversion.compare.tokenizers import load_tokenizer
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
-from megatron_embed.conversion.mcore.direct import parameters_with_weights
 from megatron_embed.conversion.mcore.weights import CheckpointWeights
 
 SENTENCES = (
@@ -140,7 +139,7 @@ def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]
             stage = EncoderStage(
                 single, transformer, pre_process=not layer, post_process=last, layers=local_layers()
             ).eval()
-            for _, parameter, weight in parameters_with_weights(stage, config, layer_offset=layer):
+            for _, parameter, weight in mapping.parameters_with_weights(stage, config, layer_offset=layer):
                 if weight.kind == "vocab":
                     parameter.zero_()[: len(used)] = weights.read_rows(weight, used)
                 else:

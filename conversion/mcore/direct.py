@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,31 +11,10 @@ import torch
 from megatron_embed.bridge import mapping, transforms
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.bridge.mapping import Weight
 from megatron_embed.conversion.files.casts import Casts
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.mcore.tensors import CheckpointReader
 from megatron_embed.conversion.mcore.weights import CheckpointWeights, is_ignored, pack, read_cast, read_slices
-
-
-def parameters_with_weights(
-    module: torch.nn.Module, config: EncoderConfig, *, layer_offset: int
-) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
-    """Yield each parameter of a stage with its name and its row of the table, except those that the recipe sets.
-
-    Raises:
-        UserError: a parameter has no row.
-    """
-    table = {weight.megatron: weight for weight in mapping.weights(config)}
-    for name, parameter in module.named_parameters():
-        if name in mapping.OWN_PARAMETERS:
-            continue
-        weight = table.get(mapping.checkpoint_name(name, layer_offset=layer_offset))
-        if weight is None:
-            raise UserError(
-                f"parameter {name}: the table of weights has no row for it; wanted one in the model's family"
-            )
-        yield name, parameter, weight
 
 
 def load_hf_weights(
@@ -67,7 +46,7 @@ def load_hf_weights(
     stages = [(encoder, layer_offset)] if isinstance(encoder, torch.nn.Module) else list(encoder)
     with torch.no_grad():
         for module, offset in stages:
-            for name, parameter, weight in parameters_with_weights(module, config, layer_offset=offset):
+            for name, parameter, weight in mapping.parameters_with_weights(module, config, layer_offset=offset):
                 counted = weight.tp_dim is not None or tp_rank == 0
                 read = partial(read_cast, folder, casts, parameter.dtype, count=counted)
                 slices = read_slices(folder, weight, config, tp_rank=tp_rank, tp_size=tp_size, read=read)
@@ -100,7 +79,7 @@ def refuse_overflow(
     reader = CheckpointReader(iter_dir)
     stored = {reader.dtype(name) for name in reader.names() if not is_ignored(name)}
     for module, offset in stages:
-        for _, parameter, weight in parameters_with_weights(module, config, layer_offset=offset):
+        for _, parameter, weight in mapping.parameters_with_weights(module, config, layer_offset=offset):
             exact = all(torch.promote_types(dtype, parameter.dtype) == parameter.dtype for dtype in stored)
             if exact or not parameter.isinf().any():
                 continue
