@@ -22,11 +22,7 @@ from megatron_embed.conversion.files.casts import dtype_name
 from megatron_embed.conversion.files.json_files import read_json
 from megatron_embed.conversion.files.stored import Stored, Values, addresses
 from megatron_embed.conversion.hf.hub import locate
-from megatron_embed.conversion.hf.loaded_otherwise import (
-    refuse_adapter,
-    refuse_quantization,
-    refuse_two_models,
-)
+from megatron_embed.conversion.hf.loaded_otherwise import refuse_adapter, refuse_quantization, refuse_two_models
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -36,7 +36,7 @@ def read_run_config(iter_dir: Path) -> dict[str, Any]:
     """Return the contents of ``run_config.yaml``; empty where there is none, or one of another program."""
     try:
         values = yaml.safe_load((iter_dir / RUN_CONFIG).read_text(encoding="utf-8"))
-    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, yaml.YAMLError, UnicodeDecodeError):
         # Megatron-Bridge's run_config.yaml has tags for Python classes; none of it is needed here
         return {}
     return values if isinstance(values, dict) else {}

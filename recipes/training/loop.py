@@ -36,10 +36,7 @@ from megatron_embed.recipes.retrieval.writer_lock import LOCK, refuse_if_written
 from megatron_embed.recipes.training import checkpointing
 from megatron_embed.recipes.training.loss import ContrastiveLoss
 from megatron_embed.recipes.training.optimizer import set_up_training
-from megatron_embed.recipes.training.rank_batch import (
-    BatchBuilder,
-    check_teachers,
-)
+from megatron_embed.recipes.training.rank_batch import BatchBuilder, check_teachers
 from megatron_embed.recipes.training.resume import Start, checkpoints_folder, find_start, may_fall_back
 from megatron_embed.recipes.training.run import TrainingRun
 from megatron_embed.recipes.training.run_folder import RunFolder
