@@ -18,7 +18,12 @@ from megatron_embed.conversion.files.checksums import write_checksums
 from megatron_embed.conversion.files.progress import Converted
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf.folder import FP8_SCALES, HFFolder
-from megatron_embed.conversion.hf.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
+from megatron_embed.conversion.hf.sentence_files import (
+    OF_THE_RECIPE,
+    beside_the_recipe,
+    default_settings,
+    read_sentence_settings,
+)
 from megatron_embed.conversion.hf.sidecars import note_on_links, others, refuse_to_replace
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
@@ -153,12 +158,7 @@ def _run_config(folder: HFFolder, config: EncoderConfig, made: bool, *, tp: int,
             "torch_dtype": config.dtype,
             "bidirectional": made,
         },
-        "data": {
-            "query_prompt": settings.query_prompt,
-            "passage_prompt": settings.passage_prompt,
-            "query_max_length": settings.query_max_length,
-            "passage_max_length": settings.passage_max_length,
-        },
+        "data": {name: getattr(settings, name) for name in OF_THE_RECIPE},
         "sentence": beside_the_recipe(settings),
         "loss": {"temperature": config.temperature if config.temperature is not None else TEMPERATURE},
         "encoder": config.to_dict(),

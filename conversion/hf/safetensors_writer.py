@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -93,33 +93,22 @@ def write_sharded(
         closing(one_ahead((name, fault_in(values)) for name, values in tensors)) as source,
         byte_bar("export", total, enabled=progress) as advance,
     ):
-        _write_files(out, files, shards, source, disk, advance)
+        for file, shard in zip(files, shards, strict=True):
+            with BlockWriter(out / file, disk) as stream:
+                stream.write(_header(shard))
+                for spec in shard:
+                    name, values = next(source)
+                    assert name == spec.name, (name, spec.name)
+                    write_values(stream, values, spec.shape, spec.dtype)
+                    del values
+                    advance(spec.nbytes)
+        assert next(source, None) is None, "more tensors than were announced"
     if len(shards) > 1:
         weight_map = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
         parameters = sum(math.prod(spec.shape) for spec in specs)
         metadata = {"total_parameters": parameters, "total_size": total}
         write_json(out / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     return total
-
-
-def _write_files(
-    out: Path,
-    files: Sequence[str],
-    shards: Sequence[Sequence[TensorSpec]],
-    source: Iterator[tuple[str, Values]],
-    disk: ThreadPoolExecutor,
-    advance: Callable[[int], object],
-) -> None:
-    for file, shard in zip(files, shards, strict=True):
-        with BlockWriter(out / file, disk) as stream:
-            stream.write(_header(shard))
-            for spec in shard:
-                name, values = next(source)
-                assert name == spec.name, (name, spec.name)
-                write_values(stream, values, spec.shape, spec.dtype)
-                del values
-                advance(spec.nbytes)
-    assert next(source, None) is None, "more tensors than were announced"
 
 
 def _plan(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:

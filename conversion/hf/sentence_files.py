@@ -99,6 +99,8 @@ def similarity_of(normalize: bool) -> Similarity:
     return "cosine" if normalize else "dot"
 
 
+#: settings with a recipe key, in its section ``data``
+OF_THE_RECIPE = ("query_prompt", "passage_prompt", "query_max_length", "passage_max_length")
 #: settings without a recipe key; a checkpoint's ``run_config.yaml`` keeps them in a section of its own
 _BESIDE_THE_RECIPE = ("max_length", "prompts", "default_prompt_name", "do_lower_case", "similarity")
 

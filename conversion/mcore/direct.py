@@ -18,13 +18,12 @@ from megatron_embed.conversion.mcore.weights import CheckpointWeights, is_ignore
 
 
 def load_hf_weights(
-    encoder: torch.nn.Module | Sequence[tuple[torch.nn.Module, int]],
+    stages: Sequence[tuple[torch.nn.Module, int]],
     folder: HFFolder,
     config: EncoderConfig,
     *,
     tp_rank: int = 0,
     tp_size: int = 1,
-    layer_offset: int = 0,
     casts: Casts | None = None,
 ) -> None:
     """Fill every parameter of this rank's part of the model.
@@ -32,8 +31,7 @@ def load_hf_weights(
     This reads only the bytes of this rank's slices (``folder.bytes_requested`` counts them).
 
     Args:
-        encoder: the stage's module, or with interleaved stages a list of (module, its layer offset).
-        layer_offset: global index of the stage's first layer.
+        stages: (module, global index of its first layer); several with interleaved stages.
         casts: casts weights to the parameters' dtype; by default they may be rounded. The first tensor-parallel rank
             counts a weight that every rank holds, so that the ranks' counts add up.
 
@@ -43,7 +41,6 @@ def load_hf_weights(
     """
     folder.check(config)
     casts = casts or Casts(folder.path, rounding=True)
-    stages = [(encoder, layer_offset)] if isinstance(encoder, torch.nn.Module) else list(encoder)
     with torch.no_grad():
         for module, offset in stages:
             for name, parameter, weight in mapping.parameters_with_weights(module, config, layer_offset=offset):

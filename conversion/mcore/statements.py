@@ -17,6 +17,7 @@ from megatron_embed.conversion.hf import declared_attention
 from megatron_embed.conversion.hf.hub import is_hub_id
 from megatron_embed.conversion.hf.model_card import is_export
 from megatron_embed.conversion.hf.sentence_files import (
+    OF_THE_RECIPE,
     SentenceSettings,
     default_settings,
     read_sentence_settings,
@@ -153,8 +154,7 @@ def sentence_settings(iter_dir: Path, config: EncoderConfig) -> SentenceSettings
     kept = run.get("sentence")
     if kept is None and "train" not in run and (ready := read_sentence_settings(iter_dir / SIDECARS)) is not None:
         return replace(ready, pooling=config.pooling, normalize=config.normalize)
-    names = ("query_prompt", "passage_prompt", "query_max_length", "passage_max_length")
-    stated = {name: data[name] for name in names if data.get(name) is not None}
+    stated = {name: data[name] for name in OF_THE_RECIPE if data.get(name) is not None}
     if isinstance(kept, dict):
         return with_the_recipes(kept, replace(default_settings(config), **stated), str(iter_dir / RUN_CONFIG))
     longest = config.max_position_embeddings  # imports ignored it at that time
