@@ -17,7 +17,7 @@ from megatron_embed.conversion.files.casts import Casts, torch_option
 from megatron_embed.conversion.files.checksums import write_checksums
 from megatron_embed.conversion.files.progress import Converted
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
-from megatron_embed.conversion.hf.folder import FP8_SCALES, HFFolder
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import (
     OF_THE_RECIPE,
     beside_the_recipe,
@@ -25,6 +25,7 @@ from megatron_embed.conversion.hf.sentence_files import (
     read_sentence_settings,
 )
 from megatron_embed.conversion.hf.sidecars import note_on_links, others, refuse_to_replace
+from megatron_embed.conversion.hf.stored_tensors import FP8_SCALES
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.conversion.mcore import statements

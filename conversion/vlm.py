@@ -16,9 +16,10 @@ from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion.files.casts import Casts, dtype_name
 from megatron_embed.conversion.files.json_files import read_json, write_json
 from megatron_embed.conversion.files.stored import Stored, Values
-from megatron_embed.conversion.hf.folder import FLOATS, FP8_SCALES, HFFolder
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, tower_specs, write_sharded
 from megatron_embed.conversion.hf.sidecars import publish_files, sidecars, without_local_paths
+from megatron_embed.conversion.hf.stored_tensors import FLOATS, FP8_SCALES
 from megatron_embed.conversion.importing import torch_dtype_of
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.conversion.mcore import statements

@@ -22,8 +22,9 @@ from megatron_embed.conversion.compare.differences import (
 )
 from megatron_embed.conversion.files.casts import dtype_name
 from megatron_embed.conversion.files.json_files import read_json
-from megatron_embed.conversion.hf.folder import FLOATS, FP8_SCALES, HFFolder
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sidecars import without_local_paths
+from megatron_embed.conversion.hf.stored_tensors import FLOATS, FP8_SCALES
 
 #: Keys that do not change the function, with the reason; a family may name more. Every other key is compared.
 NOT_COMPARED: dict[str, str] = {

@@ -14,7 +14,8 @@ from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion.compare.differences import ComparedSection, Difference
 from megatron_embed.conversion.files.casts import dtype_name
 from megatron_embed.conversion.files.progress import byte_bar
-from megatron_embed.conversion.hf.folder import FP8_SCALES, HFFolder
+from megatron_embed.conversion.hf.folder import HFFolder
+from megatron_embed.conversion.hf.stored_tensors import FP8_SCALES
 from megatron_embed.conversion.mcore.weights import KEPT, CheckpointWeights
 
 #: (name, function that reads the source's tensor, function that reads the other side's in any dtype)

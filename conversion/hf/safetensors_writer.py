@@ -21,7 +21,7 @@ from megatron_embed.conversion.files.json_files import write_json
 from megatron_embed.conversion.files.prefetch import fault_in, one_ahead
 from megatron_embed.conversion.files.progress import byte_bar
 from megatron_embed.conversion.files.stored import Values, write_values
-from megatron_embed.conversion.hf.folder import DTYPES, INDEX, SINGLE
+from megatron_embed.conversion.hf.stored_tensors import DTYPES, INDEX, SINGLE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
