@@ -222,3 +222,14 @@ def set_up_training(encoders: list[EncoderStage], section: OptimizerSection, *, 
         wd_incr_style="constant",
     )
     return TrainState(stages, optimizer, scheduler)
+
+
+def gradients(stages: list[DistributedDataParallel]) -> dict[str, Tensor]:
+    """Return this rank's gradients after a step, before the optimizer uses them: checkpoint name → gradient."""
+    from megatron_embed.bridge.mapping import checkpoint_name
+
+    return {
+        checkpoint_name(name, layer_offset=stage.module.layer_offset): parameter.main_grad
+        for stage in stages
+        for name, parameter in stage.module.named_parameters()
+    }

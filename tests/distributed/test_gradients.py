@@ -9,13 +9,12 @@ import pytest
 import torch
 from support import oracle
 from support.megatron import collect, filled_stages, merge_world
-from support.tiny_families import tiny_qwen3_config
 from support.tiny_models import tiny_config
+from support.tiny_families import tiny_qwen3_config
 from support.worlds import run_world
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.bridge.mapping import checkpoint_name
 from megatron_embed.bridge.parallel import parallel_world
 
 QUERIES, SLOTS, TEMPERATURE = 8, 3, 0.05
@@ -127,7 +126,7 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
     from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
     from megatron_embed.recipes.training import gradient_buckets
     from megatron_embed.recipes.training.loss import ContrastiveLoss
-    from megatron_embed.recipes.training.optimizer import wrap_ddp
+    from megatron_embed.recipes.training.optimizer import gradients, wrap_ddp
     from megatron_embed.recipes.training.step import contrastive_step
     from megatron_embed.recipes.training.targets import Targets
 
@@ -168,12 +167,7 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
             ContrastiveLoss(LossSection(temperature=TEMPERATURE), group=parallel_state.get_data_parallel_group()),
             mode=case.mode,
         )
-        gradients = {
-            checkpoint_name(name, layer_offset=stage.module.layer_offset): parameter.main_grad
-            for stage in stages
-            for name, parameter in stage.module.named_parameters()
-        }
-        return loss, collect(gradients)
+        return loss, collect(gradients(stages))
 
 
 def failures_of(world: int, cases: list[Case]) -> list[str]:
