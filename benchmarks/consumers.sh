@@ -21,7 +21,7 @@ import json, sys
 from pathlib import Path
 
 import numpy as np
-from support import tiny_llama, tiny_models
+from support import tiny_families, tiny_models
 
 from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.importing import import_hf
@@ -29,7 +29,7 @@ from megatron_embed.recipes import Encoder
 
 work = Path(sys.argv[1])
 texts = json.loads((work / "texts.json").read_text())
-for name, save in {"ministral3": tiny_models.save_vlm, "llama": tiny_llama.save_llama_causal_lm}.items():
+for name, save in {"ministral3": tiny_models.save_vlm, "llama": tiny_families.save_llama}.items():
     save(work / "source")
     import_hf(work / "source", work / "megatron", tp=2, progress=False)
     export_hf(work / "megatron", work / name, progress=False)

@@ -49,8 +49,8 @@ def make_source(folder: Path, size: str) -> int:
     """Write a whole VLM of random bf16 values, from one random block, in 5 GB shards; return its tensors' bytes."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    from megatron_embed.conversion.hf.folder import INDEX
     from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, _header, _plan
+    from megatron_embed.conversion.hf.stored_tensors import INDEX
 
     raw = json.loads((CONFIGS / f"{SIZES[size]}.json").read_text())
     if size == "tiny":

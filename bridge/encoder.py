@@ -23,7 +23,7 @@ from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.bridge.layer_spec import block_spec, choose_layers
 from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout, check_layout, pipeline_split
-from megatron_embed.bridge.mapping import OWN_PARAMETERS, checkpoint_name, weights
+from megatron_embed.bridge.mapping import parameters_with_weights
 from megatron_embed.bridge.pooling import pool
 from megatron_embed.bridge.rope import inverse_frequencies
 from megatron_embed.bridge.sequences import TokenBatch
@@ -112,7 +112,7 @@ def transformer_config(
     )
 
 
-class Encoder(MegatronModule):
+class EncoderStage(MegatronModule):
     """One pipeline stage of the bidirectional encoder.
 
     Args:
@@ -202,14 +202,14 @@ def build_stages(
     *,
     layers: LayerKind | None = None,
     learn_temperature: bool = False,
-) -> list[Encoder]:
+) -> list[EncoderStage]:
     """Build this rank's pipeline stages (one, unless interleaved); parameters are allocated but not filled."""
     vpp = transformer.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(vpp or 1):
         vp_stage = stage if vpp else None
         chunks.append(
-            Encoder(
+            EncoderStage(
                 config,
                 transformer,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vpp is None, vp_stage=vp_stage),
@@ -224,17 +224,13 @@ def build_stages(
     return chunks
 
 
-def _mark_tensor_parallel(encoder: Encoder, config: EncoderConfig) -> None:
+def _mark_tensor_parallel(encoder: EncoderStage, config: EncoderConfig) -> None:
     """Give each parameter the attributes by which megatron-core counts it once in the gradient norm.
 
     megatron-core's layers set them in their random initialisation, which is off here. Without them every sliced weight
     counts as a replica, and under TP the norm (and so the clipping) is too small.
     """
-    table = {weight.megatron: weight for weight in weights(config)}
-    for name, parameter in encoder.named_parameters():
-        if name in OWN_PARAMETERS:
-            continue
-        weight = table[checkpoint_name(name, layer_offset=encoder.layer_offset)]
+    for name, parameter, weight in parameters_with_weights(encoder, config, layer_offset=encoder.layer_offset):
         if weight.tp_dim is None:
             continue
         if getattr(parameter, "tensor_model_parallel", False):

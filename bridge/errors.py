@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -33,6 +33,17 @@ def listed(problems: Sequence[str], most: int = 5) -> str:
     """Return the first problems on one line, and the number of further ones."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more
+
+
+def some(names: Iterable[object], most: int = 4) -> str:
+    """Return the first names, and the number of all if there are more; ``nothing`` without any."""
+    told = [str(name) for name in names]
+    return ", ".join(told[:most]) + (f", … ({len(told)})" if len(told) > most else "") or "nothing"
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of another package's error, or the error's kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

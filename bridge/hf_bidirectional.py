@@ -7,6 +7,7 @@ them. New exports are stock models and do not need this module.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, Ministral3Config, Ministral3Model
@@ -14,32 +15,29 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, Ministr
 from megatron_embed.bridge.families import LLAMA, MINISTRAL3
 
 
-class Ministral3BidirectionalConfig(Ministral3Config):
-    """``Ministral3Config`` with ``pooling`` and ``temperature``, bidirectional whatever the file says."""
+@dataclass(kw_only=True)
+class _Bidirectional:
+    """``pooling`` and ``temperature`` beside a stock config's keys; bidirectional whatever the file says."""
+
+    pooling: str = "avg"
+    temperature: float = 1.0
+    is_causal: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # the stock config's
+        self.is_causal = False
+
+
+class Ministral3BidirectionalConfig(_Bidirectional, Ministral3Config):
+    """A stock ``Ministral3Config`` and AutoModel's own keys."""
 
     model_type = MINISTRAL3.bidirectional_model_type
 
-    pooling: str = "avg"
-    temperature: float = 1.0
-    is_causal: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.is_causal = False
-
-
-class LlamaBidirectionalConfig(LlamaConfig):
-    """``LlamaConfig`` with ``pooling`` and ``temperature``, bidirectional whatever the file says."""
+class LlamaBidirectionalConfig(_Bidirectional, LlamaConfig):
+    """A stock ``LlamaConfig`` and AutoModel's own keys."""
 
     model_type = LLAMA.bidirectional_model_type
-
-    pooling: str = "avg"
-    temperature: float = 1.0
-    is_causal: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.is_causal = False
 
 
 class Ministral3BidirectionalModel(Ministral3Model):

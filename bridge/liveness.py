@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_embed.bridge.errors import reason
+
 T = TypeVar("T")
 
 #: seconds that the first rank to notice waits for the other ranks' notes; those notice within a part of a step
@@ -132,19 +134,19 @@ def explain_broken_connection(error: BaseException) -> str:
 
     This waits at most :data:`PATIENCE` seconds for the notes of ranks that have not noticed yet.
     """
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    why = reason(error)[:300]
     if _world is None:
-        return f"the connection to another rank broke ({reason})"
+        return f"the connection to another rank broke ({why})"
     world = _world
     timed_out = "timed out" in str(error).lower() or isinstance(error, TimeoutError)
     if timed_out:
         _write_stacks(world, error)
-    world.own.met = reason
+    world.own.met = why
     until = time.monotonic() + PATIENCE
     while True:
         others = _in_time(world.exchange)
         if others is None:
-            return f"the connection to the other ranks broke, and so did that to their store ({reason})"
+            return f"the connection to the other ranks broke, and so did that to their store ({why})"
         if (known := _end_of(others)) is not None:
             return known
         stopped = [note for note in others if _state(note) == "T"]
@@ -154,7 +156,7 @@ def explain_broken_connection(error: BaseException) -> str:
         time.sleep(0.2)
     lost = stopped or silent
     if not lost:
-        return f"every rank lost its connection to another ({reason}); this one stood at {world.own.where}"
+        return f"every rank lost its connection to another ({why}); this one stood at {world.own.where}"
     named = "; ".join(
         f"{_name(note)} does not answer{', its process is stopped' if note in stopped else ''}: "
         f"it stood at {note.where}"
@@ -177,7 +179,6 @@ def begin_end() -> None:
     """Return to the first thread that ends this process; hold any other thread until the process is gone.
 
     The main thread and that of :func:`watch` can notice one fault at the same moment. The second must not end the
-    process while the first still writes its message.
     process while the first still writes its message.
     """
     _ending.acquire()

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import FAMILIES, MINISTRAL3, Dim, Family, Kind, Row
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_embed.bridge.config import EncoderConfig
 
 _ATTENTION, _MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
@@ -146,6 +149,26 @@ def checkpoint_name(parameter: str, *, layer_offset: int = 0) -> str:
         return parameter
     layer, rest = int(match[1]) + layer_offset, match[2]
     return f"decoder.layers.{layer}.{LOCAL_ALIASES.get(rest, rest)}"
+
+
+def parameters_with_weights(
+    module: torch.nn.Module, config: EncoderConfig, *, layer_offset: int
+) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
+    """Yield each parameter of a stage with its name and its row of the table, except those that the recipe sets.
+
+    Raises:
+        UserError: a parameter has no row.
+    """
+    table = {weight.megatron: weight for weight in weights(config)}
+    for name, parameter in module.named_parameters():
+        if name in OWN_PARAMETERS:
+            continue
+        weight = table.get(checkpoint_name(name, layer_offset=layer_offset))
+        if weight is None:
+            raise UserError(
+                f"parameter {name}: the table of weights has no row for it; wanted one in the model's family"
+            )
+        yield name, parameter, weight
 
 
 def hf_prefix(names: Iterable[str]) -> str | None:

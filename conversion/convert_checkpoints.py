@@ -111,8 +111,7 @@ def _import(args: argparse.Namespace) -> int:
     begin_reading(args.hf_model, "model*.safetensors")
     from megatron_embed.conversion.importing import import_hf
 
-    names = ("torch_dtype", "tp", "pp", "with_vision", "bidirectional", "overwrite", *_COMMON)
-    done = import_hf(args.hf_model, args.megatron_path, **_pick(args, names))
+    done = import_hf(**_options(args))
     print("\n".join([*done.notes, f"Megatron checkpoint written to {done.path}"]))
     return 0
 
@@ -121,8 +120,7 @@ def _export(args: argparse.Namespace) -> int:
     begin_reading(args.megatron_path, "*.distcp")
     from megatron_embed.conversion.exporting import export_hf
 
-    names = ("hf_model", "target", "torch_dtype", "max_shard_size", "bidirectional", "overwrite", *_COMMON)
-    done = export_hf(args.megatron_path, args.hf_path, **_pick(args, names))
+    done = export_hf(**_options(args))
     print("\n".join([*done.notes, f"{args.target} written to {done.path}"]))
     return 0
 
@@ -131,7 +129,7 @@ def _verify(args: argparse.Namespace) -> int:
     from megatron_embed.conversion.verify import verify
     from megatron_embed.conversion.verify_table import print_table, summarize
 
-    outcome = verify(args.hf_model, **_pick(args, ("megatron_path", "hf_path", "bidirectional", *_COMMON)))
+    outcome = verify(**_options(args))
     print_table(outcome)
     if not outcome:
         print(f"error: {summarize(outcome)}", file=sys.stderr)
@@ -140,11 +138,11 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 COMMANDS = {"import": _import, "export": _export, "verify": _verify}
-_COMMON = ("revision", "trust_remote_code", "progress")
 
 
-def _pick(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names}
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the command's function, which have the options' names."""
+    return {name: value for name, value in vars(args).items() if name not in ("command", "debug")}
 
 
 def _stop(*_: object) -> NoReturn:

@@ -6,27 +6,27 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.atomic import atomic_output
 from megatron_embed.conversion.files.casts import Casts, torch_option
-from megatron_embed.conversion.files.progress import Converted, byte_bar
+from megatron_embed.conversion.files.json_files import read_json, write_json
+from megatron_embed.conversion.files.progress import Converted
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
-from megatron_embed.conversion.hf.folder import HFFolder, read_json
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.model_card import model_card
-from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, parse_size, write_sharded
+from megatron_embed.conversion.hf.safetensors_writer import parse_size, tower_specs, write_sharded
 from megatron_embed.conversion.hf.sentence_files import (
     SentenceSettings,
     note_on_lengths,
     read_sentence_settings,
-    write_json,
     write_sentence_files,
 )
 from megatron_embed.conversion.hf.sidecars import note_on_links, refuse_to_replace
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer, write_tokenizer
 from megatron_embed.conversion.importing import TEMPERATURE, torch_dtype_of
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.tensors import CheckpointReader
 from megatron_embed.conversion.mcore.weights import CheckpointWeights
 from megatron_embed.conversion.vlm import find_vlm_source, write_vlm
@@ -73,18 +73,18 @@ def export_hf(
     parse_size(max_shard_size)
     iter_dir = checkpoint_folder.resolve(megatron_path)
     source = HFFolder(hf_model, revision=revision, trust_remote_code=trust_remote_code) if hf_model else None
-    made = checkpoint_folder.was_made_bidirectional(iter_dir, bidirectional=bidirectional)
+    made = statements.was_made_bidirectional(iter_dir, bidirectional=bidirectional)
     if source is not None:
         made |= made_bidirectional(source.path, source.config, bidirectional=bidirectional or made)
     config = _config(iter_dir, source)
     if torch_dtype is not None:
         torch_dtype_of(torch_dtype)
         config = config.replace(dtype=torch_dtype)
-    trained = isinstance(checkpoint_folder.read_run_config(iter_dir).get("train"), dict)
+    trained = bool(statements.read_section(iter_dir, "train"))
     casts = Casts(iter_dir, rounding=torch_dtype is not None or trained, ask=torch_option)
     weights = CheckpointWeights(CheckpointReader(iter_dir), config)
-    sources = [*checkpoint_folder.sources(iter_dir), *([source.path] if source else [])]
-    if overwrite and checkpoint_folder.looks_like_source(Path(hf_path).expanduser(), iter_dir):
+    sources = [*statements.sources(iter_dir), *([source.path] if source else [])]
+    if overwrite and statements.looks_like_source(Path(hf_path).expanduser(), iter_dir):
         sources.append(Path(hf_path))
     vlm = find_vlm_source(iter_dir, weights, source) if target == "vlm" else None
     notes = [*(source.notes if source else []), *(note_on_links(vlm.files) if vlm else [])]
@@ -104,12 +104,12 @@ def export_hf(
 
 def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
     """Return the checkpoint's own config, else the given folder's (a checkpoint of another program has none)."""
-    config = checkpoint_folder.encoder_config(iter_dir)
+    config = statements.encoder_config(iter_dir)
     if config is None and source is None:
         raise UserError(f"{iter_dir}: does not say which model it is; give --hf-model, the folder it was made from")
     if source is None or config is None:
         return config if source is None else source.encoder_config()  # type: ignore[return-value]
-    checkpoint_folder.refuse_another_model(source.encoder_config(), config, source.path)
+    statements.refuse_another_model(source.encoder_config(), config, source.path)
     return config
 
 
@@ -118,8 +118,8 @@ def _config(iter_dir: Path, source: HFFolder | None) -> EncoderConfig:
 
 def _sentence_settings(iter_dir: Path, config: EncoderConfig, source: HFFolder | None) -> SentenceSettings:
     """Return the checkpoint's own settings, else the given folder's (another program's checkpoint has none)."""
-    stated = read_sentence_settings(source.path) if source and checkpoint_folder.says_nothing(iter_dir) else None
-    return stated or checkpoint_folder.sentence_settings(iter_dir, config)
+    stated = read_sentence_settings(source.path) if source and statements.says_nothing(iter_dir) else None
+    return stated or statements.sentence_settings(iter_dir, config)
 
 
 def _write_embedder(
@@ -135,7 +135,7 @@ def _write_embedder(
     progress: bool,
 ) -> None:
     config = weights.config
-    run = checkpoint_folder.read_run_config(iter_dir)
+    run = statements.read_run_config(iter_dir)
     if (learned := weights.temperature()) is not None:
         config = config.replace(temperature=learned)
     elif config.temperature is None:
@@ -147,19 +147,8 @@ def _write_embedder(
     card = model_card(config, settings, run, iter_dir, made_bidirectional=made)
     (out / "README.md").write_text(card, encoding="utf-8")
     dtype = torch_dtype_of(config.dtype)
-    specs = [
-        TensorSpec(name, shape, dtype)
-        for weight in mapping.weights(config)
-        for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
-    ]
-    with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
-        write_sharded(
-            specs,
-            weights.hf_values(dtype, casts),
-            out,
-            max_shard_size=max_shard_size,
-            on_tensor=lambda spec: advance(spec.nbytes),
-        )
+    values = weights.hf_values(dtype, casts)
+    write_sharded(tower_specs(config, dtype), values, out, max_shard_size=max_shard_size, progress=progress)
 
 
 def write_embedder_config(out: Path, config: EncoderConfig) -> None:

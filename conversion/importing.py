@@ -9,19 +9,26 @@ from typing import Any
 import torch
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, some
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.bridge.layout import Layout, check_layout
 from megatron_embed.conversion.files.atomic import atomic_output
 from megatron_embed.conversion.files.casts import Casts, torch_option
 from megatron_embed.conversion.files.checksums import write_checksums
-from megatron_embed.conversion.files.progress import Converted, byte_bar
+from megatron_embed.conversion.files.progress import Converted
 from megatron_embed.conversion.hf.declared_attention import made_bidirectional
 from megatron_embed.conversion.hf.folder import HFFolder
-from megatron_embed.conversion.hf.sentence_files import beside_the_recipe, default_settings, read_sentence_settings
+from megatron_embed.conversion.hf.sentence_files import (
+    OF_THE_RECIPE,
+    beside_the_recipe,
+    default_settings,
+    read_sentence_settings,
+)
 from megatron_embed.conversion.hf.sidecars import note_on_links, others, refuse_to_replace
+from megatron_embed.conversion.hf.stored_tensors import FP8_SCALES
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.tensors import write_chunks
 from megatron_embed.conversion.mcore.weights import chunks, kept_chunks
 
@@ -75,11 +82,10 @@ def import_hf(
         iter_dir.mkdir()
         encoder = chunks(folder, config, dtype=torch_dtype_of(config.dtype), tp=tp, pp=pp, casts=casts)
         pieces = [*encoder, *kept_chunks(folder, kept)]
-        with byte_bar("import", sum(piece.nbytes for piece in pieces), enabled=progress) as advance:
-            sums = write_chunks(iter_dir, pieces, on_chunk=lambda piece: advance(piece.nbytes))
-        checkpoint_folder.write_sidecars(iter_dir, folder.path)
+        sums = write_chunks(iter_dir, pieces, progress=progress)
+        statements.write_sidecars(iter_dir, folder.path)
         checkpoint_folder.write_common(iter_dir, 0)
-        checkpoint_folder.write_run_config(iter_dir, _run_config(folder, config, made, tp=tp, pp=pp))
+        statements.write_run_config(iter_dir, _run_config(folder, config, made, tp=tp, pp=pp))
         write_checksums(iter_dir, sums)
         checkpoint_folder.write_tracker(out, 0)
     left_out = counted_by_reason({name: reason for name, reason in ignored.items() if name not in kept})
@@ -122,8 +128,7 @@ def counted_by_reason(ignored: dict[str, str]) -> list[str]:
 def _files_left(folder: Path) -> list[str]:
     if not (names := others(folder)):
         return []
-    shown = ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
-    return [f"beside the weights left out, no files of a model by their names: {shown}"]
+    return [f"beside the weights left out, no files of a model by their names: {some(names, 6)}"]
 
 
 def _dequantized(folder: HFFolder) -> list[str]:
@@ -135,9 +140,8 @@ def _to_keep(folder: HFFolder, config: EncoderConfig, ignored: dict[str, str]) -
     """Return the tensors beside a VLM's language tower, but not a tied lm_head: it is the embedding."""
     if not is_vlm(folder.config):
         raise UserError(f"{folder.path}: --with-vision: the source is {folder.architecture}, which has no vision tower")
-    scales = (".weight_scale_inv", ".activation_scale")
     tied_head = [name for name in ignored if name.endswith("lm_head.weight")] if config.tie_word_embeddings else []
-    return [name for name in ignored if not name.endswith(scales) and name not in tied_head]
+    return [name for name in ignored if not name.endswith(FP8_SCALES) and name not in tied_head]
 
 
 def _run_config(folder: HFFolder, config: EncoderConfig, made: bool, *, tp: int, pp: int) -> dict[str, Any]:
@@ -155,12 +159,7 @@ def _run_config(folder: HFFolder, config: EncoderConfig, made: bool, *, tp: int,
             "torch_dtype": config.dtype,
             "bidirectional": made,
         },
-        "data": {
-            "query_prompt": settings.query_prompt,
-            "passage_prompt": settings.passage_prompt,
-            "query_max_length": settings.query_max_length,
-            "passage_max_length": settings.passage_max_length,
-        },
+        "data": {name: getattr(settings, name) for name in OF_THE_RECIPE},
         "sentence": beside_the_recipe(settings),
         "loss": {"temperature": config.temperature if config.temperature is not None else TEMPERATURE},
         "encoder": config.to_dict(),

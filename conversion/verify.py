@@ -40,12 +40,14 @@ from megatron_embed.conversion.compare.tensors import (
 )
 from megatron_embed.conversion.compare.tokenizers import compare_tokenizers, reads_control_tokens
 from megatron_embed.conversion.files.checksums import DamagedCheckpoint
+from megatron_embed.conversion.files.json_files import read_json
 from megatron_embed.conversion.files.progress import byte_bar
 from megatron_embed.conversion.hf.declared_attention import declares_causal
-from megatron_embed.conversion.hf.folder import HFFolder, read_json
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import read_sentence_settings
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.tensors import CheckpointReader
 from megatron_embed.conversion.mcore.weights import CheckpointWeights
 
@@ -73,16 +75,6 @@ class Verification:
     def section(self, name: str) -> ComparedSection | None:
         """Return the section of this name, or None if it was not compared."""
         return next((section for section in self.sections if section.name == name), None)
-
-    @property
-    def compared(self) -> int:
-        """Return the number of tensors that were compared."""
-        return tensors.compared if (tensors := self.section("tensors")) else 0
-
-    @property
-    def equal(self) -> int:
-        """Return the number of tensors that are the same."""
-        return tensors.equal if (tensors := self.section("tensors")) else 0
 
     @property
     def embeddings(self) -> float | None:
@@ -125,8 +117,7 @@ def verify(
     other: HFFolder | Path
     if megatron_path is not None:
         other = checkpoint_folder.resolve(megatron_path)
-        model = checkpoint_folder.read_run_config(other).get("model")
-        bidirectional = bidirectional or (isinstance(model, dict) and model.get("bidirectional") is True)
+        bidirectional = bidirectional or statements.read_section(other, "model").get("bidirectional") is True
     else:
         assert hf_path is not None
         other = HFFolder(hf_path, trust_remote_code=trust_remote_code)
@@ -185,23 +176,21 @@ def _checkpoint_files(
     """Compare a checkpoint's config and settings, and the files that it keeps for exports, with its source's."""
     sidecars = iter_dir / checkpoint_folder.SIDECARS
     sections = []
-    if (stated := checkpoint_folder.encoder_config(iter_dir)) is None:
+    if (stated := statements.encoder_config(iter_dir)) is None:
         notes.append(f"config not compared: {iter_dir} does not say which model it is")
     else:
         sections.append(compare_encoders(stated, source.config, where=f"{checkpoint_folder.RUN_CONFIG}: encoder"))
-    kept = read_json(sidecars / "config.json") if (sidecars / "config.json").is_file() else None
-    if kept is not None:
-        files = compare_configs(kept, source.config, where=f"{checkpoint_folder.SIDECARS}/config.json")
+    kept = read_json(sidecars / "config.json", optional=True)
+    if kept:
         before = sections.pop() if sections else ComparedSection("config", 0)
-        sections.append(
-            ComparedSection("config", before.compared + files.compared, before.differences + files.differences)
-        )
+        where = f"{checkpoint_folder.SIDECARS}/config.json"
+        sections.append(before + compare_configs(kept, source.config, where=where))
     # a checkpoint's encoder is bidirectional, whatever was imported
     sections.append(compare_attention(False, causal=causal, where="the encoder's attention, is_causal"))
-    settings = checkpoint_folder.sentence_settings(iter_dir, stated or config)
+    settings = statements.sentence_settings(iter_dir, stated or config)
     sections.append(compare_settings(settings, source, config, where=f"{checkpoint_folder.RUN_CONFIG}: data"))
     sections += _tokenizer(source, sidecars, notes)
-    if kept is not None and is_vlm(kept) and is_vlm(source.config):
+    if is_vlm(kept) and is_vlm(source.config):
         sections += compare_processors(sidecars, source.path)
     return sections
 
@@ -226,7 +215,7 @@ def _open(
 ) -> tuple[HFFolder | CheckpointWeights, Iterator[Pair]]:
     if isinstance(other, HFFolder):
         return other, with_folder(source, other, config)
-    stated = checkpoint_folder.encoder_config(other)
+    stated = statements.encoder_config(other)
     weights = CheckpointWeights(CheckpointReader(other), _of_checkpoint(stated, config))
     return weights, with_checkpoint(source, weights, config)
 

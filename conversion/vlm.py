@@ -13,19 +13,19 @@ import torch
 from megatron_embed.bridge import mapping
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
-from megatron_embed.conversion.files.casts import Casts
-from megatron_embed.conversion.files.progress import byte_bar
+from megatron_embed.conversion.files.casts import Casts, dtype_name
+from megatron_embed.conversion.files.json_files import read_json, write_json
 from megatron_embed.conversion.files.stored import Stored, Values
-from megatron_embed.conversion.hf.folder import FLOATS, HFFolder, read_json
-from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, write_sharded
-from megatron_embed.conversion.hf.sentence_files import write_json
+from megatron_embed.conversion.hf.folder import HFFolder
+from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, tower_specs, write_sharded
 from megatron_embed.conversion.hf.sidecars import publish_files, sidecars, without_local_paths
+from megatron_embed.conversion.hf.stored_tensors import FLOATS, FP8_SCALES
 from megatron_embed.conversion.importing import torch_dtype_of
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.weights import KEPT, CheckpointWeights
 
 _PREFIX = "language_model.model."
-_SCALES = (".weight_scale_inv", ".activation_scale")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def find_vlm_source(iter_dir: Path, weights: CheckpointWeights, given: HFFolder 
     """
     if given is not None:
         return _from_folder(given, weights)
-    model = checkpoint_folder.read_run_config(iter_dir).get("model")
-    model = model if isinstance(model, dict) else {}
+    model = statements.read_section(iter_dir, "model")
     kept = weights.kept()
     if kept:
         reader = weights.reader
@@ -81,7 +80,7 @@ def _from_folder(folder: HFFolder, weights: CheckpointWeights) -> VLMSource:
         )
     folder.check(folder.encoder_config())
     tower = {folder.prefix + name for weight in mapping.weights(weights.config) for name in weight.hf}
-    names = [name for name in folder.names() if name not in tower and not name.endswith(_SCALES)]
+    names = [name for name in folder.names() if name not in tower and not name.endswith(FP8_SCALES)]
     specs = tuple(TensorSpec(name, folder.shape(name), folder.tensor_dtype(name)) for name in names)
     return VLMSource(folder.path, folder.prefix, specs, folder.values)
 
@@ -104,7 +103,6 @@ def write_vlm(
         casts: casts the tensors.
         torch_dtype: None keeps the dtype of every tensor beside the language tower; else all floats get this dtype.
     """
-    config = weights.config
     files = [path for path in sidecars(source.files) if str(path) != "config.json"]
     publish_files(files, source.files, out)
     raw = without_local_paths(read_json(source.files / "config.json"))
@@ -120,24 +118,13 @@ def write_vlm(
     def dtype_of(spec: TensorSpec) -> torch.dtype:
         return torch_dtype_of(torch_dtype) if torch_dtype is not None and spec.dtype in FLOATS else spec.dtype
 
-    tower = torch_dtype_of(config.dtype)
-    specs = [
-        TensorSpec(source.prefix + name, shape, tower)
-        for weight in mapping.weights(config)
-        for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
-    ]
+    tower = torch_dtype_of(weights.config.dtype)
     others = [TensorSpec(spec.name, spec.shape, dtype_of(spec)) for spec in source.others]
-    specs += others
+    specs = [*tower_specs(weights.config, tower, prefix=source.prefix), *others]
     _restate_dtype(raw, tower, specs)
     write_json(out / "config.json", raw)
-    with byte_bar("export", sum(spec.nbytes for spec in specs), enabled=progress) as advance:
-        write_sharded(
-            specs,
-            _values(source, weights, casts, tower, others),
-            out,
-            max_shard_size=max_shard_size,
-            on_tensor=lambda spec: advance(spec.nbytes),
-        )
+    values = _values(source, weights, casts, tower, others)
+    write_sharded(specs, values, out, max_shard_size=max_shard_size, progress=progress)
 
 
 def _restate_dtype(raw: dict[str, Any], tower: torch.dtype, specs: list[TensorSpec]) -> None:
@@ -148,8 +135,8 @@ def _restate_dtype(raw: dict[str, Any], tower: torch.dtype, specs: list[TensorSp
     widest = reduce(torch.promote_types, (spec.dtype for spec in specs if spec.dtype in FLOATS))
     for values in (raw, raw["text_config"]):
         for key in ("dtype", "torch_dtype"):
-            if values.get(key) not in (None, "auto", str(tower).removeprefix("torch.")):
-                values[key] = str(widest).removeprefix("torch.")
+            if values.get(key) not in (None, "auto", dtype_name(tower)):
+                values[key] = dtype_name(widest)
 
 
 def _values(

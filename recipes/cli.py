@@ -9,7 +9,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,33 +27,24 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass(frozen=True)
-class TrainArguments:
-    """Parsed arguments of the training command line; ``cfg`` is None with ``--list``."""
-
-    cfg: RecipeConfig | None
-    list_recipes: bool
-    dry_run: bool
-    world_size: int
-    debug: bool
-
-
-def parse_train_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
+def parse_train_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read ``RECIPE [--config FILE.yaml] [--list] [--dry-run] [section.key=value …]``.
 
     Bad arguments (an unknown recipe, key or value) end the program with status 2 and one message. Under torchrun the
     first rank prints it.
+
+    Returns:
+        The options, with the recipe as ``cfg`` (not with ``--list``) and the number of ranks as ``world_size``.
     """
-    parser = _train_parser()
-    args = parser.parse_intermixed_args(argv)
+    args = _train_parser().parse_intermixed_args(argv)
     if args.list:
-        return TrainArguments(None, True, False, 1, args.debug)
-    cfg, _ = read_words(args)
+        return args
+    args.cfg, _ = read_words(args)
     if "WORLD_SIZE" in os.environ:
-        world_size = int(os.environ["WORLD_SIZE"])
-    else:  # by default a dry run shows the smallest world that the layout fits
-        world_size = args.world_size or (layout_of(cfg).model_parallel_size if args.dry_run else 1)
-    return TrainArguments(cfg, False, args.dry_run, world_size, args.debug)
+        args.world_size = int(os.environ["WORLD_SIZE"])
+    elif args.world_size is None:  # by default a dry run shows the smallest world that the layout fits
+        args.world_size = layout_of(args.cfg).model_parallel_size if args.dry_run else 1
+    return args
 
 
 def read_words(args: argparse.Namespace) -> tuple[RecipeConfig, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.arguments import filled
@@ -13,25 +13,6 @@ from megatron_embed.recipes.config.run_config import load_run_config
 from megatron_embed.recipes.config.schema import DataSection, DataSource
 from megatron_embed.recipes.datasets.inspection import findings_as_text, look_through
 from megatron_embed.recipes.datasets.odd_rows import report
-
-if TYPE_CHECKING:
-    from megatron_embed.recipes.datasets.tokenization import TextTokenizer
-
-
-def open_tokenizer(model: str, data: DataSection) -> TextTokenizer:
-    """Return a model's tokenizer with the prompts and maximal lengths that training would use."""
-    from megatron_embed.recipes.datasets.tokenization import TextTokenizer
-    from megatron_embed.recipes.encoding.source import ModelSource
-
-    source = ModelSource.open(model, bidirectional=True)  # accepts any attention, as none is computed here
-    return TextTokenizer.from_folder(
-        source.files,
-        query_prompt=data.query_prompt,
-        passage_prompt=data.passage_prompt,
-        query_max_length=data.query_max_length,
-        passage_max_length=data.passage_max_length,
-        do_lower_case=source.settings is not None and source.settings.do_lower_case,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -58,7 +39,12 @@ def _run(args: Any) -> None:
     data, unusable = load_run_config(args.config, recipes=RECIPES).data if args.config else DataSection(), []
     if args.files:
         data = data.model_copy(update={"train": [DataSource(path=path) for path in args.files]})
-    tokenizer = open_tokenizer(args.model, data) if args.model else None
+    tokenizer = None
+    if args.model:
+        from megatron_embed.recipes.encoding.source import ModelSource
+
+        # any attention is accepted, because none is computed here
+        tokenizer = ModelSource.open(args.model, bidirectional=True).tokenizer(data)
     odd = []
     for source in data.sources():
         found = look_through(source.path, source.stated())

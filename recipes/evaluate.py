@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_embed.bridge.errors import UserError, named
+from megatron_embed.bridge.errors import named
 from megatron_embed.conversion.arguments import filled, filled_path
 from megatron_embed.conversion.files.atomic import refuse_sources
-from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.conversion.hf.declared_attention import HELP
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.datasets.beir import load_collections
 from megatron_embed.recipes.datasets.odd_rows import report
+from megatron_embed.recipes.model_arguments import check_output_file
 from megatron_embed.recipes.retrieval.evaluation import evaluate, markdown_table
 from megatron_embed.recipes.retrieval.vectors import write_file
 
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(args: argparse.Namespace) -> None:
     if args.output:
-        _check_output(args)
+        with named("--output"):
+            refuse_sources(args.output, map(Path, (args.model, *args.data)))
+        check_output_file(args.output, overwrite=args.overwrite)
     first_rank = os.environ.get("RANK", "0") == "0"
     collections = load_collections(args.data, args.split)
     if first_rank or args.strict:  # with strict, all ranks must raise the error
@@ -69,18 +71,6 @@ def _run(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=2) + "\n"
         write_file(args.output, lambda file: file.write(text.encode()))
-
-
-def _check_output(args: argparse.Namespace) -> None:
-    """Refuse an output that would change the model or the data, or replace a file that is there already."""
-    with named("--output"):
-        refuse_sources(args.output, map(Path, (args.model, *args.data)))
-    if args.output.exists() and not args.overwrite:
-        raise UserError(f"{args.output}: is there already; name another file, or --overwrite")
-    if args.output.is_dir():
-        raise UserError(f"{args.output}: a folder; wanted a file's name")
-    with named("--output"):
-        check_writable(args.output.parent)
 
 
 if __name__ == "__main__":

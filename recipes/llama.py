@@ -1,11 +1,12 @@
-"""Recipes for Llama. Each is a function without parameters; larger sizes start from a sibling and change it."""
+"""Recipes for Llama. Each is a function without parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.recipes.config.schema import ModelSection, OptimizerSection, RecipeConfig, TrainSection
+from megatron_embed.recipes.config.full_training import full_training
+from megatron_embed.recipes.config.schema import RecipeConfig
 
 _KINDS = ("", "-Instruct")
 _COMMON: dict[str, Any] = {
@@ -27,19 +28,11 @@ SIZES: dict[str, EncoderConfig] = {
 
 def llama32_1b_embed_config() -> RecipeConfig:
     """Llama 3.2 1B: one GPU a replica, 128 queries a step, full fine-tuning."""
-    return RecipeConfig(
-        recipe="llama32_1b_embed_config",
-        model=ModelSection(hf_model="meta-llama/Llama-3.2-1B"),
-        train=TrainSection(global_batch_size=128),
-        optimizer=OptimizerSection(lr=5e-6),
-    )
+    return full_training("llama32_1b_embed_config", "meta-llama/Llama-3.2-1B")
 
 
 def llama31_8b_embed_config() -> RecipeConfig:
     """Llama 3.1 8B: two GPUs a replica."""
-    cfg = llama32_1b_embed_config()
-    cfg.recipe = "llama31_8b_embed_config"
-    cfg.model.hf_model = "meta-llama/Llama-3.1-8B"
-    cfg.model.tensor_model_parallel_size = 2
-    cfg.train.micro_batch_tokens = 8192
-    return cfg
+    return full_training(
+        "llama31_8b_embed_config", "meta-llama/Llama-3.1-8B", tensor_parallel=2, micro_batch_tokens=8192
+    )

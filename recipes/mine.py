@@ -12,13 +12,11 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_embed.bridge.errors import UserError, named
 from megatron_embed.conversion.arguments import filled, filled_path, positive
-from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.recipes.cli import FirstRankParser, run_program
 from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.datasets.inputs import check_source
-from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
+from megatron_embed.recipes.model_arguments import add_model_arguments, check_output_file, open_encoder
 from megatron_embed.recipes.retrieval.mining import MiningRules
 from megatron_embed.recipes.retrieval.mining_report import audit_as_text, beside, write_audit
 
@@ -63,12 +61,7 @@ def _rank_range(text: str) -> tuple[int, int]:
 
 def _run(args: argparse.Namespace) -> None:
     rules = MiningRules(args.negatives, args.rank_range, args.max_score_ratio, args.margin)
-    if args.output.exists() and not args.overwrite:
-        raise UserError(f"{args.output}: is there already; name another file, or --overwrite")
-    if args.output.is_dir():
-        raise UserError(f"{args.output}: a folder; wanted a file's name")
-    with named("--output"):
-        check_writable(args.output.parent)
+    check_output_file(args.output, overwrite=args.overwrite)
     check_source(args.data)
     corpus = Corpus(args.corpus)
     from megatron_embed.recipes.retrieval.miner import mine

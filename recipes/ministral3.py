@@ -1,10 +1,11 @@
-"""Recipes for Ministral 3. Each is a function without parameters; other sizes start from a sibling and change it."""
+"""Recipes for Ministral 3. Each is a function without parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig
+from megatron_embed.recipes.config.full_training import full_training
 from megatron_embed.recipes.config.schema import DataSection, ModelSection, OptimizerSection, RecipeConfig, TrainSection
 
 _YARN: dict[str, Any] = {
@@ -43,31 +44,19 @@ SIZES: dict[str, EncoderConfig] = {
 
 def ministral3_3b_embed_config() -> RecipeConfig:
     """3B: one GPU a replica, 128 queries a step, full fine-tuning."""
-    return RecipeConfig(
-        recipe="ministral3_3b_embed_config",
-        model=ModelSection(hf_model="mistralai/Ministral-3-3B-Base-2512"),
-        train=TrainSection(global_batch_size=128),
-        optimizer=OptimizerSection(lr=5e-6),
-    )
+    return full_training("ministral3_3b_embed_config", "mistralai/Ministral-3-3B-Base-2512")
 
 
 def ministral3_8b_embed_config() -> RecipeConfig:
     """8B: two GPUs a replica."""
-    cfg = ministral3_3b_embed_config()
-    cfg.recipe = "ministral3_8b_embed_config"
-    cfg.model.hf_model = "mistralai/Ministral-3-8B-Base-2512"
-    cfg.model.tensor_model_parallel_size = 2
-    cfg.train.micro_batch_tokens = 8192  # 16384 leave too little of 80 GB
-    return cfg
+    return full_training(
+        "ministral3_8b_embed_config", "mistralai/Ministral-3-8B-Base-2512", tensor_parallel=2, micro_batch_tokens=8192
+    )
 
 
 def ministral3_14b_embed_config() -> RecipeConfig:
     """14B: four GPUs a replica."""
-    cfg = ministral3_3b_embed_config()
-    cfg.recipe = "ministral3_14b_embed_config"
-    cfg.model.hf_model = "mistralai/Ministral-3-14B-Base-2512"
-    cfg.model.tensor_model_parallel_size = 4
-    return cfg
+    return full_training("ministral3_14b_embed_config", "mistralai/Ministral-3-14B-Base-2512", tensor_parallel=4)
 
 
 def ministral3_tiny_embed_config() -> RecipeConfig:

@@ -1,14 +1,16 @@
-"""Command-line options for a model's layout, and the encoder that they select."""
+"""Command-line options that several commands have: a model's layout and its encoder, and the output file."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_embed.bridge.errors import UsageError
+from megatron_embed.bridge.errors import UsageError, UserError, named
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.conversion.arguments import positive
+from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.conversion.hf.declared_attention import HELP
 
 if TYPE_CHECKING:
@@ -25,6 +27,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--bidirectional", action="store_true", help=HELP)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def check_output_file(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output file that is there already, is a folder, or cannot be written.
+
+    Raises:
+        UserError: the message names the file, or the option.
+    """
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: is there already; name another file, or --overwrite")
+    if output.is_dir():
+        raise UserError(f"{output}: a folder; wanted a file's name")
+    with named("--output"):
+        check_writable(output.parent)
 
 
 def open_encoder(args: argparse.Namespace, *, scores: bool = False) -> Encoder:

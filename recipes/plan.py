@@ -8,41 +8,25 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_embed.conversion.arguments import positive, whole
 from megatron_embed.recipes import SIZES
 from megatron_embed.recipes.cli import FirstRankParser, read_words, run_program
-from megatron_embed.recipes.config.schema import LAYOUT_KEYS, RecipeConfig
+from megatron_embed.recipes.config.schema import LAYOUT_KEYS
 
 if TYPE_CHECKING:
     from megatron_embed.recipes.planning.layouts import Plan
 
 
-@dataclass(frozen=True)
-class PlanArguments:
-    """Parsed arguments of the command line.
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line. Bad arguments end the program with status 2 and one message.
 
-    Attributes:
-        given: True if the overrides set the layout.
-        recompute: the overrides' value; None if they set none, and the plan then takes the least that fits.
+    Returns:
+        The options, with the recipe as ``cfg``; ``given``: whether the overrides set the layout; ``recompute``: the
+        overrides' value, or None if they set none, and the plan then takes the least that fits.
     """
-
-    cfg: RecipeConfig
-    given: bool
-    recompute: str | None
-    world_size: int
-    gpu_memory: float
-    gpus_per_node: int
-    top: int
-    json: Path | None
-    debug: bool
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> PlanArguments:
-    """Parse the command line. Bad arguments end the program with status 2 and one message."""
     parser = FirstRankParser(
         prog="megatron_embed.recipes.plan",
         description="Memory, communication and bubble of a recipe's layouts: of the one that the keys "
@@ -59,19 +43,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> PlanArguments:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too, in bytes")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_intermixed_args(argv)
-    cfg, words = read_words(args)
+    args.cfg, words = read_words(args)
     keys = {word.partition("=")[0] for word in words}
-    return PlanArguments(
-        cfg,
-        given=not keys.isdisjoint(LAYOUT_KEYS),
-        recompute=cfg.model.recompute if "model.recompute" in keys else None,
-        world_size=args.world_size,
-        gpu_memory=args.gpu_memory,
-        gpus_per_node=args.gpus_per_node,
-        top=args.top,
-        json=args.json,
-        debug=args.debug,
-    )
+    args.given = not keys.isdisjoint(LAYOUT_KEYS)
+    args.recompute = args.cfg.model.recompute if "model.recompute" in keys else None
+    return args
 
 
 def _size(text: str) -> float:
@@ -90,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     run_program(lambda: _report(args), debug=args.debug)
 
 
-def _report(args: PlanArguments) -> None:
+def _report(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from megatron_embed.recipes.planning import tables as plan_tables

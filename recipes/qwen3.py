@@ -1,11 +1,12 @@
-"""Recipes for Qwen3 (dense). Each is a function without parameters; larger sizes start from a sibling and change it."""
+"""Recipes for Qwen3 (dense). Each is a function without parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.recipes.config.schema import ModelSection, OptimizerSection, RecipeConfig, TrainSection
+from megatron_embed.recipes.config.full_training import full_training
+from megatron_embed.recipes.config.schema import RecipeConfig
 
 _COMMON: dict[str, Any] = {
     "family": "qwen3",
@@ -37,28 +38,14 @@ SIZES: dict[str, EncoderConfig] = {
 
 def qwen3_0p6b_embed_config() -> RecipeConfig:
     """Qwen3 0.6B: one GPU a replica, 128 queries a step, full fine-tuning."""
-    return RecipeConfig(
-        recipe="qwen3_0p6b_embed_config",
-        model=ModelSection(hf_model="Qwen/Qwen3-0.6B-Base"),
-        train=TrainSection(global_batch_size=128),
-        optimizer=OptimizerSection(lr=1e-5),
-    )
+    return full_training("qwen3_0p6b_embed_config", "Qwen/Qwen3-0.6B-Base", lr=1e-5)
 
 
 def qwen3_4b_embed_config() -> RecipeConfig:
     """Qwen3 4B: two GPUs a replica."""
-    cfg = qwen3_0p6b_embed_config()
-    cfg.recipe = "qwen3_4b_embed_config"
-    cfg.model.hf_model = "Qwen/Qwen3-4B-Base"
-    cfg.model.tensor_model_parallel_size = 2
-    cfg.optimizer.lr = 5e-6
-    return cfg
+    return full_training("qwen3_4b_embed_config", "Qwen/Qwen3-4B-Base", tensor_parallel=2)
 
 
 def qwen3_8b_embed_config() -> RecipeConfig:
     """Qwen3 8B: two GPUs a replica."""
-    cfg = qwen3_4b_embed_config()
-    cfg.recipe = "qwen3_8b_embed_config"
-    cfg.model.hf_model = "Qwen/Qwen3-8B-Base"
-    cfg.train.micro_batch_tokens = 8192
-    return cfg
+    return full_training("qwen3_8b_embed_config", "Qwen/Qwen3-8B-Base", tensor_parallel=2, micro_batch_tokens=8192)

@@ -36,14 +36,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = parse_train_arguments(argv)
 
     def body() -> None:
-        if args.list_recipes:
+        if args.list:
             from rich.console import Console
 
             console = Console()
             console.width = console.width if console.is_terminal else 160
             console.print(recipe_table())
             return
-        assert args.cfg is not None
         if args.dry_run:
             from megatron_embed.recipes.training.dry_run import describe_run
 

@@ -20,8 +20,11 @@ from megatron_embed.conversion.compare.differences import (
     compare_values,
     flatten,
 )
-from megatron_embed.conversion.hf.folder import FLOATS, HFFolder, read_json
+from megatron_embed.conversion.files.casts import dtype_name
+from megatron_embed.conversion.files.json_files import read_json
+from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sidecars import without_local_paths
+from megatron_embed.conversion.hf.stored_tensors import FLOATS, FP8_SCALES
 
 #: Keys that do not change the function, with the reason; a family may name more. Every other key is compared.
 NOT_COMPARED: dict[str, str] = {
@@ -52,9 +55,6 @@ NOT_COMPARED: dict[str, str] = {
     "vision_config.rope_parameters.rope_type": "the vision tower has one kind of rope, whatever a file calls it",
 }
 
-#: ends of the names of tensors that belong to FP8 weights
-_SCALES = (".weight_scale_inv", ".activation_scale")
-
 #: files with the image settings of a VLM
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -69,36 +69,29 @@ def compare_configs(found: Mapping[str, Any], wanted: Mapping[str, Any], *, wher
         UserError: one of them describes no known model, or is no valid config.
     """
     try:
-        count, differences = _compare_shared(_text_values(found), _text_values(wanted), where=where)
+        section = _compare_shared(_text_values(found), _text_values(wanted), where=where)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix('config: ')}") from None
-    vllm_count, vllm_differences = compare_values(*_vllm_keys(found), where=where)
-    count, differences = count + vllm_count, differences + vllm_differences
+    section += compare_values("config", *_vllm_keys(found), where=where)
     if is_vlm(found) and is_vlm(wanted):
-        more, different = _compare_shared(_vlm_values(found), _vlm_values(wanted), where=where)
-        count, differences = count + more, differences + different
-    return ComparedSection("config", count, differences)
+        section += _compare_shared(_vlm_values(found), _vlm_values(wanted), where=where)
+    return section
 
 
 def compare_encoders(found: EncoderConfig, wanted: Mapping[str, Any], *, where: str) -> ComparedSection:
     """Compare a checkpoint's encoder with the contents of the source's ``config.json``."""
-    return ComparedSection(
-        "config", *_compare_shared(_kept(found.to_hf().to_dict()), _text_values(wanted), where=where)
-    )
+    return _compare_shared(_kept(found.to_hf().to_dict()), _text_values(wanted), where=where)
 
 
-def _compare_shared(found: dict[str, Any], wanted: dict[str, Any], *, where: str) -> tuple[int, list[Difference]]:
+def _compare_shared(found: dict[str, Any], wanted: dict[str, Any], *, where: str) -> ComparedSection:
     """Compare as :func:`compare_values`, without keys that only one side has and that transformers does not know.
 
     transformers' classes fill in each of their own keys. Other keys are not part of the function, and conversions need
     not keep them. Rope parameters are the exception: all of them are compared.
     """
     both = found.keys() & wanted.keys() | {key for key in (*found, *wanted) if "rope_parameters." in key}
-    return compare_values(
-        {key: value for key, value in found.items() if key in both},
-        {key: value for key, value in wanted.items() if key in both},
-        where=where,
-    )
+    left, right = ({key: value for key, value in side.items() if key in both} for side in (found, wanted))
+    return compare_values("config", left, right, where=where)
 
 
 def _text_values(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,12 +157,12 @@ def compare_stated_dtype(found: HFFolder) -> ComparedSection:
     transformers casts the tensors to the stated dtype at loading. Where a VLM's other tensors are wider than its
     language tower's, either dtype may be stated.
     """
-    names = [name for name in found.names() if not name.endswith(_SCALES)]
+    names = [name for name in found.names() if not name.endswith(FP8_SCALES)]
     tower = _widest(found, [name for name in names if name.startswith(found.prefix)])
     allowed = (tower, _widest(found, names))
     text = found.config.get("text_config") if is_vlm(found.config) else None
     stated = {
-        f"{place}{key}": str(values[key]).removeprefix("torch.")
+        f"{place}{key}": dtype_name(values[key])
         for place, values in (("", found.config), ("text_config.", text if isinstance(text, Mapping) else {}))
         for key in ("dtype", "torch_dtype")
         if values.get(key) not in (None, "auto")
@@ -184,7 +177,7 @@ def compare_stated_dtype(found: HFFolder) -> ComparedSection:
 
 def _widest(folder: HFFolder, names: list[str]) -> str:
     dtypes = {folder.tensor_dtype(name) for name in names}
-    return str(reduce(torch.promote_types, dtypes & {*FLOATS} or dtypes)).removeprefix("torch.")
+    return dtype_name(reduce(torch.promote_types, dtypes & {*FLOATS} or dtypes))
 
 
 # ---- attention
@@ -220,16 +213,13 @@ def compare_attention(found: bool | None, *, causal: bool, where: str) -> Compar
 
 def compare_processors(found: Path, wanted: Path) -> list[ComparedSection]:
     """Compare two VLM folders' image preparation, key by key; return an empty list where neither states any."""
-    count, differences = 0, []
+    section = ComparedSection("processor", 0)
     for name in PROCESSOR_FILES:
         if (wanted / name).is_file() and not (found / name).is_file():
-            count += 1
-            differences.append(Difference(name, "no such file", "the source's"))
+            section += ComparedSection("processor", 1, [Difference(name, "no such file", "the source's")])
         elif (found / name).is_file():
             left, right = (
-                flatten(without_local_paths(read_json(path / name))) if (path / name).is_file() else {}
-                for path in (found, wanted)
+                flatten(without_local_paths(read_json(path / name, optional=True))) for path in (found, wanted)
             )
-            more, different = compare_values(left, right, where=name)
-            count, differences = count + more, differences + different
-    return [ComparedSection("processor", count, differences)] if count else []
+            section += compare_values("processor", left, right, where=name)
+    return [section] if section.compared else []

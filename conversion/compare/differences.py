@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: stands for a value that one side does not state
@@ -45,6 +45,10 @@ class ComparedSection:
     largest: float | None = None
     unequal: int | None = None
 
+    def __add__(self, other: ComparedSection) -> ComparedSection:
+        """Return one section of this name with the comparisons of both."""
+        return replace(self, compared=self.compared + other.compared, differences=self.differences + other.differences)
+
     @property
     def equal(self) -> int:
         """Return the number of things that are the same."""
@@ -62,14 +66,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def compare_values(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> tuple[int, list[Difference]]:
+def compare_values(section: str, found: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> ComparedSection:
     """Compare flat mappings key by key; a key that only one side has is a difference.
 
     Args:
+        section: name of the section that is returned.
         where: the file that holds ``found``.
-
-    Returns:
-        The number of keys, and the differences.
     """
     keys = dict.fromkeys([*wanted, *found])
     differences = [
@@ -77,7 +79,7 @@ def compare_values(found: Mapping[str, Any], wanted: Mapping[str, Any], *, where
         for key in keys
         if found.get(key, NOT_STATED) != wanted.get(key, NOT_STATED)
     ]
-    return len(keys), differences
+    return ComparedSection(section, len(keys), differences)
 
 
 def shown(values: Mapping[str, Any], key: str) -> str:

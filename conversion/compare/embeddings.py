@@ -25,7 +25,6 @@ from megatron_embed.bridge.parallel import parallel_world, select_device
 from megatron_embed.conversion.compare.tokenizers import load_tokenizer
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
-from megatron_embed.conversion.mcore.direct import parameters_with_weights
 from megatron_embed.conversion.mcore.weights import CheckpointWeights
 
 SENTENCES = (
@@ -122,7 +121,7 @@ def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]
 
     Each layer is a pipeline stage of its own, which is built in its turn.
     """
-    from megatron_embed.bridge.encoder import Encoder, transformer_config
+    from megatron_embed.bridge.encoder import EncoderStage, transformer_config
     from megatron_embed.bridge.layer_spec import local_layers
     from megatron_embed.bridge.sequences import TokenBatch
 
@@ -137,8 +136,10 @@ def checkpoint_layers(weights: CheckpointWeights, texts: Sequence[Sequence[int]]
         states: Tensor | None = None
         for layer in range(config.num_hidden_layers):
             last = layer == config.num_hidden_layers - 1
-            stage = Encoder(single, transformer, pre_process=not layer, post_process=last, layers=local_layers()).eval()
-            for _, parameter, weight in parameters_with_weights(stage, config, layer_offset=layer):
+            stage = EncoderStage(
+                single, transformer, pre_process=not layer, post_process=last, layers=local_layers()
+            ).eval()
+            for _, parameter, weight in mapping.parameters_with_weights(stage, config, layer_offset=layer):
                 if weight.kind == "vocab":
                     parameter.zero_()[: len(used)] = weights.read_rows(weight, used)
                 else:

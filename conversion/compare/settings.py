@@ -28,8 +28,7 @@ def compare_folder_settings(found: HFFolder, source: HFFolder, config: EncoderCo
     # config.json repeats these settings for users of the bare model
     stated = {name: found.config[name] for name in ("pooling", "normalize") if found.config.get(name) is not None}
     same = {name: getattr(settings, name) for name in stated}
-    count, differences = compare_values(stated, same, where="config.json")
-    return ComparedSection(section.name, section.compared + count, section.differences + differences)
+    return section + compare_values(section.name, stated, same, where="config.json")
 
 
 def compare_settings(
@@ -47,7 +46,7 @@ def compare_settings(
         for name in _OF_A_BASE_MODEL:  # a base model states none of these, so the output may have any value
             left.pop(name, None)
             right.pop(name, None)
-    return ComparedSection("sentence settings", *compare_values(left, right, where=where))
+    return compare_values("sentence settings", left, right, where=where)
 
 
 #: settings for making and comparing vectors that a base model does not state

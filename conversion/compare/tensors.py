@@ -12,8 +12,10 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import is_vlm
 from megatron_embed.conversion.compare.differences import ComparedSection, Difference
+from megatron_embed.conversion.files.casts import dtype_name
 from megatron_embed.conversion.files.progress import byte_bar
 from megatron_embed.conversion.hf.folder import HFFolder
+from megatron_embed.conversion.hf.stored_tensors import FP8_SCALES
 from megatron_embed.conversion.mcore.weights import KEPT, CheckpointWeights
 
 #: (name, function that reads the source's tensor, function that reads the other side's in any dtype)
@@ -45,7 +47,8 @@ def compare_tensors(
             advance(a.nbytes)
     largest = max((difference.largest or 0.0 for difference in [*differences, *missing]), default=0.0)
     notes = [
-        f"{number} tensor(s) compared as {_name(b)}: the source's are {_name(a)}" for (a, b), number in rounded.items()
+        f"{number} tensor(s) compared as {dtype_name(b)}: the source's are {dtype_name(a)}"
+        for (a, b), number in rounded.items()
     ]
     return ComparedSection("tensors", count + len(missing), [*differences, *missing], largest), notes
 
@@ -62,7 +65,7 @@ def _difference(name: str, wanted: Tensor, found: Tensor) -> Difference | None:
             count += int((_bits(rounded) != _bits(b)).view(len(b), -1).any(1).sum())
     if not count:
         return None
-    of = f"{_name(found.dtype)} {list(found.shape)}"
+    of = f"{dtype_name(found.dtype)} {list(found.shape)}"
     return Difference(
         name, f"{count} of {found.numel()} values differ, by at most {largest:g}", f"the source's {of}", largest
     )
@@ -74,10 +77,6 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- pairs
@@ -115,7 +114,7 @@ def with_folder(source: HFFolder, other: HFFolder, config: EncoderConfig) -> Ite
                 yield name, lambda n=name: source.read(shared[n]), lambda n=name: other.read(theirs[n])  # type: ignore[misc]
         taken = {shared[name] for name in tower}
         for name in source.names():  # tensors beside the tower that both folders have
-            if name in other and name not in taken and not name.endswith(("_scale_inv", "activation_scale")):
+            if name in other and name not in taken and not name.endswith(FP8_SCALES):
                 yield name, lambda n=name: source.read(n), lambda n=name: other.read(n)  # type: ignore[misc]
 
     return pairs()

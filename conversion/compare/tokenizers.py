@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_embed.conversion.compare.differences import (
     compare_values,
     flatten,
 )
-from megatron_embed.conversion.hf.folder import read_json
+from megatron_embed.conversion.files.json_files import read_json
 from megatron_embed.conversion.hf.tokenizer_files import write_tokenizer
 
 #: texts in many scripts, with many kinds of white space, one that looks like a control token, and one that is cut
@@ -54,22 +55,20 @@ def compare_tokenizers(found: Path, wanted: Path) -> ComparedSection:
     as_made = {path: (path / "modules.json").is_file() for path in (found, wanted)}
     edited = as_made[found] or as_made[wanted]
     left, right = load_tokenizer(found, edited=edited and not as_made[found]), load_tokenizer(wanted, edited=edited)
-    count, differences = _vocabularies(found, wanted)
-    if not differences:  # tokenizer.json is the same; other files add tokens too
-        count, differences = count + 1, _beside_tokenizer_json(left, right)
+    section = _vocabularies(found, wanted)
+    if not section.differences:  # tokenizer.json is the same; other files add tokens too
+        section += _beside_tokenizer_json(left, right)
     probes = [(text, cut) for cut in (None, _CUT) for text in PROBES]
     ids = [(_ids(left, *probe), _ids(right, *probe)) for probe in probes]
     changed = [number for number, (a, b) in enumerate(ids) if a != b]
-    if changed:
-        differences.append(
-            _differing_ids(probes[changed[0]], *ids[changed[0]], many=f"{len(changed)} of {len(probes)}")
-        )
+    many = f"{len(changed)} of {len(probes)}"
+    differing = [_differing_ids(probes[number], *ids[number], many=many) for number in changed[:1]]
+    section += ComparedSection("tokenizer", len(probes), differing)
     names = _SPECIAL if edited else (*_SPECIAL, "model_max_length")  # for an embedder it is a sentence setting
     values = ({name: getattr(side, name) for name in names} | _mask(side) for side in (left, right))
-    more, special = compare_values(*values, where="tokenizer_config.json")
-    differences += special
-    unequal = len(differences) + max(len(changed) - 1, 0)  # one difference stands for the ids of all texts
-    return ComparedSection("tokenizer", count + len(probes) + more, differences, unequal=unequal)
+    section += compare_values("tokenizer", *values, where="tokenizer_config.json")
+    # one difference stands for the ids of all texts
+    return replace(section, unequal=len(section.differences) + max(len(changed) - 1, 0))
 
 
 def _mask(tokenizer: Any) -> dict[str, str]:
@@ -80,9 +79,8 @@ def _mask(tokenizer: Any) -> dict[str, str]:
 
 def reads_control_tokens(folder: Path) -> bool:
     """Return whether a ready embedder's own tokenizer reads ``[INST]`` inside a text as the control token."""
-    settings = folder / "tokenizer_config.json"
-    stated = read_json(settings).get("split_special_tokens") if settings.is_file() else None
-    return (folder / "modules.json").is_file() and stated is not True
+    settings = read_json(folder / "tokenizer_config.json", optional=True)
+    return (folder / "modules.json").is_file() and settings.get("split_special_tokens") is not True
 
 
 def load_tokenizer(folder: Path, *, edited: bool) -> Any:
@@ -122,22 +120,21 @@ def _some(ids: list[int]) -> str:
 # ---- vocabulary
 
 
-def _vocabularies(found: Path, wanted: Path) -> tuple[int, list[Difference]]:
+def _vocabularies(found: Path, wanted: Path) -> ComparedSection:
     left, right = (read_json(path / "tokenizer.json") for path in (found, wanted))
-    count, differences = compare_values(_pipeline(left), _pipeline(right), where="tokenizer.json")
+    section = compare_values("tokenizer", _pipeline(left), _pipeline(right), where="tokenizer.json")
     parts: dict[str, Callable[[Mapping[str, Any]], Mapping[int, Any]]] = {"vocabulary": _vocabulary, "merges": _merges}
     for name, of in parts.items():
         a, b = of(left), of(right)
-        count += 1
-        if a != b:
-            keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-            shown = (_hash(side) + ": " + ", ".join(f"{key} {side.get(key)!r}" for key in keys[:2]) for side in (a, b))
-            found_text, wanted_text = shown
-            differences.append(Difference(f"tokenizer.json: {name}, {len(keys)} places", found_text, wanted_text))
-    return count, differences
+        keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+        section += ComparedSection("tokenizer", 1)
+        if keys:
+            here, there = (f"{_hash(side)}: {', '.join(f'{k} {side.get(k)!r}' for k in keys[:2])}" for side in (a, b))
+            section.differences.append(Difference(f"tokenizer.json: {name}, {len(keys)} places", here, there))
+    return section
 
 
-def _beside_tokenizer_json(found: Any, wanted: Any) -> list[Difference]:
+def _beside_tokenizer_json(found: Any, wanted: Any) -> ComparedSection:
     """Compare all tokens of two loaded tokenizers: id, text and, of an added token, how it is matched."""
     left, right = (
         {number: token for token, number in side.get_vocab().items()}
@@ -145,11 +142,9 @@ def _beside_tokenizer_json(found: Any, wanted: Any) -> list[Difference]:
         for side in (found, wanted)
     )
     keys = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
-    if not keys:
-        return []
     here, there = (", ".join(f"{key} {side.get(key, NOT_STATED)}" for key in keys[:2]) for side in (left, right))
     name = f"added_tokens.json, tokenizer_config.json: tokens beside tokenizer.json, {len(keys)} places"
-    return [Difference(name, here, there)]
+    return ComparedSection("tokenizer", 1, [Difference(name, here, there)] if keys else [])
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[int, str]:

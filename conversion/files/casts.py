@@ -21,7 +21,7 @@ _BLOCK = 1 << 15
 Rounded: TypeAlias = dict[str, tuple[int, float]]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | str) -> str:
     """Return the plain name of a dtype: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
 

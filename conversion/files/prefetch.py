@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -14,48 +13,25 @@ from megatron_embed.conversion.files.stored import Stored, Values
 
 T = TypeVar("T")
 _PAGE = 4096
+_END = object()
 
 
 def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
-    """Yield the same items in the same order; a thread makes each while its predecessor is in use.
+    """Yield the same items in the same order; a thread makes each while its predecessors are in use.
 
     At most three exist at a time: the one in use, the next, and the one being made. An error in the thread is raised
     here. A caller that stops early must close the iterator, which waits for the thread.
     """
-    ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=1)
-    wanted = True
-
-    def put(entry: tuple[bool, T | BaseException | None]) -> None:
-        while wanted:
-            with contextlib.suppress(queue.Full):
-                ready.put(entry, timeout=0.1)
-                return
-
-    def make() -> None:
-        try:
-            for item in items:
-                put((True, item))
-                if not wanted:
-                    return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))
-
-    thread = threading.Thread(target=make, name="one-ahead", daemon=True)
-    thread.start()
+    source = iter(items)
+    thread = ThreadPoolExecutor(1, "one-ahead")
     try:
-        while True:
-            more, item = ready.get()
-            if more:
-                yield item  # type: ignore[misc]
-                del item
-            elif item is None:
-                return
-            else:
-                raise item  # type: ignore[misc]
+        ahead = deque(thread.submit(next, source, _END) for _ in range(2))
+        while (item := ahead.popleft().result()) is not _END:
+            ahead.append(thread.submit(next, source, _END))
+            yield item  # type: ignore[misc]
+            del item
     finally:
-        wanted = False
-        thread.join()
+        thread.shutdown(cancel_futures=True)
 
 
 def fault_in(values: Values) -> Values:

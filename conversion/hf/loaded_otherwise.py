@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, some
 
 ADAPTER = "adapter_config.json"
 
@@ -25,10 +25,9 @@ def refuse_two_models(folder: Path, single: str, index: str, named: Collection[s
         UserError: the index lists any file but ``single``.
     """
     if others := sorted(set(named) - {single}):
-        shown = ", ".join(others[:2]) + (f", … ({len(others)})" if len(others) > 2 else "")
         raise UserError(
-            f"{folder}: holds {single} and also {index}, which names {shown}; wanted one of the two: transformers "
-            f"reads {single}, other programs the files of the index. Remove the stale one"
+            f"{folder}: holds {single} and also {index}, which names {some(others, 2)}; wanted one of the two: "
+            f"transformers reads {single}, other programs the files of the index. Remove the stale one"
         )
 
 

@@ -12,7 +12,8 @@ import yaml
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.families import FAMILIES
-from megatron_embed.conversion.hf.folder import read_json
+from megatron_embed.conversion.files.json_files import read_json
+from megatron_embed.conversion.hf.hub import is_hub_id
 from megatron_embed.conversion.hf.sentence_files import SentenceSettings, has_one_length
 
 _BEGINNING = "A bidirectional text embedder: a stock `"
@@ -67,8 +68,7 @@ def is_export(folder: Path) -> bool:
 
 def _is_hub_id(base: object) -> bool:
     """Return whether the base model is on the hub; a path of this machine means nothing to others."""
-    hub = isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~"))
-    return hub and not Path(str(base)).exists()
+    return isinstance(base, str) and "/" in base and is_hub_id(base) and not Path(base).exists()
 
 
 def _title(base: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,12 +13,15 @@ from pathlib import Path
 
 import torch
 
+from megatron_embed.bridge import mapping
+from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.block_writer import BlockWriter
+from megatron_embed.conversion.files.json_files import write_json
 from megatron_embed.conversion.files.prefetch import fault_in, one_ahead
+from megatron_embed.conversion.files.progress import byte_bar
 from megatron_embed.conversion.files.stored import Values, write_values
-from megatron_embed.conversion.hf.folder import DTYPES, INDEX, SINGLE
-from megatron_embed.conversion.hf.sentence_files import write_json
+from megatron_embed.conversion.hf.stored_tensors import DTYPES, INDEX, SINGLE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -35,6 +38,15 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def tower_specs(config: EncoderConfig, dtype: torch.dtype, *, prefix: str = "") -> list[TensorSpec]:
+    """Return the encoder's tensors in the table's order, under their HF names behind a prefix."""
+    return [
+        TensorSpec(prefix + name, shape, dtype)
+        for weight in mapping.weights(config)
+        for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
+    ]
 
 
 def parse_size(text: str) -> int:
@@ -55,60 +67,48 @@ def write_sharded(
     tensors: Iterable[tuple[str, Values]],
     out: Path,
     *,
-    max_shard_size: int | str = "5GB",
-    on_tensor: Callable[[TensorSpec], object] | None = None,
+    max_shard_size: str = "5GB",
+    progress: bool = False,
 ) -> int:
     """Write tensors into folder ``out``; read each tensor while the previous one is written.
 
     Args:
         specs: names, shapes and dtypes, in the order in which ``tensors`` yields them.
         tensors: names and values, in the specs' dtypes.
-        max_shard_size: bytes, or a text such as ``"5GB"``; a larger single tensor gets a file of its own.
-        on_tensor: function called after each tensor, for progress.
+        max_shard_size: such as ``"5GB"``; a larger single tensor gets a file of its own.
+        progress: show a bar.
 
     Returns:
         Total bytes of the tensors. One file is called ``model.safetensors``; several come with their index.
     """
-    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    shards = _plan(specs, limit)
+    shards = _plan(specs, parse_size(max_shard_size))
     files = (
         [SINGLE]
         if len(shards) == 1
         else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     )
+    total = sum(spec.nbytes for spec in specs)
     with (
         ThreadPoolExecutor(1, "disk") as disk,
         closing(one_ahead((name, fault_in(values)) for name, values in tensors)) as source,
+        byte_bar("export", total, enabled=progress) as advance,
     ):
-        _write_files(out, files, shards, source, disk, on_tensor)
-    total = sum(spec.nbytes for spec in specs)
+        for file, shard in zip(files, shards, strict=True):
+            with BlockWriter(out / file, disk) as stream:
+                stream.write(_header(shard))
+                for spec in shard:
+                    name, values = next(source)
+                    assert name == spec.name, (name, spec.name)
+                    write_values(stream, values, spec.shape, spec.dtype)
+                    del values
+                    advance(spec.nbytes)
+        assert next(source, None) is None, "more tensors than were announced"
     if len(shards) > 1:
         weight_map = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
         parameters = sum(math.prod(spec.shape) for spec in specs)
         metadata = {"total_parameters": parameters, "total_size": total}
         write_json(out / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     return total
-
-
-def _write_files(
-    out: Path,
-    files: Sequence[str],
-    shards: Sequence[Sequence[TensorSpec]],
-    source: Iterator[tuple[str, Values]],
-    disk: ThreadPoolExecutor,
-    on_tensor: Callable[[TensorSpec], object] | None,
-) -> None:
-    for file, shard in zip(files, shards, strict=True):
-        with BlockWriter(out / file, disk) as stream:
-            stream.write(_header(shard))
-            for spec in shard:
-                name, values = next(source)
-                assert name == spec.name, (name, spec.name)
-                write_values(stream, values, spec.shape, spec.dtype)
-                del values
-                if on_tensor is not None:
-                    on_tensor(spec)
-    assert next(source, None) is None, "more tensors than were announced"
 
 
 def _plan(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:

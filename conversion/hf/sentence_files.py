@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal, cast
 
 from megatron_embed.bridge.config import EncoderConfig, Pooling
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.json_files import load_json, read_json, write_json
 from megatron_embed.conversion.hf import sentence_keys
 
 Similarity = Literal["cosine", "dot"]
@@ -99,6 +99,8 @@ def similarity_of(normalize: bool) -> Similarity:
     return "cosine" if normalize else "dot"
 
 
+#: settings with a recipe key, in its section ``data``
+OF_THE_RECIPE = ("query_prompt", "passage_prompt", "query_max_length", "passage_max_length")
 #: settings without a recipe key; a checkpoint's ``run_config.yaml`` keeps them in a section of its own
 _BESIDE_THE_RECIPE = ("max_length", "prompts", "default_prompt_name", "do_lower_case", "similarity")
 
@@ -148,15 +150,14 @@ def read_sentence_settings(folder: Path) -> SentenceSettings | None:
         return None
     paths = _read_modules(folder)
     path = folder / "config_sentence_transformers.json"
-    model = _load_optional(path)
+    model = read_json(path, optional=True)
     sentence_keys.check_model(path, model)
-    path = next(
-        (folder / name for name in TRANSFORMER_FILES if _load_optional(folder / name)), folder / TRANSFORMER_FILES[0]
-    )
-    transformer = _load_optional(path)
+    stated = (folder / name for name in TRANSFORMER_FILES if read_json(folder / name, optional=True))
+    path = next(stated, folder / TRANSFORMER_FILES[0])
+    transformer = read_json(path, optional=True)
     sentence_keys.check_transformer(path, transformer)
     path = folder / "tokenizer_config.json"
-    sentence_keys.check_tokenizer(path, _load_optional(path))
+    sentence_keys.check_tokenizer(path, read_json(path, optional=True))
     length = _max_length(folder, transformer)
     query, passage = (transformer.get(key) or length for key in ("query_length", "document_length"))
     prompts = {name: prompt or "" for name, prompt in (model.get("prompts") or {}).items()}
@@ -178,9 +179,9 @@ def read_sentence_settings(folder: Path) -> SentenceSettings | None:
 def _read_modules(folder: Path) -> dict[str, str]:
     """Return kind of module → its subfolder: Transformer, Pooling and perhaps Normalize, in this order."""
     path = folder / "modules.json"
-    modules = _load(path)
+    modules = load_json(path)
     if not isinstance(modules, list) or not all(isinstance(each, Mapping) and "type" in each for each in modules):
-        raise UserError(f"{path}: not a list of modules, each with its type and path")
+        raise UserError(f"{path}: not a list of modules, each with its type and path; fetch the file again")
     types = [str(module["type"]) for module in modules]
     kinds = [name.rsplit(".", 1)[-1] if name.startswith("sentence_transformers.") else name for name in types]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
@@ -194,7 +195,7 @@ def _read_modules(folder: Path) -> dict[str, str]:
     if "Normalize" in paths:
         normalize = folder / paths["Normalize"] / "config.json"
         if normalize.parent != folder:  # an old Normalize has no folder; config.json here is the model's own
-            sentence_keys.check_normalize(normalize, _load_optional(normalize))
+            sentence_keys.check_normalize(normalize, read_json(normalize, optional=True))
     return paths
 
 
@@ -204,18 +205,20 @@ def _max_length(folder: Path, transformer: Mapping[str, Any]) -> int:
     stated.append(transformer.get("max_seq_length"))
     length = next((value for value in stated if value is not None), None)
     if length is None:
-        config = _load_optional(folder / "config.json")
+        config = read_json(folder / "config.json", optional=True)
         known = (
             config.get("max_position_embeddings"),
             (config.get("text_config") or {}).get("max_position_embeddings"),
-            _load_optional(folder / "tokenizer_config.json").get("model_max_length"),
+            read_json(folder / "tokenizer_config.json", optional=True).get("model_max_length"),
         )
         length = min((int(value) for value in known if isinstance(value, int | float)), default=MAX_LENGTH)
     return min(int(length), _LONGEST)
 
 
 def _read_pooling(path: Path) -> Pooling:
-    config = _load(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, though modules.json names its folder; fetch the model again")
+    config = read_json(path)
     sentence_keys.check_pooling(path, config, _FLAGS.values())
     modes = config.get("pooling_mode") or [mode for mode, flag in _FLAGS.items() if config.get(flag)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
@@ -279,24 +282,3 @@ def note_on_lengths(settings: SentenceSettings) -> list[str]:
 def has_one_length(settings: SentenceSettings) -> bool:
     """Return whether queries, passages and other texts all have the same maximal length."""
     return settings.query_max_length == settings.passage_max_length == settings.text_max_length
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people: indented, UTF-8, with a newline at the end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, though modules.json speaks of it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
-def _load_optional(path: Path) -> Mapping[str, Any]:
-    value = _load(path) if path.is_file() else {}
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__}, wanted an object")
-    return value

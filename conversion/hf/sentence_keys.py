@@ -96,17 +96,18 @@ def check_pooling(path: Path, config: Mapping[str, Any], flags: Collection[str])
         if key not in (*_POOLING, *flags):
             _refuse_unknown(path, key, value, [*_POOLING, *flags])
     if config.get("include_prompt") is False:
-        raise UserError(f"{path}: include_prompt is false; the encoder pools over the prompt's tokens as well")
+        raise UserError(
+            f"{path}: include_prompt is false; the encoder pools over the prompt's tokens as well; wanted true"
+        )
 
 
 def check_normalize(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a Normalize that reads anything but the sentence's vector, or writes elsewhere."""
+    known = {"module_input_name": ("sentence_embedding",), "module_output_name": ("sentence_embedding", None)}
     for key, value in config.items():
-        if key not in ("module_input_name", "module_output_name"):
-            _refuse_unknown(path, key, value, ["module_input_name", "module_output_name"])
-        _check_only(
-            path, key, value, ("sentence_embedding", None) if key == "module_output_name" else ("sentence_embedding",)
-        )
+        if key not in known:
+            _refuse_unknown(path, key, value, known)
+        _check_only(path, key, value, known[key])
 
 
 def check_model(path: Path, config: Mapping[str, Any]) -> None:

@@ -15,9 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, some
+from megatron_embed.conversion.files.json_files import write_json
 from megatron_embed.conversion.files.replaceable import refuse_to_remove
-from megatron_embed.conversion.hf.sentence_files import TRANSFORMER_FILES, write_json
+from megatron_embed.conversion.hf.sentence_files import TRANSFORMER_FILES
 
 _READ = ("readme", "license", "licence", "copying", "notice", "use_policy", "citation")
 #: Names in lower case, for the folder of the weights and the folders that ``modules.json`` names. Code is not included:
@@ -86,9 +87,8 @@ def sidecars(folder: Path) -> list[Path]:
 def note_on_links(folder: Path) -> list[str]:
     """Return a note on the links among a model's own files that lead out of its folder; empty without any."""
     out = [path for path in _named(folder) if not _stays_inside(folder, path)]
-    shown = ", ".join(f"{path} → {(folder / path).resolve()}" for path in out[:6])
-    more = f", … ({len(out)})" if len(out) > 6 else ""
-    return [f"{folder}: links that lead out of the folder left out: {shown}{more}"] if out else []
+    shown = some((f"{path} → {(folder / path).resolve()}" for path in out), 6)
+    return [f"{folder}: links that lead out of the folder left out: {shown}"] if out else []
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
@@ -124,8 +124,9 @@ def refuse_to_replace(target: Path) -> None:
     refuse_to_remove(target)
     if not (names := _foreign(target)):
         return
-    shown = ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
-    raise UserError(f"{target}: holds {shown}, no part of a model, so --overwrite does not remove it; move them away")
+    raise UserError(
+        f"{target}: holds {some(names, 3)}, no part of a model, so --overwrite does not remove it; move them away"
+    )
 
 
 def _foreign(target: Path) -> list[str]:

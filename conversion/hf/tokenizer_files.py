@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.hf.folder import read_json
-from megatron_embed.conversion.hf.sentence_files import write_json
+from megatron_embed.conversion.files.json_files import read_json, write_json
 from megatron_embed.conversion.hf.sidecars import without_local_paths
 
 #: the files of a fast tokenizer. tekken.json is left out on purpose: with it, AutoTokenizer's result depends on
@@ -54,8 +53,7 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int) -> None:
     for name in FILES:
         if (source / name).is_file():
             (out / name).write_bytes((source / name).read_bytes())
-    stated = source / "tokenizer_config.json"
-    settings = without_local_paths(read_json(stated)) if stated.is_file() else {}
+    settings = without_local_paths(read_json(source / "tokenizer_config.json", optional=True))
     for key in ("chat_template", "processor_class", "auto_map"):
         settings.pop(key, None)
     if "attention_mask" not in (settings.get("model_input_names") or ()):
@@ -92,7 +90,10 @@ def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
     front = [bos] if _has_bos(settings, ids) else []
     for token in (*front, eos):
         if token not in ids:
-            raise UserError(f"tokenizer.json: no token {token!r}, which tokenizer_config.json names")
+            raise UserError(
+                f"tokenizer.json: has no token {token!r}, the default or the one that tokenizer_config.json names; "
+                f"wanted both files of one tokenizer"
+            )
     post = tokenizer.get("post_processor")
     steps = post["processors"] if post and post.get("type") == "Sequence" else [post] if post else []
     if any(_adds(step, [*front, "A", eos]) for step in steps):
@@ -111,8 +112,7 @@ def add_bos_eos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool:
 
 def _missing_pad_token(source: Path, settings: dict[str, Any], tokenizer: dict[str, Any]) -> str | None:
     """Return a padding token for a tokenizer without one; padding is masked, so any token serves, EOS included."""
-    path = source / "special_tokens_map.json"
-    if settings.get("pad_token") or (path.is_file() and read_json(path).get("pad_token")):
+    if settings.get("pad_token") or read_json(source / "special_tokens_map.json", optional=True).get("pad_token"):
         return None
     known = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]")
     ids = _ids(tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,39 +11,19 @@ import torch
 from megatron_embed.bridge import mapping, transforms
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.bridge.mapping import Weight
 from megatron_embed.conversion.files.casts import Casts
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.mcore.tensors import CheckpointReader
 from megatron_embed.conversion.mcore.weights import CheckpointWeights, is_ignored, pack, read_cast, read_slices
 
 
-def parameters_with_weights(
-    module: torch.nn.Module, config: EncoderConfig, *, layer_offset: int
-) -> Iterator[tuple[str, torch.nn.Parameter, Weight]]:
-    """Yield each parameter of a stage with its name and its row of the table, except those that the recipe sets.
-
-    Raises:
-        UserError: a parameter has no row.
-    """
-    table = {weight.megatron: weight for weight in mapping.weights(config)}
-    for name, parameter in module.named_parameters():
-        if name in mapping.OWN_PARAMETERS:
-            continue
-        weight = table.get(mapping.checkpoint_name(name, layer_offset=layer_offset))
-        if weight is None:
-            raise UserError(f"parameter {name}: no weight of the source belongs to it")
-        yield name, parameter, weight
-
-
 def load_hf_weights(
-    encoder: torch.nn.Module | Sequence[tuple[torch.nn.Module, int]],
+    stages: Sequence[tuple[torch.nn.Module, int]],
     folder: HFFolder,
     config: EncoderConfig,
     *,
     tp_rank: int = 0,
     tp_size: int = 1,
-    layer_offset: int = 0,
     casts: Casts | None = None,
 ) -> None:
     """Fill every parameter of this rank's part of the model.
@@ -51,8 +31,7 @@ def load_hf_weights(
     This reads only the bytes of this rank's slices (``folder.bytes_requested`` counts them).
 
     Args:
-        encoder: the stage's module, or with interleaved stages a list of (module, its layer offset).
-        layer_offset: global index of the stage's first layer.
+        stages: (module, global index of its first layer); several with interleaved stages.
         casts: casts weights to the parameters' dtype; by default they may be rounded. The first tensor-parallel rank
             counts a weight that every rank holds, so that the ranks' counts add up.
 
@@ -62,10 +41,9 @@ def load_hf_weights(
     """
     folder.check(config)
     casts = casts or Casts(folder.path, rounding=True)
-    stages = [(encoder, layer_offset)] if isinstance(encoder, torch.nn.Module) else list(encoder)
     with torch.no_grad():
         for module, offset in stages:
-            for name, parameter, weight in parameters_with_weights(module, config, layer_offset=offset):
+            for name, parameter, weight in mapping.parameters_with_weights(module, config, layer_offset=offset):
                 counted = weight.tp_dim is not None or tp_rank == 0
                 read = partial(read_cast, folder, casts, parameter.dtype, count=counted)
                 slices = read_slices(folder, weight, config, tp_rank=tp_rank, tp_size=tp_size, read=read)
@@ -98,7 +76,7 @@ def refuse_overflow(
     reader = CheckpointReader(iter_dir)
     stored = {reader.dtype(name) for name in reader.names() if not is_ignored(name)}
     for module, offset in stages:
-        for _, parameter, weight in parameters_with_weights(module, config, layer_offset=offset):
+        for _, parameter, weight in mapping.parameters_with_weights(module, config, layer_offset=offset):
             exact = all(torch.promote_types(dtype, parameter.dtype) == parameter.dtype for dtype in stored)
             if exact or not parameter.isinf().any():
                 continue

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,9 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.liveness import is_broken_connection
+from megatron_embed.bridge.ranks import gathered, on_every_rank, on_first_rank
 from megatron_embed.conversion.files.checksums import Checksums, DamagedCheckpoint, write_checksums
 from megatron_embed.conversion.files.disk_errors import explain_unwritten
 from megatron_embed.conversion.mcore.folder import check_lengths, is_sound, iteration_folder, with_older
@@ -42,7 +42,7 @@ NEW_GROUPS = "new parameter groups"
 def save_model_state(
     root: Path,
     iteration: int,
-    encoders: list[Encoder],
+    encoders: list[EncoderStage],
     *,
     optimizer: Any = None,
     common: dict[str, Any] | None = None,
@@ -64,7 +64,6 @@ def save_model_state(
     """
     target = iteration_folder(root, iteration)
     partial = target.with_name(f".{target.name}{PARTIAL}")
-    first = dist.get_rank() == 0
     model = _sharded_model(encoders)
     state: dict[str, Any] = {**model, **(common or {}), "iteration": iteration, "checkpoint_version": 3.0}
     if optimizer is not None:
@@ -86,14 +85,14 @@ def save_model_state(
         partial.rename(target)
 
     try:
-        _on_all_ranks(prepare if first else None)
+        on_first_rank(prepare)
         with _quiet():
             sums = write_tensors(state, partial)
-        _on_all_ranks(complete if first else None)
+        on_first_rank(complete)
     except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
         if is_broken_connection(error):
             raise
-        if first:
+        if dist.get_rank() == 0:
             _remove(partial)
         reason = explain_unwritten(error, root, needed)
         if reason is None:
@@ -105,7 +104,7 @@ def save_model_state(
 # ---- loading
 
 
-def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any = None) -> dict[str, Any]:
+def load_model_state(iter_dir: Path, encoders: list[EncoderStage], *, optimizer: Any = None) -> dict[str, Any]:
     """Fill the stages (and the optimizer) from an iteration folder that was written under any layout.
 
     The optimizer may be distributed where the saved one was not, and the other way round. Data are compared with the
@@ -126,8 +125,8 @@ def load_model_state(iter_dir: Path, encoders: list[Encoder], *, optimizer: Any 
         raise with_older(error, iter_dir, _is_sound_on_all_ranks) from None
 
 
-def _fill(iter_dir: Path, encoders: list[Encoder], optimizer: Any) -> dict[str, Any]:
-    checks, metadata = _on_all_ranks(lambda: _open_checked(iter_dir))
+def _fill(iter_dir: Path, encoders: list[EncoderStage], optimizer: Any) -> dict[str, Any]:
+    checks, metadata = on_every_rank(lambda: _open_checked(iter_dir))
     model = _sharded_model(encoders)
     state: dict[str, Any] = dict(model)
     if optimizer is not None:
@@ -188,34 +187,14 @@ def _open_checked(iter_dir: Path) -> tuple[Checksums | None, Metadata]:
     return checks, metadata
 
 
-def _on_all_ranks(function: Callable[[], Any] | None) -> Any:
-    """Return the result of this rank's ``function``; raise any rank's error on every rank."""
-    result, failure = None, None
-    try:
-        result = function() if function is not None else None
-    except (UserError, OSError) as error:
-        failure = error
-    failures: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    for each in failures:
-        if each is not None:
-            raise each
-    return result
-
-
 def _is_sound_on_all_ranks(iter_dir: Path) -> bool:
     """Return :func:`is_sound` for the whole checkpoint, of which each rank checks a share."""
-    found: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(found, is_sound(iter_dir, part=dist.get_rank(), parts=dist.get_world_size()))
-    return all(found)
+    return all(gathered(is_sound(iter_dir, part=dist.get_rank(), parts=dist.get_world_size())))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> warnings.catch_warnings[None]:
     """Silence FutureWarning: megatron-core uses deprecated parts of torch, which warn at every tensor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
 _torch_load = torch.load
@@ -226,7 +205,7 @@ def _load_plain(*args: Any, **kwargs: Any) -> Any:
     return _torch_load(*args, **{**kwargs, "weights_only": True})
 
 
-def _sharded_model(encoders: list[Encoder]) -> dict[str, Any]:
+def _sharded_model(encoders: list[EncoderStage]) -> dict[str, Any]:
     """Return ``{"model": …}``, or ``{"model0": …, "model1": …}`` for interleaved stages: megatron-core's own names."""
     sharded = {}
     for index, encoder in enumerate(encoders):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, reason
 
 
 def load_common(iter_dir: Path) -> Any:
@@ -24,10 +24,11 @@ def load_common(iter_dir: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
+        raise UserError(f"{path}: no such file; the checkpoint is incomplete: copy all of it") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: damaged, or holds more than tensors and plain values ({reason}); refused") from None
+        raise UserError(
+            f"{path}: damaged, or holds more than tensors and plain values ({reason(error)}); refused"
+        ) from None
 
 
 def refuse_unsafe_loading() -> None:
@@ -87,7 +88,7 @@ def safe_metadata(iter_dir: Path) -> Metadata:
         with path.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
+        raise UserError(f"{path}: no such file; the checkpoint is incomplete: copy all of it") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path}: not this checkpoint's metadata ({error}); refused, nothing of it was run") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):

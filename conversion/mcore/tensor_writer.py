@@ -21,13 +21,14 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.bridge.cpu import host
+from megatron_embed.bridge.ranks import gathered
 from megatron_embed.conversion.files.checksums import FileSums, Summing
 from megatron_embed.conversion.files.disk_errors import system_error
 from megatron_embed.conversion.mcore.tensors import without_crc32
 
 
 def write_tensors(state: dict[str, Any], folder: Path) -> dict[str, FileSums]:
-    """Do megatron-core's part of a save; return on rank 0 the checksums of the tensors' files of all ranks."""
+    """Do megatron-core's part of a save; return the checksums of the tensors' files of all ranks."""
     sums: dict[str, FileSums] = {}
     failures: list[BaseException] = []
     # Results of a synchronous save stay in this process. The default is a manager process, which imports the main
@@ -39,12 +40,9 @@ def write_tensors(state: dict[str, Any], folder: Path) -> dict[str, FileSums]:
         with without_crc32(), mock.patch.object(writer, "write_preloaded_data_multiproc", write):
             dist_checkpointing.save(state, str(folder), _parallel())
     except CheckpointException as error:  # raised on all ranks, without the system's own error
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, system_error(failures[0]) if failures else None)
+        everyone = gathered(system_error(failures[0]) if failures else None)
         raise next((each for each in everyone if each is not None), error) from None
-    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(sums, gathered)
-    return {name: each for rank in gathered or [] for name, each in rank.items()}
+    return {name: each for rank in gathered(sums) for name, each in rank.items()}
 
 
 def _parallel() -> FullyParallelSaveStrategyWrapper:

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -32,10 +32,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.errors import UserError, reason
 from megatron_embed.conversion.files.block_writer import BlockWriter
 from megatron_embed.conversion.files.checksums import Checksums, DamagedCheckpoint, FileSums, Summing
 from megatron_embed.conversion.files.prefetch import fault_in, one_ahead
+from megatron_embed.conversion.files.progress import byte_bar
 from megatron_embed.conversion.files.stored import Stored, Values, addresses, write_values
 from megatron_embed.conversion.mcore.folder import check_lengths, with_older
 from megatron_embed.conversion.mcore.safe_loading import safe_metadata
@@ -61,9 +62,7 @@ class Chunk:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_chunks(
-    folder: Path, chunks: Iterable[Chunk], *, on_chunk: Callable[[Chunk], object] | None = None
-) -> dict[str, FileSums]:
+def write_chunks(folder: Path, chunks: Sequence[Chunk], *, progress: bool = False) -> dict[str, FileSums]:
     """Write ``*.distcp`` and ``.metadata`` into ``folder``; read each chunk while the previous one is written.
 
     torch's own writer does the same from a plan, but keeps the last tensor of every name until the end of the file:
@@ -78,6 +77,8 @@ def write_chunks(
     sums: dict[str, Summing] = {}
     with ExitStack() as open_files:
         disk = open_files.enter_context(ThreadPoolExecutor(1, "disk"))
+        total = sum(chunk.nbytes for chunk in chunks)
+        advance = open_files.enter_context(byte_bar("import", total, enabled=progress))
         # closing the iterator ends the thread that reads
         read = open_files.enter_context(closing(one_ahead((chunk, fault_in(chunk.read())) for chunk in chunks)))
         for chunk, values in read:
@@ -93,8 +94,7 @@ def write_chunks(
             entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)))
             storage[index] = _save(streams[chunk.rank], chunk, values)
             del values
-            if on_chunk is not None:
-                on_chunk(chunk)
+            advance(chunk.nbytes)
     for key, entry in state.items():
         held = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
         assert held == math.prod(entry.size), f"{key}: chunks hold {held} of {math.prod(entry.size)} values"
@@ -209,23 +209,6 @@ class CheckpointReader:
         rows = self.addresses(key, dtype=dtype)
         return self.read(key) if rows is None else Stored(self.files, rows, self.shape(key), dtype)
 
-    def check_files(self) -> None:
-        """Check that every chunk lies within its file, without reading any.
-
-        Raises:
-            UserError: a file is missing, or too short.
-        """
-        ends: dict[str, int] = {}
-        for info in self._storage.values():
-            name = str(info.relative_path)
-            ends[name] = max(ends.get(name, 0), info.offset + info.length)
-        for name, end in ends.items():
-            path = self.path / name
-            if not path.is_file():
-                raise UserError(f"{path}: no such file; the checkpoint is incomplete")
-            if (size := path.stat().st_size) < end:
-                raise UserError(f"{path}: found {size:,} bytes; wanted at least {end:,}: the file was cut short")
-
     def _assemble(
         self,
         key: str,
@@ -238,14 +221,16 @@ class CheckpointReader:
         covered = sum(math.prod(stop - start for start, stop in inner) for _, inner in parts)
         if covered != math.prod(shape):
             raise UserError(
-                f"{self.path}: {key} is incomplete: its chunks hold {covered} of {math.prod(shape)} values wanted"
+                f"{self.path}: {key} is incomplete: its chunks hold {covered} of the {math.prod(shape)} values wanted; "
+                f"take a checkpoint that was saved to its end"
             )
         out = None if parts else torch.empty(shape, dtype=self.dtype(key))
         for chunk, inner in parts:
             info = self._storage.get(MetadataIndex(key, chunk.offsets))
             if info is None or getattr(info, "transform_descriptors", None):
                 raise UserError(
-                    f"{self.path}: {key}: the metadata does not say where its chunk at {chunk.offsets} lies"
+                    f"{self.path}: {key}: .metadata does not say in which file its chunk at {chunk.offsets} is stored; "
+                    f"take a checkpoint that was saved to its end"
                 )
             loaded = load(key, chunk, info)
             if loaded is None:
@@ -295,10 +280,13 @@ class CheckpointReader:
         except DamagedCheckpoint as error:
             raise with_older(error, self.path) from None
         except FileNotFoundError:
-            raise UserError(f"{self.path / file}: no such file, though {key} lies in it") from None
+            raise UserError(
+                f"{self.path / file}: no such file, but {key} is stored in it; copy the whole checkpoint"
+            ) from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{self.path / file}: {key}: damaged, or more than a tensor ({reason}); refused") from None
+            raise UserError(
+                f"{self.path / file}: {key}: damaged, or more than a tensor ({reason(error)}); refused"
+            ) from None
 
 
 def _describe(stream: Any, view: Any, info: _StorageInfo) -> tuple[Any, int | None]:

@@ -138,6 +138,18 @@ def _weight_chunks(
 ) -> Iterator[Chunk]:
     key, lead = _stacked(weight, config)
     whole = weight.megatron_shape
+    whole_rows = weight.packs_rows and (weight.tp_dim != 1 or tp == 1)
+    as_stored = whole_rows and all(folder.stored_dtype(folder.prefix + name) == dtype for name in weight.hf)
+    read_part = folder.addresses if as_stored else partial(read_cast, folder, casts, dtype)
+
+    def read(shape: tuple[int, ...], part: int | None) -> Values:
+        if part is not None:
+            rows = transforms.even_range(weight.hf_shapes[part][0], rank=tp_rank, world=tp)
+            packed = read_part(folder.prefix + weight.hf[part], [rows])
+        else:
+            parts = read_slices(folder, weight, config, tp_rank=tp_rank, tp_size=tp, read=read_part)
+            packed = pack(weight, parts, config, tp_size=tp)
+        return Stored(folder.files, packed, shape, dtype) if as_stored else packed.reshape(shape)
 
     def chunk(start: int, length: int, part: int | None) -> Chunk:
         offsets, shape = [0] * len(whole), list(whole)
@@ -152,7 +164,7 @@ def _weight_chunks(
             shape=tuple(shape),
             dtype=dtype,
             rank=rank,
-            read=partial(_read_chunk, folder, weight, config, tp_rank, tp, tuple(shape), dtype, casts, part),
+            read=partial(read, tuple(shape), part),
         )
 
     if weight.kind == "gate_up":  # as in megatron-core's gated MLP, gate and up are separate runs of rows
@@ -166,29 +178,6 @@ def _weight_chunks(
     else:
         length = whole[weight.tp_dim or 0] // tp
         yield chunk(tp_rank * length, length, None)
-
-
-def _read_chunk(
-    folder: HFFolder,
-    weight: Weight,
-    config: EncoderConfig,
-    tp_rank: int,
-    tp: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    casts: Casts,
-    part: int | None,
-) -> Values:
-    whole_rows = weight.packs_rows and (weight.tp_dim != 1 or tp == 1)
-    as_stored = whole_rows and all(folder.stored_dtype(folder.prefix + name) == dtype for name in weight.hf)
-    read = folder.addresses if as_stored else partial(read_cast, folder, casts, dtype)
-    if part is not None:
-        rows = transforms.even_range(weight.hf_shapes[part][0], rank=tp_rank, world=tp)
-        packed = read(folder.prefix + weight.hf[part], [rows])
-    else:
-        parts = read_slices(folder, weight, config, tp_rank=tp_rank, tp_size=tp, read=read)
-        packed = pack(weight, parts, config, tp_size=tp)
-    return Stored(folder.files, packed, shape, dtype) if as_stored else packed.reshape(shape)
 
 
 def kept_chunks(folder: HFFolder, names: list[str]) -> Iterator[Chunk]:
@@ -263,8 +252,7 @@ class CheckpointWeights:
     @property
     def dtype(self) -> torch.dtype:
         """Return the stored dtype of the embedding."""
-        (key,), _ = self._keys(next(mapping.weights(self.config)))
-        return self.reader.dtype(key)
+        return self.stored_dtype(next(mapping.weights(self.config)))
 
     def hf_values(self, dtype: torch.dtype, casts: Casts, prefix: str = "") -> Iterator[tuple[str, Values]]:
         """Yield all weights under their HF names, in the table's order, with one weight in memory at a time.
@@ -317,25 +305,19 @@ class CheckpointWeights:
             shapes = [self.reader.shape(key) for key in keys]
             axis = 0 if layer is None else 1
             found = (sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
-            layers = shapes[0][0] if layer is not None else None
-            if layers is not None and layers != self.config.num_hidden_layers:
-                problems.append(f"{keys[0]}: found {layers} layers, wanted {self.config.num_hidden_layers}")
-            elif not self._fits(weight, found):
+            wanted = weight.megatron_shape
+            if layer is not None and shapes[0][0] != self.config.num_hidden_layers:
+                problems.append(f"{keys[0]}: found {shapes[0][0]} layers, wanted {self.config.num_hidden_layers}")
+            elif found[1:] != wanted[1:] or (found[0] < wanted[0] if weight.kind == "vocab" else found[0] != wanted[0]):
+                # padding rows may follow a vocabulary
                 problems.append(f"{keys[0]}: found shape {list(found)}, wanted {list(weight.megatron_shape)}")
-        unused = (name for name in self.reader.names() if name not in used)
         problems += [
             f"{name}: not a tensor of this encoder (shape {list(self.reader.shape(name))})"
-            for name in unused
-            if not is_ignored(name)
+            for name in self.reader.names()
+            if name not in used and not is_ignored(name)
         ]
         if problems:
             raise UserError(
                 f"{self.reader.path}: the checkpoint does not fit its config: {listed(list(dict.fromkeys(problems)))}; "
                 f"import the model again, or put the checkpoint's own run_config.yaml back"
             )
-
-    def _fits(self, weight: Weight, found: tuple[int, ...]) -> bool:
-        wanted = weight.megatron_shape
-        if weight.kind == "vocab":  # padding rows may follow
-            return found[0] >= wanted[0] and found[1:] == wanted[1:]
-        return found == wanted

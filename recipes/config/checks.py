@@ -49,12 +49,12 @@ def validate(cfg: RecipeConfig, world_size: int, *, inputs: bool = True) -> None
     if batch < replicas:
         raise UsageError(
             f"train.global_batch_size: {batch} is smaller than the data-parallel size {replicas} "
-            f"(world size {world_size}); every replica needs a query"
+            f"(world size {world_size}); every replica needs a query: wanted a multiple of {replicas}, or fewer ranks"
         )
     if batch % replicas:
         raise UsageError(
             f"train.global_batch_size: {batch} is not a multiple of the data-parallel size {replicas} "
-            f"(world size {world_size})"
+            f"(world size {world_size}), such as {batch // replicas * replicas}"
         )
     _validate_values(cfg)
     if not cfg.data.negatives_per_query:
@@ -102,7 +102,9 @@ def _validate_values(cfg: RecipeConfig) -> None:
     weighted = [source.weight is not None for source in data.train or []]
     if any(weighted) and not all(weighted):
         source = (data.train or [])[weighted.index(False)]
-        raise UsageError(f"data.train: {source.path} has no weight, others have; wanted a weight for all or for none")
+        raise UsageError(
+            f"data.train: {source.path} has no weight, but others have one; wanted a weight for all or for none"
+        )
     layout = layout_of(cfg)
     if layout.vpp is not None and layout.pp == 1:
         raise UsageError(
@@ -115,12 +117,17 @@ def _validate_values(cfg: RecipeConfig) -> None:
             "for no interleaving"
         )
     if layout.vpp is not None and loss.mode == "direct":
-        raise UsageError("loss.mode: direct is one micro-batch, interleaved stages need several; use cached")
+        raise UsageError(
+            "loss.mode: found direct, which is one micro-batch, but interleaved stages need several; use cached"
+        )
     if optimizer.min_lr > optimizer.lr:
-        raise UsageError(f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}")
+        raise UsageError(
+            f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}; wanted at most that"
+        )
     if (optimizer.warmup_iters or 0) > train.train_iters:
         raise UsageError(
-            f"optimizer.warmup_iters: {optimizer.warmup_iters} is above train.train_iters {train.train_iters}"
+            f"optimizer.warmup_iters: {optimizer.warmup_iters} is above train.train_iters {train.train_iters}; wanted "
+            f"at most that"
         )
     precision = cfg.model.precision
     if loss.learn_temperature and not optimizer.distributed and precision != "fp32":
@@ -131,7 +138,7 @@ def _validate_values(cfg: RecipeConfig) -> None:
     if not loss.in_batch_negatives:
         for key in ("symmetric", "query_query_negatives", "passage_passage_negatives"):
             if getattr(loss, key):
-                raise UsageError(f"loss.{key}: true needs loss.in_batch_negatives, which is false")
+                raise UsageError(f"loss.{key}: true needs loss.in_batch_negatives, which is false; set both alike")
     for key in ("query_max_length", "passage_max_length"):
         length = getattr(data, key)
         if length < 3:
@@ -153,9 +160,12 @@ def validate_layout(cfg: RecipeConfig, encoder: EncoderConfig) -> None:
     data = cfg.data
     for dim in cfg.loss.matryoshka_dims:
         if dim > encoder.hidden_size:
-            raise UserError(f"loss.matryoshka_dims: {dim} is above the model's hidden_size {encoder.hidden_size}")
+            raise UserError(
+                f"loss.matryoshka_dims: {dim} is above the model's hidden_size {encoder.hidden_size}; take it out"
+            )
     for key in ("query_max_length", "passage_max_length"):
         if (length := getattr(data, key)) > encoder.max_position_embeddings:
             raise UserError(
-                f"data.{key}: {length} is above the model's max_position_embeddings {encoder.max_position_embeddings}"
+                f"data.{key}: {length} is above the model's max_position_embeddings "
+                f"{encoder.max_position_embeddings}; wanted at most that"
             )

@@ -141,7 +141,7 @@ class LossSection(Section):
     def _each_once(cls, dims: list[int]) -> list[int]:
         twice = [dim for number, dim in enumerate(dims) if dim in dims[:number]]
         if twice:
-            raise ValueError(f"each width once; {twice[0]} stands there twice")
+            raise ValueError(f"each width once; {twice[0]} is listed twice")
         return dims
 
     def widths(self, hidden_size: int) -> list[int]:

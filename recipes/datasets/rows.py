@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.files.long_work import progress
+from megatron_embed.conversion.files.progress import progress
 from megatron_embed.recipes.datasets.foreign_files import refuse_foreign
 from megatron_embed.recipes.datasets.json_lists import JsonList, is_object
 from megatron_embed.recipes.datasets.json_text import BOM, RowError, decode, parse_json

@@ -21,10 +21,11 @@ from megatron_embed.bridge.cpu.packed_weights import pack_weights
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
+from megatron_embed.conversion.files.casts import dtype_name
 from megatron_embed.conversion.hf.sentence_files import SentenceSettings
 from megatron_embed.recipes.datasets.tokenization import Kind, TextTokenizer
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan, MicroBatch
-from megatron_embed.recipes.encoding.schedule import encode_micro_batches
+from megatron_embed.recipes.encoding.schedule import encode_micro_batches, share_last_stage
 from megatron_embed.recipes.encoding.source import ModelSource
 
 
@@ -182,13 +183,7 @@ def encode_sequences(
         vectors[mine] = found
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and world > 1:
         dist.all_reduce(vectors, group=parallel_state.get_data_parallel_group())
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(
-            vectors,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return vectors.cpu().numpy()
+    return share_last_stage(vectors).cpu().numpy()
 
 
 def encode_here(
@@ -219,7 +214,7 @@ def encode_here(
     for stage, mode in zip(stages, modes, strict=True):
         stage.train(mode)
     if vectors is not None and (bad := int((~vectors.isfinite()).any(1).sum())):
-        dtype = str(stages[-1].config.params_dtype).removeprefix("torch.")
+        dtype = dtype_name(stages[-1].config.params_dtype)
         raise UserError(
             f"{bad} of {len(vectors)} vectors hold numbers that are not finite, computed in {dtype}: "
             f"take a dtype of a wider range (bf16, fp32), or look whether the weights are finite"

@@ -68,7 +68,19 @@ class BatchingPlan:
         return self._cost([len(ids) for ids in sequences]) <= self.max_tokens
 
     def join(self, sequences: Sequence[Sequence[int]]) -> list[MicroBatch]:
-        """Return all sequences in one micro-batch."""
+        """Return all sequences in one micro-batch.
+
+        Raises:
+            UserError: one micro-batch does not hold them.
+        """
+        if not self.holds(sequences):
+            by_texts = self.max_texts is not None
+            limit = f"size {self.max_texts}" if by_texts else f"tokens {self.max_tokens}"
+            raise UserError(
+                f"loss.mode: direct needs a rank's whole batch in one micro-batch, but its {len(sequences)} texts "
+                f"({sum(map(len, sequences))} tokens) are more than train.micro_batch_{limit} holds; use "
+                f"loss.mode=cached (the same gradient), or raise the limit"
+            )
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         return [self._make([sequences[i] for i in order], order)]
 

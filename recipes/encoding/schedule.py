@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -40,6 +41,17 @@ def encode_micro_batches(
     with torch.no_grad():  # the schedule itself would build a graph
         outputs = run_schedule(stages, micro_batches, collect, compute, forward_only=True, collect_non_loss_data=True)
     return outputs if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+
+
+def share_last_stage(values: Tensor) -> Tensor:
+    """Give every pipeline stage the last stage's values, in place."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            values,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return values
 
 
 def run_schedule(

@@ -11,18 +11,20 @@ import torch
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError, named
+from megatron_embed.bridge.ranks import gathered, on_every_rank
 from megatron_embed.conversion.files.casts import Casts, Rounded, dtype_name, merged, told
 from megatron_embed.conversion.hf.declared_attention import CONSENT, CONSENT_OF_A_RECIPE, made_bidirectional
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.sentence_files import SentenceSettings, read_sentence_settings
 from megatron_embed.conversion.hf.tokenizer_files import has_tokenizer
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.recipes.config.checks import start_of
-from megatron_embed.recipes.config.schema import RecipeConfig
-from megatron_embed.recipes.encoding.rank_zero import on_every_rank
+from megatron_embed.recipes.config.schema import DataSection, RecipeConfig
+from megatron_embed.recipes.datasets.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
-    from megatron_embed.bridge.encoder import Encoder
+    from megatron_embed.bridge.encoder import EncoderStage
 
 
 def dtype_option(dtype: torch.dtype) -> str:
@@ -67,23 +69,31 @@ class ModelSource:
         """
         if megatron or checkpoint_folder.has_checkpoint(path) or _looks_like_megatron(Path(path)):
             iter_dir = checkpoint_folder.resolve(path)
-            config = checkpoint_folder.encoder_config(iter_dir)
+            config = statements.encoder_config(iter_dir)
             if config is None:
                 raise UserError(
-                    f"{iter_dir}: says nothing of its model (no run_config.yaml with 'encoder:', no hf/config.json); "
+                    f"{iter_dir}: does not state its model (no run_config.yaml with 'encoder:', no hf/config.json); "
                     f"wanted a checkpoint written by `convert_checkpoints.py import` or by training"
                 )
-            made = checkpoint_folder.was_made_bidirectional(iter_dir, bidirectional=bidirectional, consent=consent)
-            settings = checkpoint_folder.sentence_settings(iter_dir, config)
+            made = statements.was_made_bidirectional(iter_dir, bidirectional=bidirectional, consent=consent)
+            settings = statements.sentence_settings(iter_dir, config)
             files = iter_dir / checkpoint_folder.SIDECARS
             return cls(str(path), config, files, settings, iter_dir=iter_dir, made_bidirectional=made)
         hf = HFFolder(path)
         made = made_bidirectional(hf.path, hf.config, bidirectional=bidirectional, consent=consent)
         stated = read_sentence_settings(hf.path)
-        config = hf.encoder_config()
-        if stated is not None:
-            config = config.replace(pooling=stated.pooling, normalize=stated.normalize)
-        return cls(str(path), config, hf.path, stated, hf=hf, made_bidirectional=made)
+        return cls(str(path), hf.encoder_config(), hf.path, stated, hf=hf, made_bidirectional=made)
+
+    def tokenizer(self, data: DataSection) -> TextTokenizer:
+        """Return the model's tokenizer with the prompts and maximal lengths of training."""
+        return TextTokenizer.from_folder(
+            self.files,
+            query_prompt=data.query_prompt,
+            passage_prompt=data.passage_prompt,
+            query_max_length=data.query_max_length,
+            passage_max_length=data.passage_max_length,
+            do_lower_case=self.settings is not None and self.settings.do_lower_case,
+        )
 
     def for_scores(self) -> ModelSource:
         """Return this model with vectors whose scalar product is its similarity (normalised if that is the cosine)."""
@@ -93,7 +103,7 @@ class ModelSource:
 
     def fill(
         self,
-        encoders: list[Encoder],
+        encoders: list[EncoderStage],
         *,
         tp_rank: int,
         tp_size: int,
@@ -130,7 +140,7 @@ class ModelSource:
             # Replicas hold the same weights, so only one of them counts roundings.
             return casts.rounded if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0 else {}
 
-        return told(merged(on_every_rank(load)))
+        return told(merged(gathered(on_every_rank(load))))
 
     def check(self) -> None:
         """Check every weight's name and shape and the completeness of the files, without reading a value.
@@ -145,9 +155,7 @@ class ModelSource:
         from megatron_embed.conversion.mcore.weights import CheckpointWeights
 
         assert self.iter_dir is not None
-        reader = CheckpointReader(self.iter_dir)
-        CheckpointWeights(reader, self.config)
-        reader.check_files()
+        CheckpointWeights(CheckpointReader(self.iter_dir), self.config)
 
 
 def open_model(cfg: RecipeConfig) -> ModelSource:

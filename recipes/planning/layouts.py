@@ -126,15 +126,12 @@ def plan_layout(
     for recompute in RECOMPUTE:
         sent = [
             traffic(
-                cfg.loss,
+                cfg,
                 config,
                 layout,
                 step,
                 chunks_of(config, layout, pp_rank),
                 replicas=replicas,
-                precision=cfg.model.precision,
-                distributed=cfg.optimizer.distributed,
-                sequence_parallel=bool(cfg.model.sequence_parallel),
                 recompute=recompute,
                 parameters=memory[pp_rank].parameters,
                 gradients=memory[pp_rank].gradients,

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UsageError, UserError
+from megatron_embed.recipes.config.checks import start_of
 from megatron_embed.recipes.config.schema import RecipeConfig
 
 #: Hub id → encoder. Commands pass :data:`megatron_embed.recipes.SIZES`. The sizes serve planning only: training always
@@ -23,16 +24,16 @@ def encoder_of(cfg: RecipeConfig, sizes: Sizes) -> EncoderConfig:
         UserError: the recipe names no model, its folder holds none, or ``sizes`` lacks its hub id.
     """
     stated = {"pooling": cfg.model.pooling, "normalize": cfg.model.normalize, "temperature": cfg.loss.temperature}
-    checkpoint = cfg.checkpoint.pretrained_checkpoint or (None if cfg.model.hf_model else cfg.checkpoint.load)
-    if checkpoint:
+    key, name = start_of(cfg)
+    if key != "model.hf_model":
         from megatron_embed.conversion.mcore import folder as checkpoint_folder
+        from megatron_embed.conversion.mcore import statements
 
-        iter_dir = checkpoint_folder.resolve(checkpoint)
-        config = checkpoint_folder.encoder_config(iter_dir)
+        iter_dir = checkpoint_folder.resolve(name)
+        config = statements.encoder_config(iter_dir)
         if config is None:
-            raise UserError(f"{iter_dir}: says nothing of its model; wanted run_config.yaml with 'encoder:'")
+            raise UserError(f"{iter_dir}: does not state its model; wanted a run_config.yaml with 'encoder:'")
         return config.replace(**stated)
-    name = cfg.model.hf_model
     if not name:
         raise UsageError("model.hf_model: missing; wanted a Hugging Face model folder or id, model.hf_model=DIR_OR_ID")
     folder = Path(name).expanduser()

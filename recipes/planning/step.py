@@ -12,7 +12,6 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes.config.checks import loss_mode
 from megatron_embed.recipes.config.schema import LossSection, RecipeConfig
@@ -105,20 +104,9 @@ def step_of(cfg: RecipeConfig, layout: Layout, replicas: int) -> Step:
 def _step(queries: int, slots: int, lengths: tuple[int, int], wanted: str, kept: int, pp: int, plan: _Shapes) -> Step:
     query, passage = lengths
     texts = [range(query)] * queries + [range(passage)] * (queries * slots)
-    fits = plan.holds(texts)
-    if wanted == "direct" and not fits:
-        limit = (
-            f"train.micro_batch_size {plan.max_texts}"
-            if plan.max_texts is not None
-            else f"train.micro_batch_tokens {plan.max_tokens}"
-        )
-        raise UserError(
-            f"loss.mode: direct needs a rank's whole batch in one micro-batch, but {len(texts)} texts of up to "
-            f"{max(lengths)} tokens are more than {limit} holds; use loss.mode=cached, or raise the limit"
-        )
     mode = loss_mode(wanted, pp)
     if mode == "auto":
-        mode = "direct" if fits else "cached"
+        mode = "direct" if plan.holds(texts) else "cached"
     shapes: list[Shape] = (plan.join if mode == "direct" else plan.split)(texts)  # type: ignore[assignment]
     return Step(mode, tuple(shapes), queries, slots, min(kept, len(shapes)) if mode == "cached" else 0)
 
@@ -161,16 +149,13 @@ class Traffic:
 
 
 def traffic(
-    loss: LossSection,
+    cfg: RecipeConfig,
     config: EncoderConfig,
     layout: Layout,
     step: Step,
     chunks: Sequence[ModelChunk],
     *,
     replicas: int,
-    precision: str,
-    distributed: bool,
-    sequence_parallel: bool,
     recompute: str,
     parameters: int,
     gradients: int,
@@ -179,10 +164,10 @@ def traffic(
 
     Args:
         chunks: the (virtual) stages of the rank.
-        distributed: True if the optimizer's state is sharded.
         parameters, gradients: their bytes on the rank.
     """
-    hidden = step.tokens // layout.cp * config.hidden_size * WIDTHS[precision]
+    width, sequence_parallel = WIDTHS[cfg.model.precision], bool(cfg.model.sequence_parallel)
+    hidden = step.tokens // layout.cp * config.hidden_size * width
     layers = sum(chunk.layers for chunk in chunks)
     first, last = any(chunk.first for chunk in chunks), any(chunk.last for chunk in chunks)
 
@@ -208,18 +193,18 @@ def traffic(
         # Keys and values take an all-gather in forward, a reduce-scatter in backward, and another all-gather where
         # attention is recomputed.
         kv = config.num_key_value_heads * config.head_dim // layout.tp
-        keys_and_values = step.tokens * 2 * kv * WIDTHS[precision]
+        keys_and_values = step.tokens * 2 * kv * width
         context = layers * keys_and_values * (step.forwards + (recompute != "none") + 1)
         context += last * 2 * step.texts * config.hidden_size * FP32 * step.forwards
 
     # Either gradients are reduce-scattered and parameters all-gathered, or gradients are all-reduced.
-    reduced = gradients + parameters if distributed else 2 * gradients
+    reduced = gradients + parameters if cfg.optimizer.distributed else 2 * gradients
     return Traffic(
         _ring(tensor, layout.tp),
         pipeline,
         _ring(context, layout.cp),
         _ring(reduced, replicas * layout.cp),
-        _loss_gather(loss, config, step, replicas) if last else 0,
+        _loss_gather(cfg.loss, config, step, replicas) if last else 0,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 from rich.table import Table
@@ -40,7 +40,7 @@ def step_table(plans: Sequence[Plan]) -> Table:
     table = _table("GiB that the busiest rank sends in a step; bubble and time of a step", columns)
     for plan in plans:
         step, sent = plan.step, plan.busiest
-        volumes = map(_gib, (sent.tensor, sent.pipeline, sent.context, sent.data, sent.loss, sent.total))
+        volumes = map(_gib, (*astuple(sent), sent.total))
         times = (f"{plan.bubble:.0%}", f"{plan.seconds:.3g} s")
         table.add_row(_short(plan), step.mode, str(len(step.micro_batches)), *volumes, *times)
     return table
@@ -66,8 +66,7 @@ def traffic_table(plan: Plan) -> Table:
     columns = ["PP rank", f"TP: {of_tensor}", "PP: point to point", "CP: keys and values", "DP: gradients"]
     table = _table("GiB that a rank sends in a step", [*columns, "loss: embeddings", "total"])
     for pp_rank, sent in enumerate(plan.sent):
-        volumes = (sent.tensor, sent.pipeline, sent.context, sent.data, sent.loss, sent.total)
-        table.add_row(str(pp_rank), *map(_gib, volumes))
+        table.add_row(str(pp_rank), *map(_gib, (*astuple(sent), sent.total)))
     return table
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.encoding.rank_zero import on_first_rank
+from megatron_embed.bridge.ranks import on_first_rank
 
 _BATCH = 32  # pairs in a batch
 _HEAD = "ForSequenceClassification"

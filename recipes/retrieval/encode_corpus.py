@@ -20,12 +20,12 @@ from megatron.core import parallel_state
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.files.long_work import progress as show
+from megatron_embed.bridge.ranks import on_first_rank
+from megatron_embed.conversion.files.progress import progress as show
 from megatron_embed.recipes.datasets.corpus import Corpus, Texts
 from megatron_embed.recipes.datasets.odd_rows import report
 from megatron_embed.recipes.datasets.tokenization import Kind
 from megatron_embed.recipes.encoding.encoder import Encoder, encode_here, encode_sequences
-from megatron_embed.recipes.encoding.rank_zero import on_first_rank
 from megatron_embed.recipes.retrieval.fingerprints import fingerprint
 from megatron_embed.recipes.retrieval.vectors import (
     CALIBRATION,

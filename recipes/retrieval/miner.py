@@ -19,17 +19,23 @@ import torch.distributed as dist
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.ranks import on_first_rank
 from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets.corpus import Corpus, Texts
 from megatron_embed.recipes.datasets.odd_rows import OddRows, report
 from megatron_embed.recipes.datasets.pairs import PairSource
 from megatron_embed.recipes.datasets.tokenization import Kind
 from megatron_embed.recipes.encoding.encoder import Encoder
-from megatron_embed.recipes.encoding.rank_zero import on_first_rank
 from megatron_embed.recipes.retrieval.cross_encoder import CrossScorer
 from megatron_embed.recipes.retrieval.encode_corpus import encode_texts
 from megatron_embed.recipes.retrieval.fingerprints import fingerprint, model_fingerprint
-from megatron_embed.recipes.retrieval.mining import Audit, KnownPositives, MiningRules, choose_negatives, still_said
+from megatron_embed.recipes.retrieval.mining import (
+    Audit,
+    KnownPositives,
+    MiningRules,
+    choose_negatives,
+    teacher_answers_for,
+)
 from megatron_embed.recipes.retrieval.mining_input import check_corpus, check_prompts, checked_before
 from megatron_embed.recipes.retrieval.positives import PositiveVectors, find_documents
 from megatron_embed.recipes.retrieval.search import Searcher
@@ -194,7 +200,7 @@ class _Miner:
             "positive": pair.positives if len(pair.positives) > 1 else pair.positives[0],
             "negatives": negatives,
         }
-        teacher = still_said(pair, negatives)
+        teacher = teacher_answers_for(pair, negatives)
         if self.with_scores:
             found["scores"] = [round(float(x), 6) for x in (*positives, *scores[chosen])]
         elif self.scorer is None and teacher.scores is not None:

@@ -90,7 +90,7 @@ class Audit:
     Attributes:
         odd: odd rows of the corpus and of the training data.
         scores_dropped, vectors_dropped: number of rows whose teacher's scores or vectors are missing in the output, see
-            :func:`still_said`.
+            :func:`teacher_answers_for`.
     """
 
     bound: float = 1.0
@@ -176,7 +176,7 @@ def choose_negatives(
     return chosen
 
 
-def still_said(pair: Pair, negatives: list[str]) -> Teacher:
+def teacher_answers_for(pair: Pair, negatives: list[str]) -> Teacher:
     """Return the teacher's answers for a row's positives and the given negatives, if the row has all of them.
 
     If one negative is new to the teacher, return no answers at all, because training takes answers for all texts of a

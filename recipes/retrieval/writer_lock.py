@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.encoding.rank_zero import on_first_rank
+from megatron_embed.bridge.ranks import on_first_rank
 
 #: name of the lock file in the folder that it protects
 LOCK = ".lock"

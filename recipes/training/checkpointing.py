@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.hf.sentence_files import SentenceSettings, beside_the_recipe, trained
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.model_state import NEW_GROUPS, load_model_state, save_model_state
 from megatron_embed.recipes.config.schema import OptimizerSection, RecipeConfig
 from megatron_embed.recipes.encoding.source import ModelSource
@@ -25,7 +26,6 @@ def save(
     step: int,
     save_dir: Path,
     data: dict[str, list[int]],
-    first: bool,
 ) -> Path:
     """Write the checkpoint of a step from all ranks.
 
@@ -43,7 +43,7 @@ def save(
     root = checkpoints_folder(save_dir)
 
     def finish(folder: Path) -> None:
-        checkpoint_folder.write_sidecars(folder, source.files)
+        statements.write_sidecars(folder, source.files)
         sentence = beside_the_recipe(trained(source.settings or SentenceSettings(), normalize=source.config.normalize))
         run = asked.to_dict()
         # An export runs in another folder and must tell a path from a hub id.
@@ -52,11 +52,11 @@ def save(
             if run[section][key] and path.is_dir():
                 run[section][key] = str(path.resolve())
         own = beside_the_config(sentence=sentence, encoder=source.config.to_dict())
-        checkpoint_folder.write_run_config(folder, {**run, **own})
+        statements.write_run_config(folder, {**run, **own})
 
     common = {"consumed_samples": step * asked.train.global_batch_size, "data": data}
     iter_dir = save_model_state(root, step, state.encoders, optimizer=state.optimizer, common=common, finish=finish)
-    if first:
+    if dist.get_rank() == 0:
         checkpoint_folder.write_tracker(root, step)
     return iter_dir
 
@@ -72,7 +72,10 @@ def restore(section: OptimizerSection, state: TrainState, start: Start) -> None:
     except UserError:
         raise
     except (KeyError, AssertionError) as error:
-        raise UserError(f"{start.iter_dir}: holds no optimizer state that fits ({error})") from error
+        raise UserError(
+            f"{start.iter_dir}: holds no optimizer state that fits ({error}); start from its weights with "
+            f"checkpoint.pretrained_checkpoint"
+        ) from error
     if loaded[NEW_GROUPS] and dist.get_rank() == 0:
         logging.getLogger(__name__).warning(
             f"{start.iter_dir}: from before optimizer.temperature_lr: its temperature learned at the rate of "

@@ -88,7 +88,7 @@ def _may_be_fetched(name: str) -> bool:
     Raises:
         UserError: the hub does not have the model, or does not answer.
     """
-    from megatron_embed.conversion.hf.folder import is_hub_id, not_on_the_hub
+    from megatron_embed.conversion.hf.hub import is_hub_id, not_on_the_hub
 
     if not is_hub_id(name) or os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         return False

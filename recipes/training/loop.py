@@ -1,14 +1,11 @@
-"""The training loop: sample, encode, score, differentiate and update; log, evaluate and save."""
+"""Training: everything is checked, then the model is loaded, then the run goes on from where it stood."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import math
 import shlex
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,43 +20,32 @@ from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
+from megatron_embed.bridge.ranks import on_first_rank
 from megatron_embed.conversion.files.checksums import DamagedCheckpoint
 from megatron_embed.conversion.files.disk_errors import writing_to
-from megatron_embed.recipes.config.checks import check_candidates, layout_of, loss_mode, validate, validate_layout
+from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.recipes.config.checks import check_candidates, layout_of, validate, validate_layout
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes
 from megatron_embed.recipes.config.schema import RecipeConfig
+from megatron_embed.recipes.datasets.beir import load_collections
 from megatron_embed.recipes.datasets.inputs import check_inputs
 from megatron_embed.recipes.datasets.odd_rows import report
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
-from megatron_embed.recipes.datasets.tokenization import TextTokenizer
-from megatron_embed.recipes.encoding.encoder import encode_sequences
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
-from megatron_embed.recipes.encoding.rank_zero import on_first_rank
 from megatron_embed.recipes.encoding.source import ModelSource, open_model
 from megatron_embed.recipes.planning.activations import Activations
-from megatron_embed.recipes.planning.flops import model_flops
 from megatron_embed.recipes.planning.state import chunks_of
 from megatron_embed.recipes.retrieval.writer_lock import LOCK, refuse_if_written, writing
 from megatron_embed.recipes.training import checkpointing
 from megatron_embed.recipes.training.device_memory import too_large
 from megatron_embed.recipes.training.kept_count import KeptCount
 from megatron_embed.recipes.training.loss import ContrastiveLoss
-from megatron_embed.recipes.training.metrics import Reporter, peak_memory_bytes
-from megatron_embed.recipes.training.optimizer import TrainState, set_up_training
-from megatron_embed.recipes.training.rank_batch import (
-    BatchBuilder,
-    PackedBatch,
-    RankBatch,
-    check_teachers,
-    micro_batches,
-    pack,
-)
-from megatron_embed.recipes.training.read_ahead import ReadAhead
-from megatron_embed.recipes.training.resume import Start, find_start, may_fall_back
+from megatron_embed.recipes.training.optimizer import set_up_training
+from megatron_embed.recipes.training.rank_batch import BatchBuilder, check_teachers
+from megatron_embed.recipes.training.resume import Start, checkpoints_folder, find_start, may_fall_back
+from megatron_embed.recipes.training.run import TrainingRun
 from megatron_embed.recipes.training.run_folder import RunFolder
-from megatron_embed.recipes.training.step import Later, contrastive_step, learned_temperature
-from megatron_embed.recipes.training.targets import Targets
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,6 +98,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     if parallel.rank() == 0 and (warning := too_large(cfg, source.config, world)):
         _LOG.warning(warning)
     save_dir = Path(cfg.train.save_dir or "")
+    saved = checkpoint_folder.iterations(checkpoints_folder(save_dir))
     start = find_start(asked, save_dir, instead=instead, recipes=recipes)
     if start is not None:
         start.check_model(source)
@@ -130,7 +117,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
         why = f"{each.path}, which has no hard negatives,"
         check_candidates(cfg.loss, cfg.train.global_batch_size, replicas, negatives, why)
     sampler = GlobalBatchSampler(dataset, cfg.train.global_batch_size, cfg.train.seed)
-    collections = _open_collections(cfg.data.eval)
+    collections = list(load_collections(cfg.data.eval or []))
     lock = save_dir / LOCK
     with parallel.parallel_world(layout, timeout_minutes=cfg.train.timeout_minutes):
         refuse_if_written(save_dir, lock)  # before minutes go into loading; the lock itself would create the folder
@@ -142,7 +129,7 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
         if start is not None:
             checkpointing.restore(cfg.optimizer, run.state, start)
         with writing_to(save_dir), writing(save_dir, lock):
-            on_first_rank(lambda: _check_unchanged(start, asked, save_dir, instead, recipes))
+            on_first_rank(lambda: _check_unchanged(save_dir, saved, start))
             on_first_rank(run.folder.check)
             run.loop(start)
         if dist.get_rank() == 0:
@@ -150,15 +137,14 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
     return save_dir
 
 
-def _check_unchanged(
-    start: Start | None, asked: RecipeConfig, save_dir: Path, instead: Path | None, recipes: Recipes
-) -> None:
-    """Check, with the folder locked, that no other run has saved there since ``start`` was found."""
-    now = find_start(asked, save_dir, instead=instead, recipes=recipes)
-    was, found = (each and each.iter_dir for each in (start, now))
-    if was != found:
+def _check_unchanged(save_dir: Path, saved: list[int], start: Start | None) -> None:
+    """Check, with the folder locked, that no other run has saved there since ``saved`` was listed."""
+    root = checkpoints_folder(save_dir)
+    if others := [number for number in checkpoint_folder.iterations(root) if number not in saved]:
+        found = checkpoint_folder.iteration_folder(root, others[-1])
         raise UserError(
-            f"{save_dir}: another run has saved {found} while this one was loading {was or 'its model'}; "
+            f"{save_dir}: another run has saved {found} while this one was loading "
+            f"{start.iter_dir if start is not None else 'its model'}; "
             f"start this one again, or name another train.save_dir"
         )
 
@@ -172,14 +158,6 @@ def _closing(save_dir: Path, steps: int, seconds: float) -> str:
     )
 
 
-def _open_collections(folders: list[str] | None) -> list[Any]:
-    if not folders:
-        return []
-    from megatron_embed.recipes.datasets.beir import load_collections
-
-    return list(load_collections(folders))
-
-
 def _set_up(
     cfg: RecipeConfig,
     layout: Layout,
@@ -190,14 +168,7 @@ def _set_up(
     collections: list[Any],
 ) -> TrainingRun:
     data = cfg.data
-    tokenizer = TextTokenizer.from_folder(
-        source.files,
-        query_prompt=data.query_prompt,
-        passage_prompt=data.passage_prompt,
-        query_max_length=data.query_max_length,
-        passage_max_length=data.passage_max_length,
-        do_lower_case=source.settings is not None and source.settings.do_lower_case,
-    )
+    tokenizer = source.tokenizer(data)
     transformer = transformer_config(
         source.config,
         layout,
@@ -245,208 +216,3 @@ def _kept_count(cfg: RecipeConfig, layout: Layout, config: EncoderConfig) -> Kep
 def _ask_for(dtype: torch.dtype) -> str:
     """Return the override that makes a recipe use a dtype."""
     return f"model.precision={next((name for name, known in DTYPES.items() if known == dtype), 'fp32')}"
-
-
-@dataclass
-class TrainingRun:
-    """A training run with all its parts built."""
-
-    cfg: RecipeConfig
-    layout: Layout
-    source: ModelSource
-    state: TrainState
-    builder: BatchBuilder
-    plan: BatchingPlan
-    loss: ContrastiveLoss
-    kept_graphs: KeptCount
-    folder: RunFolder
-    collections: list[Any]
-    kept: Path | None = None
-    """The newest checkpoint of this run."""
-
-    @property
-    def encoder_config(self) -> EncoderConfig:
-        """The config of the model in training."""
-        return self.source.config
-
-    def loop(self, start: Start | None) -> None:
-        """Run the steps after ``start`` up to ``train_iters``."""
-        train = self.cfg.train
-        done = 0
-        if start is not None:
-            done, self.kept = start.step, start.iter_dir
-        reporter = Reporter(self.cfg, self.folder, active=dist.get_rank() == 0, start=done)
-        told: set[str] = set()
-        reporter.say(self._what(done))
-        steps = range(done + 1, train.train_iters + 1)
-        try:
-            if start is not None and (news := start.news(self.cfg)):
-                reporter.say(news)
-            with ReadAhead(self._prepare, steps) as ahead:
-                for step in steps:
-                    began = time.perf_counter()
-                    liveness.stand_at(f"step {step}, reading the batch")
-                    packed = ahead.take()
-                    data_seconds = time.perf_counter() - began
-                    mode, targets = self._agree(packed)
-                    for choice, line in self._choices(packed, mode).items():
-                        if choice not in told:
-                            reporter.say(f"step {step}: {line}")
-                            told.add(choice)
-                    learning_rate = self.state.optimizer.param_groups[0]["lr"]
-                    liveness.stand_at(f"step {step}, forward and backward", limited=True)
-                    numbers, padding = self._step(packed, targets, mode, step)
-                    record = self._record(step, packed.batch, padding, time.perf_counter() - began)
-                    record.update(learning_rate=learning_rate, **numbers)
-                    record["data_seconds"] = data_seconds
-                    self._close_step(step, record, reporter, ahead)
-        finally:
-            reporter.close()
-
-    def _close_step(self, step: int, record: dict[str, Any], reporter: Reporter, ahead: ReadAhead[PackedBatch]) -> None:
-        """Evaluate, log and save if this step is due for it."""
-        train = self.cfg.train
-        last = step == train.train_iters
-        if self.collections and (last or step % train.eval_interval == 0):
-            liveness.stand_at(f"step {step}, evaluation")
-            with ahead.paused():
-                record["eval"] = self._evaluate()
-        saved = last or step % train.save_interval == 0
-        # A saved step is logged too, so that a continued run averages its losses from the same step on.
-        reporter.step(record, logged=saved or step == 1 or step % train.log_interval == 0 or "eval" in record)
-        if saved:
-            liveness.stand_at(f"step {step}, saving the checkpoint")
-            with ahead.paused():
-                reporter.say(f"step {step}: saved to {self._save(step)}")
-
-    def _prepare(self, step: int) -> PackedBatch:
-        """Read, tokenize and pack this rank's part of a step."""
-        mode = loss_mode(self.cfg.loss.mode, self.layout.pp)
-        return pack(self.plan, self.builder.build(step - 1), mode=mode)
-
-    def _what(self, done: int) -> str:
-        """Return one line that describes the training that begins."""
-        cfg, sampler, world = self.cfg, self.builder.sampler, dist.get_world_size()
-        layout = f"{self.layout} × DP {self.layout.data_parallel_size(world)}"
-        return (
-            f"{cfg.recipe} on {world} rank{'s' if world > 1 else ''} ({layout}), steps {done + 1:,} to "
-            f"{cfg.train.train_iters:,} of {cfg.train.global_batch_size:,} queries, into {self.folder.path}; "
-            f"data: {len(self.builder.dataset):,} examples, {sampler.steps_per_epoch:,} steps an epoch"
-        )
-
-    def _agree(self, packed: PackedBatch) -> tuple[str, Targets]:
-        """Return the mode of this step's gradient, the same on every rank, and targets as wide as every rank's."""
-        targets = packed.batch.targets
-        # numbers of the host: the GPU may still compute the step before
-        ours = torch.tensor([packed.mode != "direct", targets.most_known])
-        dist.all_reduce(ours, op=dist.ReduceOp.MAX, group=parallel.data_parallel_hosts())
-        cached, most_known = ours.tolist()
-        return "cached" if cached else "direct", targets.widened(most_known)
-
-    def _choices(self, packed: PackedBatch, mode: str) -> dict[str, str]:
-        """Return a line for each choice of this step that a run tells when it first makes it."""
-        lines = {mode: f"loss.mode {mode}{self._why(mode)}"}
-        if mode == "cached" and (kept := self.kept_graphs.of(packed.groups)):
-            count = len(packed.groups)
-            lines["kept"] = (
-                f"keeps the graphs of {kept} of {count} micro-batches (loss.kept_micro_batches "
-                f"{self.cfg.loss.kept_micro_batches}: {4 - kept / count:.3g} instead of 4 forward costs)"
-            )
-        return lines
-
-    def _why(self, mode: str) -> str:
-        if self.cfg.loss.mode != "auto":
-            return ""
-        if mode == "direct":
-            return " (each rank's batch fits into one micro-batch: 3 instead of 4 forward costs)"
-        if self.layout.pp > 1:
-            return " (pipeline stages need several micro-batches)"
-        return " (a rank's batch is more than one micro-batch)"
-
-    def _step(
-        self, packed: PackedBatch, targets: Targets, mode: str, step: int
-    ) -> tuple[dict[str, float | None], float]:
-        """Compute the gradient and update; return the step's numbers and this rank's share of padding.
-
-        ``grad_norm``, from before clipping, is None if fp16 overflowed and the update was skipped.
-        """
-        state, batch, groups = self.state, packed.batch, packed.groups
-        if mode != packed.mode:  # another rank's batch does not fit into one micro-batch
-            groups = micro_batches(self.plan, batch, mode=mode)
-        for stage in state.stages:
-            stage.zero_grad_buffer()
-        state.optimizer.zero_grad()
-        told: dict[str, torch.Tensor] = {}
-        if self.cfg.loss.learn_temperature:  # the value that divides this step's scores
-            told["temperature"] = learned_temperature(state.stages)
-        kept = self.kept_graphs.of(groups)
-        told["loss"] = contrastive_step(state.stages, groups, targets, self.loss, mode=mode, kept=kept)  # type: ignore[arg-type]
-        later = Later(list(told.values()))
-        # The step's only wait for the GPU: the optimizer reads the norm, and everything before it is then known too.
-        updated, grad_norm, _ = state.optimizer.step()
-        numbers: dict[str, float | None] = dict(zip(told, later.read(), strict=True))
-        # With fp16, an update is skipped while the loss scale adjusts; a skipped update has no norm.
-        numbers["grad_norm"] = grad_norm
-        for name in ("loss", "grad_norm"):
-            value = numbers[name]
-            if value is not None and not math.isfinite(value) and (updated or name == "loss"):
-                raise UserError(self._not_finite(step, name.replace("grad_", "gradient "), value))
-        state.scheduler.step(increment=1)
-        self.kept_graphs.close_step(mode)
-        total = sum(group.tokens.total_tokens for group in groups)
-        return numbers, 1 - batch.real_tokens / total
-
-    def _not_finite(self, step: int, what: str, value: float) -> str:
-        return (
-            f"step {step}: {what} is {value}. Batch: {self.builder.lines(step - 1)}. "
-            f"{f'The checkpoint {self.kept} is kept' if self.kept else 'No checkpoint was written yet'}; "
-            f"lower optimizer.lr, or look at these lines"
-        )
-
-    def _record(self, step: int, batch: RankBatch, padding: float, seconds: float) -> dict[str, Any]:
-        """Return this step's record over all ranks."""
-        sums = torch.tensor(
-            [batch.real_tokens, batch.squared_lengths, batch.real_tokens / (1 - padding)], dtype=torch.float64
-        )
-        dist.all_reduce(sums, group=parallel.data_parallel_hosts())
-        tokens, squared, computed = sums.tolist()
-        flops = model_flops(self.encoder_config, tokens=int(tokens), squared_lengths=int(squared))
-        return {
-            "step": step,
-            "loss": 0.0,
-            "grad_norm": 0.0,
-            "learning_rate": 0.0,
-            "consumed_samples": step * self.cfg.train.global_batch_size,
-            "tokens": int(tokens),
-            "padding_fraction": 1 - tokens / computed,
-            "tokens_per_second": tokens / seconds,
-            "model_flops_per_second": flops / seconds,
-            "step_seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-
-    def _evaluate(self) -> dict[str, dict[str, float]]:
-        from megatron_embed.recipes.retrieval.evaluation import evaluate
-
-        return evaluate(self._encode_texts(), self.collections, bm25=False)
-
-    def _encode_texts(self) -> Callable[..., Any]:
-        tokenizer, hidden = self.builder.tokenizer, self.encoder_config.hidden_size
-
-        def encode(texts: list[str], kind: Any) -> Any:
-            return encode_sequences(self.state.encoders, self.plan, tokenizer.tokenize(texts, kind), hidden)
-
-        return encode
-
-    def _save(self, step: int) -> Path:
-        first = dist.get_rank() == 0
-        saved = self.kept = checkpointing.save(
-            self.folder.asked,
-            self.source,
-            self.state,
-            step=step,
-            save_dir=self.folder.path,
-            data=self.builder.dataset.state(),
-            first=first,
-        )
-        return saved

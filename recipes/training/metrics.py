@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_embed.conversion.files.long_work import time_left
+from megatron_embed.conversion.files.progress import time_left
 from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.training.run_folder import METRICS, TENSORBOARD, RunFolder
 

@@ -23,7 +23,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.recipes.config.schema import OptimizerSection
 from megatron_embed.recipes.planning.gradient_buckets import bucket_size
 
@@ -114,7 +114,7 @@ class TrainState:
     scheduler: OptimizerParamScheduler
 
     @property
-    def encoders(self) -> list[Encoder]:
+    def encoders(self) -> list[EncoderStage]:
         """The stages without their data-parallel wrappers."""
         return [stage.module for stage in self.stages]
 
@@ -133,7 +133,7 @@ class _DDP(DistributedDataParallel):
 
 
 def wrap_ddp(
-    encoders: list[Encoder], *, distributed_optimizer: bool = False, overlap: bool = False
+    encoders: list[EncoderStage], *, distributed_optimizer: bool = False, overlap: bool = False
 ) -> list[DistributedDataParallel]:
     """Wrap this rank's stages in megatron-core's DDP, which buffers gradients and reduces them in fp32 or wider.
 
@@ -187,7 +187,7 @@ def reset_groups(optimizer: MegatronOptimizer, section: OptimizerSection) -> Non
             group["step"] = steps
 
 
-def set_up_training(encoders: list[Encoder], section: OptimizerSection, *, train_iters: int) -> TrainState:
+def set_up_training(encoders: list[EncoderStage], section: OptimizerSection, *, train_iters: int) -> TrainState:
     """Set up DDP, AdamW and the schedule for stages with loaded weights (main parameters are copied from them).
 
     Matrices have weight decay. Norms have none. A learned temperature has none and has its own learning rate.

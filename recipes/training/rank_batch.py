@@ -115,11 +115,12 @@ def check_teachers(dataset: PairDataset, loss: LossSection, hidden_size: int) ->
         for key, (row, fields) in wanted.items():
             if getattr(loss, key.removeprefix("loss.")) and row >= 0:
                 where = f"{source.path}, {source.place(row)}"
-                raise UserError(f"{where}: no {fields}, which {key} above 0 wants")
+                raise UserError(f"{where}: no {fields}, which {key} above 0 needs; add them, or set it to 0")
         if loss.embedding_distillation_weight and source.vector_widths != {hidden_size}:
             widths = ", ".join(map(str, sorted(source.vector_widths)))
             raise UserError(
-                f"{source.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}"
+                f"{source.path}: teacher vectors of {widths} numbers; wanted the model's hidden_size {hidden_size}: "
+                f"take a teacher of that width"
             )
 
 
@@ -140,17 +141,4 @@ def micro_batches(plan: BatchingPlan, batch: RankBatch, *, mode: str) -> list[Mi
     Raises:
         UserError: the mode is ``direct`` and the batch does not fit into one micro-batch.
     """
-    if mode == "cached":
-        return plan.split(batch.sequences)
-    if not plan.holds(batch.sequences):
-        limit = (
-            f"train.micro_batch_size {plan.max_texts}"
-            if plan.max_texts is not None
-            else f"train.micro_batch_tokens {plan.max_tokens}"
-        )
-        raise UserError(
-            f"loss.mode: direct needs a rank's whole batch in one micro-batch, but its {len(batch.sequences)} texts "
-            f"({batch.real_tokens} tokens) are more than {limit} holds; use loss.mode=cached (the same gradient), "
-            f"or raise the limit"
-        )
-    return plan.join(batch.sequences)
+    return plan.split(batch.sequences) if mode == "cached" else plan.join(batch.sequences)

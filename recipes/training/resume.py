@@ -10,6 +10,7 @@ from typing import Any
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.checksums import CHECKSUMS
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
+from megatron_embed.conversion.mcore import statements
 from megatron_embed.conversion.mcore.safe_loading import load_common
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes, changed_keys, config_from_dict, recipe_named
 from megatron_embed.recipes.config.schema import RecipeConfig
@@ -83,10 +84,10 @@ class Start:
         if changed:
             root = self.iter_dir.parent
             raise UserError(
-                f"{self.iter_dir}: the training data changed since ({'; '.join(changed)}), so that the run cannot go "
-                f"on where it stood; put it back, take another train.save_dir with "
+                f"{self.iter_dir}: the training data has changed since this checkpoint ({'; '.join(changed)}), so the "
+                f"run cannot continue at its position; restore the data, start in another train.save_dir with "
                 f"checkpoint.pretrained_checkpoint={root}, "
-                f"or go on in the new order with checkpoint.load={root} checkpoint.resume=false"
+                f"or continue in the new order with checkpoint.load={root} checkpoint.resume=false"
             )
 
     def check_model(self, source: ModelSource) -> None:
@@ -95,14 +96,14 @@ class Start:
         Raises:
             UserError: the message names the field of the architecture that differs.
         """
-        own = checkpoint_folder.encoder_config(self.iter_dir)
+        own = statements.encoder_config(self.iter_dir)
         if own is not None:
             try:
-                checkpoint_folder.refuse_another_model(source.config, own, source.path)
+                statements.refuse_another_model(source.config, own, source.path)
             except UserError as error:
                 raise UserError(
-                    f"{error}, in {self.iter_dir}, from which the run would go on; name the model that it was trained "
-                    f"from, or another checkpoint"
+                    f"{error}, in {self.iter_dir}, from which the run would go on; name the model from which it was "
+                    f"trained, or another checkpoint"
                 ) from None
 
     def nothing_to_do(self, train_iters: int) -> str | None:
@@ -167,7 +168,7 @@ def find_start(
     if samples % batch:
         raise UserError(
             f"{iter_dir}: {samples} samples were trained on, which is no multiple of train.global_batch_size {batch}; "
-            f"continue with the batch size that it was trained with"
+            f"continue with the batch size of its own run"
         )
     step = samples // batch
     own = os.path.realpath(iter_dir) == os.path.realpath(checkpoint_folder.iteration_folder(root, step))
@@ -226,12 +227,12 @@ def trained_config(iter_dir: Path, recipes: Recipes = NO_RECIPES) -> tuple[Recip
     Raises:
         UserError: the file is missing or damaged, or has keys that this version does not know.
     """
-    values = checkpoint_folder.read_run_config(iter_dir)
+    values = statements.read_run_config(iter_dir)
     path = iter_dir / checkpoint_folder.RUN_CONFIG
     if "train" not in values:
         raise UserError(
-            f"{path}: missing, damaged, or not of a training run, so that nobody can say whether this is the same run; "
-            f"go on all the same with checkpoint.load={iter_dir} checkpoint.resume=false"
+            f"{path}: is missing, damaged, or not that of a training run, so the checkpoint cannot be compared with "
+            f"this run; to continue without the comparison, set checkpoint.load={iter_dir} checkpoint.resume=false"
         )
     directory = values.pop(_DIRECTORY, None)
     values = {key: value for key, value in values.items() if key not in _OF_EXPORTS}
@@ -253,8 +254,8 @@ def _refuse_to_replace_source(asked: RecipeConfig, root: Path) -> None:
             os.path.realpath(root)
         ):
             raise UserError(
-                f"checkpoint.{key}: {path} is in the run's own train.save_dir, where a run that starts afresh takes "
-                f"its place; choose another train.save_dir"
+                f"checkpoint.{key}: {path} is in the run's own train.save_dir, and a run that starts afresh there "
+                f"would move it away; choose another train.save_dir"
             )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import io
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from megatron_embed.bridge.errors import UserError
 
@@ -29,20 +29,13 @@ _LOOK: Any = {
 _SERIES = ("#3b7dd8", "#d9822b", "#3a9d5d", "#b5547a", "#7a63c7", "#8a8a3a")
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+@contextmanager
+def _look() -> Iterator[None]:
+    """Draw in the page's style; import matplotlib only to draw, not for ``--help``."""
+    from matplotlib import rc_context
 
-
-def _drawn(draw: Function) -> Function:
-    """Wrap a function to draw in the page's style; import matplotlib only to draw, not for ``--help``."""
-
-    @functools.wraps(draw)
-    def drawing(*args: Any, **kwargs: Any) -> Any:
-        from matplotlib import rc_context
-
-        with rc_context(_LOOK):
-            return draw(*args, **kwargs)
-
-    return drawing  # type: ignore[return-value]
+    with rc_context(_LOOK):
+        yield
 
 
 def _figure(**kwargs: Any) -> Figure:
@@ -98,7 +91,7 @@ def read_run(folder: str | Path) -> RunLog:
             raise UserError(f"{path}, line {number}: wanted an object with a step")
         records.append(record)
     if not records:
-        raise UserError(f"{path}: no step was logged yet")
+        raise UserError(f"{path}: holds no step yet; wait until the run has logged one")
     config = folder / "run_config.yaml"
     return RunLog(folder.resolve().name, records, config.read_text(encoding="utf-8") if config.is_file() else "")
 
@@ -115,7 +108,7 @@ def write_report(
     Args:
         sections: (heading, HTML) to put before the runs' own; :func:`table` and :func:`heat_map` make such HTML.
     """
-    parts = [(heading, body) for heading, body in sections]
+    parts = list(sections)
     if runs:
         parts.append(("Runs", _summary(runs)))
         parts.append(("Training", _training_figure(runs)))
@@ -139,7 +132,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-@_drawn
+@_look()
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, caption: str = "") -> str:
     """Return a figure of a matrix ``[len(rows), len(columns)]`` with labels and a colour bar."""
     width = 0.42 * len(columns) + 4.2
@@ -173,7 +166,7 @@ def _summary(runs: Sequence[RunLog]) -> str:
     return table(header, rows)
 
 
-@_drawn
+@_look()
 def _training_figure(runs: Sequence[RunLog]) -> str:
     figure = _figure(figsize=(11, 6.4), layout="constrained")
     grid = figure.subplots(2, 2)
@@ -199,7 +192,7 @@ def _training_figure(runs: Sequence[RunLog]) -> str:
     )
 
 
-@_drawn
+@_look()
 def _scores_figure(runs: Sequence[RunLog]) -> str:
     figure = _figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()

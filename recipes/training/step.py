@@ -20,10 +20,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_embed.bridge.cpu import host
-from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.bridge.sequences import to_device
 from megatron_embed.recipes.encoding.micro_batches import MicroBatch
-from megatron_embed.recipes.encoding.schedule import encode_micro_batches, run_schedule
+from megatron_embed.recipes.encoding.schedule import encode_micro_batches, run_schedule, share_last_stage
 from megatron_embed.recipes.training.kept_graphs import KeptGraphs
 from megatron_embed.recipes.training.loss import ContrastiveLoss
 from megatron_embed.recipes.training.targets import Targets
@@ -123,7 +123,7 @@ def _share_loss(loss: Tensor | None) -> Tensor:
     if loss is not None:
         value += loss
         dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
-    return _from_last_stage(value)
+    return share_last_stage(value)
 
 
 def learned_temperature(stages: Sequence[torch.nn.Module]) -> Tensor:
@@ -132,18 +132,7 @@ def learned_temperature(stages: Sequence[torch.nn.Module]) -> Tensor:
     log_temperature = unwrap(stages)[-1].log_temperature
     if log_temperature is not None:
         value += log_temperature.detach().double().exp().squeeze()
-    return _from_last_stage(value)
-
-
-def _from_last_stage(value: Tensor) -> Tensor:
-    """Return the last pipeline stage's number on every stage."""
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(
-            value,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return value
+    return share_last_stage(value)
 
 
 class Later:
@@ -167,6 +156,6 @@ class Later:
         return self._values.tolist()
 
 
-def unwrap(stages: Sequence[torch.nn.Module]) -> list[Encoder]:
+def unwrap(stages: Sequence[torch.nn.Module]) -> list[EncoderStage]:
     """Return the encoders without their DDP wrappers, if they have any."""
-    return [stage if isinstance(stage, Encoder) else stage.module for stage in stages]
+    return [stage if isinstance(stage, EncoderStage) else stage.module for stage in stages]

@@ -9,8 +9,8 @@ import torch
 from support import oracle
 from support.megatron import collect, filled_stages, forbid_questions, merge_world
 from support.places import ROOT
+from support.tiny_families import tiny_qwen3_config
 from support.tiny_models import tiny_config
-from support.tiny_qwen3 import tiny_qwen3_config
 
 from megatron_embed.bridge import EncoderConfig, layer_spec
 from megatron_embed.bridge.cpu import host

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from support import oracle
 from support.megatron import forbid_questions
+from support.tiny_families import tiny_qwen3_config
 from support.tiny_models import tiny_config
-from support.tiny_qwen3 import tiny_qwen3_config
 from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.cpu import host
-from megatron_embed.bridge.encoder import Encoder, transformer_config
+from megatron_embed.bridge.encoder import EncoderStage, transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.mapping import checkpoint_name, weights
 from megatron_embed.bridge.parallel import parallel_world
@@ -104,15 +104,17 @@ def encoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     StandInAttention.seen.clear()
     config = EncoderConfig.from_hf(CONFIGS[request.param]())
     with parallel_world(Layout()):
-        yield Encoder(config, transformer_config(config, Layout(), dtype=torch.float32), layers="transformer_engine")
+        yield EncoderStage(
+            config, transformer_config(config, Layout(), dtype=torch.float32), layers="transformer_engine"
+        )
 
 
-def test_every_parameter_has_its_row_and_shape(encoder: Encoder) -> None:
+def test_every_parameter_has_its_row_and_shape(encoder: EncoderStage) -> None:
     found = {checkpoint_name(name): tuple(parameter.shape) for name, parameter in encoder.named_parameters()}
     assert found == {weight.megatron: weight.megatron_shape for weight in weights(encoder.encoder_config)}
 
 
-def test_padded_and_packed_equal_hugging_face(encoder: Encoder) -> None:
+def test_padded_and_packed_equal_hugging_face(encoder: EncoderStage) -> None:
     model = oracle.hf_model(CONFIGS[encoder.encoder_config.family]())
     state, config = model.state_dict(), encoder.encoder_config
     table = {weight.megatron: weight for weight in weights(config)}
@@ -135,7 +137,7 @@ def test_padded_and_packed_equal_hugging_face(encoder: Encoder) -> None:
     )
 
 
-def test_layers_ask_for_no_device_while_computing(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_ask_for_no_device_while_computing(encoder: EncoderStage, monkeypatch: pytest.MonkeyPatch) -> None:
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     forbid_questions(monkeypatch)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny_llama, tiny_models, tiny_qwen3
+from support import tiny_families, tiny_models
 from support.hf_files import Source
 
 
@@ -20,8 +20,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
         key = json.dumps([kind, kw], sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp(kind) / kind
-            module = {"llama": tiny_llama, "qwen3": tiny_qwen3}.get(kind.partition("_")[0], tiny_models)
-            made[key] = getattr(module, f"save_{kind}")(folder, **kw)
+            family, _, form = kind.partition("_")
+            if family in ("llama", "qwen3"):
+                made[key] = getattr(tiny_families, f"save_{family}")(folder, head=form == "causal_lm", **kw)
+            else:
+                made[key] = getattr(tiny_models, f"save_{kind}")(folder, **kw)
         return made[key]
 
     return make

@@ -13,7 +13,7 @@ from support.worlds import run_world
 from test_automodel import consolidated
 
 from megatron_embed.bridge.config import EncoderConfig
-from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
+from megatron_embed.bridge.encoder import EncoderStage, build_stages, transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.conversion.exporting import export_hf
@@ -31,7 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def empty_stages(config: EncoderConfig, layout: Layout) -> list[Encoder]:
+def empty_stages(config: EncoderConfig, layout: Layout) -> list[EncoderStage]:
     encoders = build_stages(config, transformer_config(config, layout, dtype=torch.float32))
     with torch.no_grad():
         for encoder in encoders:
@@ -40,7 +40,7 @@ def empty_stages(config: EncoderConfig, layout: Layout) -> list[Encoder]:
     return encoders
 
 
-def assert_equal_stages(found: list[Encoder], wanted: list[Encoder], what: str) -> None:
+def assert_equal_stages(found: list[EncoderStage], wanted: list[EncoderStage], what: str) -> None:
     for a, b in zip(found, wanted, strict=True):
         theirs = dict(b.named_parameters())
         assert list(theirs) == [name for name, _ in a.named_parameters()]
@@ -104,7 +104,7 @@ def _all_of_one(folder: str, checkpoints: list[str], out: str) -> list[tuple[str
 
 
 def _save(
-    encoders: list[Encoder],
+    encoders: list[EncoderStage],
     iter_dir: Path,
     form: str,
     metadata: dict[str, Any],

@@ -29,9 +29,9 @@ from megatron_embed.bridge import mapping
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.families import FAMILIES
 from megatron_embed.conversion.compare.configs import compare_encoders
+from megatron_embed.conversion.files.json_files import write_json
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.hf.safetensors_writer import TensorSpec, _header, _plan
-from megatron_embed.conversion.hf.sentence_files import write_json
 from megatron_embed.conversion.mcore.weights import chunks
 
 #: (config, model, prefix of the encoder on disk, tensors on disk, of them the encoder's, the encoder's parameters)

@@ -141,7 +141,9 @@ def test_verify_finds_one_changed_value(source: Source, tmp_path: Path) -> None:
     out = there_and_back(folder, tmp_path)
     same = verify(folder, megatron_path=tmp_path / "megatron", progress=False)
     assert same
-    assert same.compared == same.equal == 20
+    tensors = same.section("tensors")
+    assert tensors is not None
+    assert tensors.compared == tensors.equal == 20
     both = verify(folder, hf_path=out, progress=False)
     assert both
     assert both.embeddings is not None
@@ -154,7 +156,9 @@ def test_verify_finds_one_changed_value(source: Source, tmp_path: Path) -> None:
     assert not other
     assert [d.name for d in other.differences] == ["layers.1.mlp.up_proj.weight", "embeddings"]
     assert other.differences[0].largest == pytest.approx(0.5, abs=0.01)
-    assert other.equal == other.compared - 1
+    tensors = other.section("tensors")
+    assert tensors is not None
+    assert tensors.equal == tensors.compared - 1
 
 
 def test_a_tokenizer_is_part_of_an_embedder(source: Source, tmp_path: Path) -> None:

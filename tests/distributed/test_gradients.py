@@ -9,8 +9,8 @@ import pytest
 import torch
 from support import oracle
 from support.megatron import collect, filled_stages, merge_world
+from support.tiny_families import tiny_qwen3_config
 from support.tiny_models import tiny_config
-from support.tiny_qwen3 import tiny_qwen3_config
 from support.worlds import run_world
 
 from megatron_embed.bridge import EncoderConfig

@@ -63,7 +63,7 @@ def many_steps(folder: Path, name: str, *overrides: str) -> Any:
 def train_all(folder: str, runs: Runs) -> list[list[int]]:
     """Train; the lengths of this rank's micro-batches, step by step."""
     from megatron_embed.recipes import train
-    from megatron_embed.recipes.training import loop as training
+    from megatron_embed.recipes.training import run as training
 
     seen: list[list[int]] = []
     step = training.contrastive_step

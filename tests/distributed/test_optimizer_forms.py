@@ -42,7 +42,7 @@ def save_and_save_again(folder: str, pairs: list[tuple[str, str]]) -> None:
     Another precision is taken with ``checkpoint.load`` only.
     """
     from megatron_embed.recipes import train
-    from megatron_embed.recipes.training import loop as training
+    from megatron_embed.recipes.training import run as training
 
     root = Path(folder)
     short = ["train.train_iters=2", "optimizer.warmup_iters=0"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_families import tiny_qwen3_config
 from support.tiny_models import tiny_config
-from support.tiny_qwen3 import tiny_qwen3_config
 from support.worlds import run_world
 from torch import Tensor
 

@@ -16,7 +16,7 @@ from support.tiny_models import tiny_config
 from support.worlds import run_world
 
 from megatron_embed.bridge import EncoderConfig
-from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
+from megatron_embed.bridge.encoder import EncoderStage, build_stages, transformer_config
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.recipes import train
@@ -68,7 +68,7 @@ def test_training_leaves_no_thread_and_no_model(tmp_path: Path) -> None:
     for number in range(3):
         train(recipe(tmp_path, f"run{number}", "train.train_iters=2"))
         threads.append(_threads())
-        assert not [each for each in gc.get_objects() if type(each) is Encoder]
+        assert not [each for each in gc.get_objects() if type(each) is EncoderStage]
     assert threads[1:] == threads[:1] * 2  # the first message of a process starts threads of the backend's own
 
 

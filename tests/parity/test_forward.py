@@ -15,7 +15,7 @@ from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.attention import SequenceInfo
 from megatron_embed.bridge.cpu import attention, host
 from megatron_embed.bridge.cpu.attention import attention_by_products
-from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
 from megatron_embed.bridge.sequences import TokenBatch
@@ -65,7 +65,7 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def states(encoder: Encoder, batch: TokenBatch) -> Tensor:
+def states(encoder: EncoderStage, batch: TokenBatch) -> Tensor:
     """Final token states ``[b, s, hidden]``."""
     info = SequenceInfo.of(
         batch, encoder.encoder_config, encoder._frequencies, encoder.rope_factor, encoder.config.params_dtype
@@ -75,14 +75,14 @@ def states(encoder: Encoder, batch: TokenBatch) -> Tensor:
         return encoder.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=info).transpose(0, 1)
 
 
-def build(overrides: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Any, Encoder]:
+def build(overrides: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Any, EncoderStage]:
     config = tiny_config(**overrides)
     model = oracle.hf_model(config)
     (encoder,) = filled_stages(EncoderConfig.from_hf(config), Layout(), model.state_dict(), dtype)
     return model, encoder
 
 
-def check_states(model: Any, encoder: Encoder, side: str) -> None:
+def check_states(model: Any, encoder: EncoderStage, side: str) -> None:
     """Check the states of every real token against Hugging Face's, with padding on a side or none."""
     ids, mask = ids_and_mask(side)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from support.places import HF_CONFIGS
 from support.runs import read_metrics, write_pairs
-from support.tiny_qwen3 import save_qwen3_causal_lm
+from support.tiny_families import save_qwen3
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model
 
 from megatron_embed import recipes
@@ -42,7 +42,7 @@ OVERRIDES = [
 
 
 def test_imported_trained_exported_and_loaded_elsewhere(tmp_path: Path) -> None:
-    model = save_qwen3_causal_lm(tmp_path / "model")
+    model = save_qwen3(tmp_path / "model")
     data = write_pairs(tmp_path / "train.jsonl", 40)
     assert convert(["import", "--hf-model", str(model), "--megatron-path", str(tmp_path / "m"), "--no-progress"]) == 0
     assert convert(["verify", "--hf-model", str(model), "--megatron-path", str(tmp_path / "m"), "--no-progress"]) == 0

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.cpu import host
-from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
+from megatron_embed.bridge.encoder import EncoderStage, build_stages, transformer_config
 from megatron_embed.bridge.layers import LayerKind
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.bridge.mapping import OWN_PARAMETERS, Weight, checkpoint_name, weights
+from megatron_embed.bridge.mapping import Weight, parameters_with_weights, weights
 from megatron_embed.bridge.transforms import (
     pack_gate_up,
     pack_qkv,
@@ -65,18 +65,14 @@ def filled_stages(
     learn_temperature: bool = False,
     layers: LayerKind | None = None,
     **options: Any,
-) -> list[Encoder]:
+) -> list[EncoderStage]:
     """This rank's stages with the weights of an HF ``Ministral3Model``'s state dict."""
     transformer = transformer_config(config, layout, dtype=dtype, **options)
     encoders = build_stages(config, transformer, layers=layers, learn_temperature=learn_temperature)
-    table = {weight.megatron: weight for weight in weights(config)}
     rank, world = parallel_state.get_tensor_model_parallel_rank(), layout.tp
     with torch.no_grad():
         for encoder in encoders:
-            for name, parameter in encoder.named_parameters():
-                if name in OWN_PARAMETERS:
-                    continue
-                weight = table[checkpoint_name(name, layer_offset=encoder.layer_offset)]
+            for _, parameter, weight in parameters_with_weights(encoder, config, layer_offset=encoder.layer_offset):
                 parameter.copy_(_slice(weight, config, state, rank, world))
     return encoders
 

@@ -18,7 +18,7 @@ from megatron_embed.conversion.exporting import export_hf
 from megatron_embed.conversion.hf.folder import HFFolder
 from megatron_embed.conversion.importing import import_hf
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
-from megatron_embed.conversion.mcore import safe_loading
+from megatron_embed.conversion.mcore import safe_loading, statements
 from megatron_embed.conversion.mcore.tensors import CheckpointReader
 
 
@@ -158,7 +158,7 @@ def test_run_config_that_runs_code(iter_dir: Path, mark: Path) -> None:
     """Megatron-Bridge tags Python classes in its own; here a tag makes nothing."""
     text = f"a: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{mark}']]\n"
     (iter_dir / checkpoint_folder.RUN_CONFIG).write_text(text)
-    assert checkpoint_folder.read_run_config(iter_dir) == {}
+    assert statements.read_run_config(iter_dir) == {}
     assert not mark.exists()
 
 

@@ -15,7 +15,7 @@ from support.hf_files import Source
 from test_hostile import Bomb, mark  # noqa: F401  (a fixture)
 
 from megatron_embed.bridge.cpu import host
-from megatron_embed.bridge.encoder import Encoder, build_stages, transformer_config
+from megatron_embed.bridge.encoder import EncoderStage, build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.parallel import parallel_world
@@ -32,7 +32,7 @@ def _world() -> Iterator[None]:
         yield
 
 
-def empty_encoder(folder: Path) -> Encoder:
+def empty_encoder(folder: Path) -> EncoderStage:
     config = HFFolder(folder).encoder_config()
     (encoder,) = build_stages(config, transformer_config(config, Layout(), dtype=torch.float32))
     return encoder

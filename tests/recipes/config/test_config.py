@@ -189,7 +189,7 @@ def test_last_override_wins_and_the_config_given_stays_as_it_was() -> None:
         ("loss.matryoshka_dims=64", r"loss.matryoshka_dims: found '64'; wanted a list"),
         (
             "loss.matryoshka_dims=[16,8,16]",
-            r"loss.matryoshka_dims: found '\[16,8,16\]'; wanted each width once; 16 stands there twice",
+            r"loss.matryoshka_dims: found '\[16,8,16\]'; wanted each width once; 16 is listed twice",
         ),
         ("optimizer.temperature_lr=0", r"optimizer.temperature_lr: found '0'; wanted a number above 0"),
         ("data.train=[3]", r"data.train.0: found '\[3\]'; wanted a path or \{path, weight"),

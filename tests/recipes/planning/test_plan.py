@@ -139,16 +139,14 @@ def test_bubble_and_traffic_by_hand() -> None:
 
     def sent(layout: Layout, recompute: str = "none", sequence_parallel: bool = True, replicas: int = 1) -> Any:
         step = step_of(cfg, layout, replicas)
+        cfg.model.sequence_parallel = sequence_parallel and layout.tp > 1
         return traffic(
-            cfg.loss,
+            cfg,
             config,
             layout,
             step,
             chunks_of(config, layout, 0),
             replicas=replicas,
-            precision=cfg.model.precision,
-            distributed=cfg.optimizer.distributed,
-            sequence_parallel=sequence_parallel and layout.tp > 1,
             recompute=recompute,
             parameters=1000,
             gradients=1000,

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
-from support.mining import make_data, make_parts_small, read, run, save_cross_encoder, texts_of, write
+from support.mining import make_parts_small, read, run, texts_of, write
 from support.runs import read_metrics, recipe
 from support.tiny_models import save_model
 from support.worlds import run_world
@@ -27,35 +25,13 @@ from megatron_embed.recipes.retrieval import encode_corpus, miner
 from megatron_embed.recipes.retrieval.mining import REASONS, MiningRules
 from megatron_embed.recipes.retrieval.writer_lock import LOCK, writing
 
+pytestmark = pytest.mark.usefixtures("small_parts")
+
 RULES = {
     "default": MiningRules(),
     "all limits": MiningRules(negatives=3, ranks=(2, 40), max_score_ratio=0.99, margin=0.01),
     "no limits": MiningRules(negatives=60, ranks=(0, 1000), max_score_ratio=float("inf")),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mining")
-    make_data(folder)
-    save_model(folder / "model")
-    save_cross_encoder(folder / "cross")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> Iterator[Encoder]:
-    # as in the processes of run_world: a sum over a row is rounded otherwise where threads share it
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with Encoder.from_pretrained(folder / "model", device="cpu") as encoder:
-        yield encoder
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_parts_small(monkeypatch.setattr)
 
 
 def brute_force(encoder: Encoder, folder: Path, rules: MiningRules) -> list[list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder
 from support.hf_files import edit_tensors
-from support.mining import make_data, make_parts_small, read, run, save_cross_encoder, texts_of, write
-from support.tiny_models import save_model
+from support.mining import read, run, save_cross_encoder, texts_of, write
 from transformers import BertModel
 
 from megatron_embed.bridge.errors import UserError
@@ -24,31 +22,13 @@ from megatron_embed.recipes import Encoder, mine
 from megatron_embed.recipes.config.schema import DataSource, LossSection
 from megatron_embed.recipes.datasets.pair import Pair, Teacher, parse_pair
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.retrieval.mining import Audit, MiningRules, still_said
+from megatron_embed.recipes.retrieval.mining import Audit, MiningRules, teacher_answers_for
 from megatron_embed.recipes.retrieval.mining_report import audit_as_text, write_audit
 from megatron_embed.recipes.training.rank_batch import check_teachers
 
+pytestmark = pytest.mark.usefixtures("small_parts")
+
 FEW = MiningRules(negatives=2, ranks=(0, 60))  # some queries get none
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mining")
-    make_data(folder)
-    save_model(folder / "model")
-    save_cross_encoder(folder / "cross")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> Iterator[Encoder]:
-    with Encoder.from_pretrained(folder / "model", device="cpu") as encoder:
-        yield encoder
-
-
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_parts_small(monkeypatch.setattr)
 
 
 def test_a_cross_encoders_scores_are_its_raw_logits(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
@@ -132,11 +112,11 @@ PAIR = Pair("q", ["p"], ["a", "b", "c"], Teacher([1.0, 2.0, 3.0, 4.0], [0.0], [[
     [(["c", "a"], [1.0, 4.0, 2.0]), ([], [1.0]), (["a", "new"], None), (["new"], None)],
 )
 def test_what_a_teacher_still_says(negatives: list[str], scores: list[float] | None) -> None:
-    found = still_said(PAIR, negatives)
+    found = teacher_answers_for(PAIR, negatives)
     assert found.scores == scores
     assert found.passages == (scores and [[score] for score in scores])
     assert found.query == (scores and [0.0])
-    assert still_said(Pair("q", ["p"], ["a"]), ["a"]) == Teacher()
+    assert teacher_answers_for(Pair("q", ["p"], ["a"]), ["a"]) == Teacher()
 
 
 def test_the_counts_of_all_ranks_are_added_up() -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.mining import make_data, make_parts_small, run
-from support.tiny_models import save_model
+from support.mining import run
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder
@@ -23,6 +22,8 @@ from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.retrieval import encode_corpus
 from megatron_embed.recipes.retrieval.encode_corpus import encode_texts
 from megatron_embed.recipes.retrieval.writer_lock import LOCK
+
+pytestmark = pytest.mark.usefixtures("small_parts")
 
 #: holds a lock as another host's process would be seen to, until it is killed
 HOLDER = """
@@ -34,25 +35,6 @@ file.flush()
 print("held", flush=True)
 time.sleep(600)
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    save_model(folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> Iterator[Encoder]:
-    with Encoder.from_pretrained(folder / "model", device="cpu") as encoder:
-        yield encoder
-
-
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_parts_small(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__
 
 def waits_of_steps(folder: str, name: str, overrides: list[str]) -> list[list[str]]:
     """Train; for every step the places where the host waited within it."""
-    from megatron_embed.recipes.training import loop
+    from megatron_embed.recipes.training import run
 
     found: list[list[str]] = []
     depth = 0
@@ -28,7 +28,7 @@ def waits_of_steps(folder: str, name: str, overrides: list[str]) -> list[list[st
     def main() -> bool:
         return threading.current_thread() is threading.main_thread()
 
-    step = loop.TrainingRun._step
+    step = run.TrainingRun._step
 
     def counted(method: str, plain: Any) -> Any:
         def wait(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def waits_of_steps(folder: str, name: str, overrides: list[str]) -> list[list[st
     with pytest.MonkeyPatch.context() as patch:
         for method in WAITS:
             patch.setattr(torch.Tensor, method, counted(method, getattr(torch.Tensor, method)))
-        patch.setattr(loop.TrainingRun, "_step", watched)
+        patch.setattr(run.TrainingRun, "_step", watched)
         train(recipe(Path(folder), name, "train.train_iters=4", *overrides))
     return found
 

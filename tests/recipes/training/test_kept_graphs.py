@@ -15,7 +15,7 @@ from support.runs import make_inputs, read_metrics, recipe
 from support.tiny_models import tiny_config
 
 from megatron_embed.bridge import EncoderConfig
-from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes import train
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan, MicroBatch
@@ -35,14 +35,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, kept: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[float, float]], int]:
     """Train five steps; their losses and gradient norms, and how often the encoder computed a micro-batch."""
     calls = 0
-    forward = Encoder.forward
+    forward = EncoderStage.forward
 
     def counted(*args: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return forward(*args)
 
-    monkeypatch.setattr(Encoder, "forward", counted)
+    monkeypatch.setattr(EncoderStage, "forward", counted)
     cfg = recipe(folder, f"run-{kept}", "train.train_iters=5", "loss.mode=cached", f"loss.kept_micro_batches={kept}")
     train(cfg)
     return [(each["loss"], each["grad_norm"]) for each in read_metrics(folder / f"run-{kept}")], calls

@@ -76,7 +76,7 @@ def test_the_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("content", "message"),
     [
         (None, r"metrics.jsonl: no such file; wanted the folder of a run"),
-        ("", r"metrics.jsonl: no step was logged yet"),
+        ("", r"metrics.jsonl: holds no step yet"),
         ('{x\n{"step": 1}\n', r"metrics.jsonl, line 1: not JSON"),
         ("[1]\n", r"metrics.jsonl, line 1: wanted an object with a step"),
     ],

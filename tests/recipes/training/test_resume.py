@@ -20,7 +20,8 @@ from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.conversion.mcore.folder import iteration_folder, read_run_config, write_tracker
+from megatron_embed.conversion.mcore.folder import iteration_folder, write_tracker
+from megatron_embed.conversion.mcore.statements import read_run_config
 from megatron_embed.recipes.retrieval.writer_lock import LOCK
 from megatron_embed.recipes.train import main
 from megatron_embed.recipes.training import loop

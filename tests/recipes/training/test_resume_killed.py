@@ -16,8 +16,9 @@ from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.conversion.mcore import model_state
 from megatron_embed.recipes.config.run_config import save_run_config
 from megatron_embed.recipes.training import checkpointing
-from megatron_embed.recipes.training.loop import TrainingRun, train
+from megatron_embed.recipes.training.loop import train
 from megatron_embed.recipes.training.metrics import Reporter
+from megatron_embed.recipes.training.run import TrainingRun
 from megatron_embed.recipes.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow

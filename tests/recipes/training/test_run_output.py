@@ -17,7 +17,7 @@ from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion import convert_checkpoints
-from megatron_embed.conversion.files.long_work import progress
+from megatron_embed.conversion.files.progress import progress
 from megatron_embed.conversion.mcore import folder as checkpoint_folder
 from megatron_embed.recipes.cli import run_program
 from megatron_embed.recipes.config.run_config import save_run_config

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from support.mining import make_data, make_parts_small, read, run
-from support.tiny_models import save_model
+from support.mining import read, run
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder
@@ -18,27 +17,10 @@ from megatron_embed.recipes.encode import main as encode_main
 from megatron_embed.recipes.retrieval import encode_corpus
 from megatron_embed.recipes.retrieval.vectors import VectorFolder
 
+pytestmark = pytest.mark.usefixtures("small_parts")
+
 HUB = "hf://org/name"
 Publish = Callable[[list[dict[str, Any]]], None]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hub")
-    make_data(folder)
-    save_model(folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> Iterator[Encoder]:
-    with Encoder.from_pretrained(folder / "model", device="cpu") as encoder:
-        yield encoder
-
-
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_parts_small(monkeypatch.setattr)
 
 
 @pytest.fixture(params=["in memory", "on disk"])

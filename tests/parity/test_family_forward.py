@@ -1,4 +1,4 @@
-"""Token states of Llama against Hugging Face's ``LlamaModel`` with ``is_causal: false``."""
+"""Token states of Llama and Qwen3 against Hugging Face's stock models with ``is_causal: false``."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ import pytest
 import torch
 from support import oracle
 from support.megatron import filled_stages
-from support.tiny_llama import ROPE, tiny_llama_config
+from support.tiny_families import ROPE, tiny_llama_config, tiny_qwen3_config
 from test_forward import check_states, ids_and_mask, states
 
 from megatron_embed.bridge import EncoderConfig
 from megatron_embed.bridge.cpu import host
-from megatron_embed.bridge.encoder import Encoder
+from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.bridge.parallel import Layout, parallel_world
 from megatron_embed.bridge.rope import inverse_frequencies, query_scale, rope_tables
 from megatron_embed.bridge.sequences import TokenBatch
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "3.2 1B in small": {"head_dim": 8, "rope_parameters": {**ROPE, "factor": 32.0}},
-    "3.1 8B in small": {"tie_word_embeddings": False},
-    "head_dim beside hidden / heads": {"head_dim": 16},
-    "no rope scaling": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rms_norm_eps": 1e-6},
-    "no grouping": {"num_key_value_heads": 8},
+CONFIGS: dict[str, Any] = {
+    "Llama 3.2 1B in small": tiny_llama_config(head_dim=8, rope_parameters={**ROPE, "factor": 32.0}),
+    "Llama 3.1 8B in small": tiny_llama_config(tie_word_embeddings=False),
+    "Llama, head_dim beside hidden / heads": tiny_llama_config(head_dim=16),
+    "Llama, no rope scaling": tiny_llama_config(
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, rms_norm_eps=1e-6
+    ),
+    "Llama, no grouping": tiny_llama_config(num_key_value_heads=8),
     # LlamaModel passes over this key of Ministral 3; so must the encoder
-    "a scale that Llama has not": {"rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.5}},
+    "a scale that Llama has not": tiny_llama_config(rope_parameters={**ROPE, "llama_4_scaling_beta": 0.5}),
+    "Qwen3 0.6B in small": tiny_qwen3_config(),
+    "Qwen3 8B in small": tiny_qwen3_config(tie_word_embeddings=False, hidden_size=128),
+    "Qwen3, no grouping": tiny_qwen3_config(num_key_value_heads=8),
+    "Qwen3, one KV head": tiny_qwen3_config(num_key_value_heads=1),
 }
+SMALLEST = ("Llama 3.2 1B in small", "Qwen3 0.6B in small")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,10 +43,10 @@ def _world() -> Any:
         yield
 
 
-def build(name: str) -> tuple[Any, Encoder]:
-    config = tiny_llama_config(**CONFIGS[name])
+def build(name: str) -> tuple[Any, EncoderStage]:
+    config = CONFIGS[name]
     model = oracle.hf_model(config)
-    assert type(model).__name__ == "LlamaModel"
+    assert type(model).__name__ == {"llama": "LlamaModel", "qwen3": "Qwen3Model"}[config.model_type]
     (encoder,) = filled_stages(EncoderConfig.from_hf(config), Layout(), model.state_dict())
     return model, encoder
 
@@ -50,8 +57,18 @@ def test_states_equal_hugging_face(name: str, side: str) -> None:
     check_states(*build(name), side)
 
 
-def test_the_first_token_sees_the_last() -> None:
-    model, encoder = build("3.2 1B in small")
+@pytest.mark.parametrize("name", SMALLEST)
+def test_packed_vectors_equal_hugging_face(name: str) -> None:
+    model, encoder = build(name)
+    texts = [list(range(12, 12 + n)) for n in (5, 9, 9, 31)]
+    with torch.no_grad():
+        found, wanted = encoder(TokenBatch.pack(texts, pad_id=11)), oracle.embed(model, texts)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_first_token_sees_the_last(name: str) -> None:
+    model, encoder = build(name)
     ids, mask = ids_and_mask("none")
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % 997
