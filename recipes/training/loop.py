@@ -25,7 +25,14 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.conversion.files.checksums import DamagedCheckpoint
 from megatron_embed.conversion.files.disk_errors import writing_to
-from megatron_embed.recipes.config.checks import check_candidates, layout_of, loss_mode, validate, validate_layout
+from megatron_embed.recipes.config.checks import (
+    check_candidates,
+    layout_of,
+    loss_mode,
+    validate,
+    validate_layout,
+    without_negatives,
+)
 from megatron_embed.recipes.config.run_config import NO_RECIPES, Recipes
 from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.datasets.inputs import check_inputs
@@ -246,6 +253,8 @@ class TrainingRun:
     collections: list[Any]
     kept: Path | None = None
     """The newest checkpoint of this run."""
+    warned: bool = False
+    """Whether the run has warned of queries without a negative."""
 
     @property
     def encoder_config(self) -> EncoderConfig:
@@ -347,9 +356,13 @@ class TrainingRun:
         for stage in state.stages:
             stage.zero_grad_buffer()
         state.optimizer.zero_grad()
-        loss = contrastive_step(state.stages, groups, batch.targets, self.loss, mode=mode)  # type: ignore[arg-type]
+        loss, alone = contrastive_step(state.stages, groups, batch.targets, self.loss, mode=mode)  # type: ignore[arg-type]
         if not math.isfinite(loss):
             raise UserError(self._not_finite(step, "loss", loss))
+        if alone and not self.warned and not self.cfg.loss.embedding_distillation_weight:
+            self.warned = True
+            if dist.get_rank() == 0:
+                _LOG.warning(f"step {step}: {without_negatives(self.cfg, alone)} (told once)")
         updated, grad_norm, _ = state.optimizer.step()
         # With fp16, an update is skipped while the loss scale adjusts; a skipped update has no norm.
         if updated and not math.isfinite(grad_norm):

@@ -11,7 +11,7 @@ compute it, at the cost of F for a forward pass:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,13 @@ from megatron_embed.recipes.training.loss import ContrastiveLoss
 from megatron_embed.recipes.training.targets import Targets
 
 
+class StepLoss(NamedTuple):
+    """The loss of a step's global batch, and the number of its queries whose every negative is masked."""
+
+    loss: float
+    alone: int
+
+
 def contrastive_step(
     stages: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
@@ -33,7 +40,7 @@ def contrastive_step(
     loss: ContrastiveLoss,
     *,
     mode: Literal["direct", "cached"],
-) -> float:
+) -> StepLoss:
     """Accumulate the gradient of the global batch's loss into the stages' ``main_grad``.
 
     Args:
@@ -43,7 +50,7 @@ def contrastive_step(
         mode: ``direct`` takes a single micro-batch. Both modes give the same gradient.
 
     Returns:
-        The loss of the global batch, the same number on every rank.
+        The same numbers on every rank.
     """
     assert mode == "cached" or len(micro_batches) == 1
     for stage in stages:
@@ -64,10 +71,9 @@ def _direct(
             # Every context-parallel rank computes the whole gradient of the temperature, and DDP adds these up.
             share = log_temperature / parallel_state.get_context_parallel_world_size()
             temperature = (share + (log_temperature - share).detach()).exp()
-        value = loss(output[order], targets, temperature)
-        # The factor turns DDP's average over data-parallel ranks into a sum. The clone is needed because the schedule
-        # divides in place.
-        return value * loss.world, value.detach().clone()
+        value, alone = loss.with_alone(output[order], targets, temperature)
+        # The factor turns DDP's average over data-parallel ranks into a sum. The schedule divides it in place.
+        return value * loss.world, _both(value, alone)
 
     losses = run_schedule(stages, micro_batches, loss_function, forward_only=False)
     return losses[0] if losses else None
@@ -78,17 +84,17 @@ def _cached(
 ) -> Tensor | None:
     outputs = encode_micro_batches(stages, micro_batches)
     log_temperature = unwrap(stages)[-1].log_temperature
-    value = gradient = temperature_gradient = None
+    found = gradient = temperature_gradient = None
     if outputs is not None:
         texts = torch.cat([micro_batch.texts for micro_batch in micro_batches]).to(outputs[0].device)
         leaves = [torch.cat(outputs)[torch.argsort(texts)].requires_grad_()]
         if log_temperature is not None:
             leaves.append(log_temperature.detach().requires_grad_())
-        value = loss(leaves[0], targets, *(leaf.exp() for leaf in leaves[1:]))
+        value, alone = loss.with_alone(leaves[0], targets, *(leaf.exp() for leaf in leaves[1:]))
         gradient, *rest = torch.autograd.grad(value, leaves)
         # The gradients of context-parallel ranks add up, see _direct.
         temperature_gradient = rest[0] / parallel_state.get_context_parallel_world_size() if rest else None
-        value = value.detach()
+        found = _both(value, alone)
     # The factor cancels the schedule's division by the number of micro-batches and DDP's average over ranks.
     factor = len(micro_batches) * loss.world
 
@@ -103,16 +109,21 @@ def _cached(
         return total * factor, total.detach().clone()
 
     run_schedule(stages, micro_batches, surrogate, forward_only=False)
-    return value
+    return found
 
 
-def _share_loss(loss: Tensor | None) -> float:
-    """Sum the loss over data-parallel ranks and return it on every pipeline stage."""
-    value = torch.zeros((), dtype=torch.float64, device=host.device())
-    if loss is not None:
-        value += loss
-        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
-    return _from_last_stage(value)
+def _both(loss: Tensor, alone: Tensor) -> Tensor:
+    return torch.stack([loss.detach().double(), alone.double()])
+
+
+def _share_loss(found: Tensor | None) -> StepLoss:
+    """Sum the loss and the count over data-parallel ranks and return them on every pipeline stage."""
+    values = torch.zeros(2, dtype=torch.float64, device=host.device())
+    if found is not None:
+        values += found
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    loss, alone = _from_last_stage(values).tolist()
+    return StepLoss(loss, int(alone))
 
 
 def learned_temperature(stages: Sequence[torch.nn.Module]) -> float:
@@ -121,18 +132,18 @@ def learned_temperature(stages: Sequence[torch.nn.Module]) -> float:
     log_temperature = unwrap(stages)[-1].log_temperature
     if log_temperature is not None:
         value += log_temperature.detach().double().exp().squeeze()
-    return _from_last_stage(value)
+    return _from_last_stage(value).item()
 
 
-def _from_last_stage(value: Tensor) -> float:
-    """Return the last pipeline stage's number on every stage."""
+def _from_last_stage(value: Tensor) -> Tensor:
+    """Return the last pipeline stage's numbers on every stage."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(
             value,
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return value.item()
+    return value
 
 
 def unwrap(stages: Sequence[torch.nn.Module]) -> list[Encoder]:

@@ -166,7 +166,7 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
             Targets(len(queries), valid),
             ContrastiveLoss(LossSection(temperature=TEMPERATURE), group=parallel_state.get_data_parallel_group()),
             mode=case.mode,
-        )
+        ).loss
         return loss, collect(gradients(stages))
 
 
