@@ -20,7 +20,7 @@ from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.datasets.inputs import check_source
 from megatron_embed.recipes.model_arguments import add_model_arguments, open_encoder
 from megatron_embed.recipes.retrieval.mining import MiningRules
-from megatron_embed.recipes.retrieval.mining_report import audit_as_text, beside, write_audit
+from megatron_embed.recipes.retrieval.mining_report import audit_as_text, beside
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -88,7 +88,6 @@ def _run(args: argparse.Namespace) -> None:
             strict=args.strict,
         )
         if os.environ.get("RANK", "0") == "0":
-            write_audit(audit, rules, args.output)
             print(audit_as_text(audit, rules))
             print(f"written to {args.output}; scores in {beside(args.output, '.scores.png')}")
 
