@@ -145,6 +145,11 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
             on_first_rank(run.folder.check)
             run.loop(start)
         if dist.get_rank() == 0:
+            if run.skipped:
+                _LOG.warning(
+                    f"{run.skipped} of {cfg.train.train_iters - (start.step if start else 0)} updates were skipped: "
+                    f"gradients overflowed fp16 until the loss scale fitted; model.precision=bf16 skips none"
+                )
             _LOG.info(_closing(save_dir, cfg.train.train_iters, time.perf_counter() - began))
     return save_dir
 
@@ -255,6 +260,8 @@ class TrainingRun:
     """The newest checkpoint of this run."""
     warned: bool = False
     """Whether the run has warned of queries without a negative."""
+    skipped: int = 0
+    """The updates that fp16 skipped in this process."""
 
     @property
     def encoder_config(self) -> EncoderConfig:
@@ -365,6 +372,7 @@ class TrainingRun:
                 _LOG.warning(f"step {step}: {without_negatives(self.cfg, alone)} (told once)")
         updated, grad_norm, _ = state.optimizer.step()
         # With fp16, an update is skipped while the loss scale adjusts; a skipped update has no norm.
+        self.skipped += not updated
         if updated and not math.isfinite(grad_norm):
             raise UserError(self._not_finite(step, "gradient norm", grad_norm))
         state.scheduler.step(increment=1)

@@ -448,11 +448,15 @@ def form(folder: Path, step: int) -> str:
 
 
 @pytest.mark.parametrize("distributed", ["true", "false"])
-def test_a_run_that_has_made_no_update_yet_is_saved_and_goes_on(inputs: Path, tmp_path: Path, distributed: str) -> None:
+def test_a_run_that_has_made_no_update_yet_is_saved_and_goes_on(
+    inputs: Path, tmp_path: Path, distributed: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """fp16, whose first updates are skipped while the loss scale finds its place."""
     given = [f"train.save_dir={tmp_path / 'run'}", "model.precision=fp16", f"optimizer.distributed={distributed}"]
     train(recipe(inputs, "run", *given, "train.train_iters=1"))
     train(recipe(inputs, "run", *given, "train.train_iters=2"))
     first, second = read_metrics(tmp_path / "run")
+    assert caplog.text.count("1 of 1 updates were skipped: gradients overflowed fp16") == 2
     assert first["grad_norm"] is None  # else this tests nothing
+    assert second["grad_norm"] is None
     assert second["step"] == 2
