@@ -276,6 +276,8 @@ class HFFolder:
             return self._read_index(self.path / INDEX)
         if (self.path / SINGLE).is_file():
             return dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
+        if (self.path / SINGLE).is_symlink():
+            raise UserError(f"{self.path / SINGLE}: {_absence(self.path / SINGLE)}")
         found = sorted(p.name for p in self.path.iterdir())
         if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
             raise UserError(
@@ -339,12 +341,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: {_absence(path)}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}, wanted an object")
     return value
+
+
+def _absence(path: Path) -> str:
+    """Say that a file is not there; a hub cache's own entries are links to its blobs, which may be gone."""
+    return f"a link to {path.readlink()}, which is not there; fetch it again" if path.is_symlink() else "no such file"
 
 
 def _locate(source: str, revision: str | None) -> Path:
