@@ -298,13 +298,13 @@ def looks_like_source(folder: Path, iter_dir: Path) -> bool:
     run = read_run_config(iter_dir)
     model = run.get("model")
     recorded = model.get("hf_model") if isinstance(model, dict) else None
-    gone = isinstance(recorded, str) and not Path(recorded).exists()
-    if gone and _moved_with(run, iter_dir, recorded) == folder.resolve():
+    gone = recorded if isinstance(recorded, str) and not Path(recorded).exists() else None
+    if gone is not None and _moved_with(run, iter_dir, gone) == folder.resolve():
         return True
     if is_export(folder):
         return False
     kept = iter_dir / SIDECARS
-    return (gone and Path(recorded).name == folder.name) or all(
+    return (gone is not None and Path(gone).name == folder.name) or all(
         (kept / name).is_file()
         and (folder / name).is_file()
         and (kept / name).read_bytes() == (folder / name).read_bytes()
