@@ -86,6 +86,7 @@ def _run(args: argparse.Namespace) -> None:
             faiss=args.faiss,
             progress=True,
             strict=args.strict,
+            overwrite=args.overwrite,
         )
         if os.environ.get("RANK", "0") == "0":
             print(audit_as_text(audit, rules))

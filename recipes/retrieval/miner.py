@@ -54,6 +54,7 @@ def mine(
     faiss: str | None = None,
     progress: bool = False,
     strict: bool = False,
+    overwrite: bool = True,
 ) -> Audit:
     """Write the rows of ``data`` with mined negatives to ``output``, and their audit beside it.
 
@@ -64,6 +65,7 @@ def mine(
         with_scores: add the model's scores of the positives and negatives as a teacher's answers.
         cross_encoder: add the scores of this cross-encoder instead, see :class:`CrossScorer`.
         strict: treat odd rows in the corpus or the training data as an error.
+        overwrite: replace ``output``.
 
     Raises:
         UserError: the input is bad, the encoder's scalar products are not its model's similarity, the cross-encoder is
@@ -88,6 +90,8 @@ def mine(
         return encode_texts(encoder, texts, cache / key(stamp), kind=kind, stamp=stamp, progress=progress)
 
     with writing(output, output.with_name(f".{output.name}{LOCK}")):
+        if not overwrite:  # another run may have ended since this one began
+            on_first_rank(lambda: refuse_existing(output))
         stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
         path = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
         check_prompts(source, encoder.tokenizer.prompts["passage"])
@@ -110,6 +114,12 @@ def mine(
             audit=Audit(1.0 if encoder.config.normalize else _bound(documents), odd),
         )
         return miner.write(output)
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise :class:`UserError` if a file or folder is there already."""
+    if output.exists():
+        raise UserError(f"{output}: is there already; name another file, or --overwrite")
 
 
 def _checked(corpus: Corpus, text_ids: Path) -> OddRows:

@@ -133,6 +133,14 @@ def test_scores_are_the_models_own(encoder: Encoder, folder: Path, tmp_path: Pat
     assert PairDataset([DataSource(path=str(tmp_path / "out.jsonl"))]).sources[0].no_scores < 0
 
 
+def test_rows_that_another_run_wrote_meanwhile_are_left(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text("of another run")  # after the command looked, before it had the lock
+    with pytest.raises(UserError, match=r"out\.jsonl: is there already; name another file, or --overwrite"):
+        run(encoder, folder, tmp_path / "out.jsonl", overwrite=False)
+    assert (tmp_path / "out.jsonl").read_text() == "of another run"
+    run(encoder, folder, tmp_path / "out.jsonl", overwrite=True)
+
+
 def test_rows_without_their_audit_are_not_there(
     encoder: Encoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
