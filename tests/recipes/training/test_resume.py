@@ -24,7 +24,7 @@ from megatron_embed.conversion.mcore.folder import iteration_folder, read_run_co
 from megatron_embed.recipes.retrieval.writer_lock import LOCK
 from megatron_embed.recipes.train import main
 from megatron_embed.recipes.training import loop
-from megatron_embed.recipes.training.loop import train
+from megatron_embed.recipes.training.loop import TrainingRun, train
 
 pytestmark = pytest.mark.slow
 
@@ -460,3 +460,15 @@ def test_a_run_that_has_made_no_update_yet_is_saved_and_goes_on(
     assert first["grad_norm"] is None  # else this tests nothing
     assert second["grad_norm"] is None
     assert second["step"] == 2
+
+
+def test_a_foreign_line_of_the_metrics_ends_a_run_before_its_first_step(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = f"train.save_dir={tmp_path / 'run'}"
+    train(recipe(inputs, "run", where, "train.train_iters=1"))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"foo": 1}\n')
+    monkeypatch.setattr(TrainingRun, "loop", None)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2: found .*, wanted an object"):
+        train(recipe(inputs, "run", where, "train.train_iters=2"))
