@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 #: seconds that the first rank to notice waits for the other ranks' notes; those notice within a part of a step
 PATIENCE = 30.0
-_TERMINATED = "SIGTERM"
+_TERMINATED = "ended by SIGTERM"
 
 
 @dataclass
@@ -226,9 +226,7 @@ def _watch(signals: int, end: Callable[[int, str], Any]) -> None:
             others = _in_time(_world.exchange) if _world is not None else None
             if (known := _end_of(others or [])) is not None:
                 end(1, known)
-            begin_end()
-            say_end(_TERMINATED)
-            os._exit(128 + signal.SIGTERM)
+            end(128 + signal.SIGTERM, _TERMINATED)
         if not ready and _seconds_left() == 0:
             end(1, explain_broken_connection(TimeoutError("a collective timed out")))
 

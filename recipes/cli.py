@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -138,11 +140,31 @@ def run_program(main: Callable[[], Any], *, debug: bool = False) -> NoReturn:
             return liveness.explain_broken_connection(error) + (f"\n{traceback.format_exc()}" if debug else "")
         return f"this should not happen, please report it\n{traceback.format_exc()}"
 
-    with shown_log():
+    with shown_log(), _terminable():
         status, message = run_command(main, debug=debug, interrupted=(130, "interrupted"), unexpected=unexpected)
         if message:
             _exit_with(status, message)
     sys.exit(0)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """End a program of one process on SIGTERM as on Ctrl-C, so that it says so and removes its unfinished files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield  # liveness.watch takes the signal
+        return
+    own = os.getpid()
+
+    def stop(*_: object) -> None:
+        if os.getpid() != own:
+            os._exit(128 + signal.SIGTERM)  # a forked child
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _exit_with(status: int, message: str) -> NoReturn:

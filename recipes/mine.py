@@ -18,7 +18,7 @@ from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.datasets.inputs import check_source
 from megatron_embed.recipes.model_arguments import add_model_arguments, check_output_file, open_encoder
 from megatron_embed.recipes.retrieval.mining import MiningRules
-from megatron_embed.recipes.retrieval.mining_report import audit_as_text, beside, write_audit
+from megatron_embed.recipes.retrieval.mining_report import audit_as_text, beside
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -79,9 +79,9 @@ def _run(args: argparse.Namespace) -> None:
             faiss=args.faiss,
             progress=True,
             strict=args.strict,
+            overwrite=args.overwrite,
         )
         if os.environ.get("RANK", "0") == "0":
-            write_audit(audit, rules, args.output)
             print(audit_as_text(audit, rules))
             print(f"written to {args.output}; scores in {beside(args.output, '.scores.png')}")
 

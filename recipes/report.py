@@ -15,7 +15,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with status 0, 1 (failed, with one message) or 2 (bad arguments)."""
     parser = FirstRankParser(prog="megatron_embed.recipes.report", description="An HTML page about runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of runs (train.save_dir)")
-    parser.add_argument("--output", type=filled_path, metavar="FILE.html", help="default: report.html in the first run")
+    parser.add_argument(
+        "--output",
+        type=filled_path,
+        metavar="FILE.html",
+        help="a new file, or an earlier report (default: report.html in the first run)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 

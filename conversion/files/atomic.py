@@ -50,10 +50,14 @@ def atomic_output(
     refuse_sources(path, sources)
     target = _real(path)
     _restore(target)
-    if os.path.lexists(target) and not _is_empty(target):
-        if not overwrite:
-            raise UserError(f"{path}: exists already; give another path, or --overwrite to replace it")
-        refuse(target)
+
+    def check() -> None:
+        if os.path.lexists(target) and not _is_empty(target):
+            if not overwrite:
+                raise UserError(f"{path}: exists already; give another path, or --overwrite to replace it")
+            refuse(target)
+
+    check()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean(target)
@@ -67,6 +71,7 @@ def atomic_output(
         yield partial
         _sync(partial)
         (partial / _LOCK).unlink()
+        check()  # somebody may have put something there meanwhile
         _replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -144,8 +149,13 @@ def _replace(partial: Path, target: Path) -> None:
         partial.replace(target)
         return
     old = target.parent / f".{target.name}.replaced"
-    target.rename(old)
-    partial.rename(target)
+    try:
+        target.rename(old)
+        partial.rename(target)
+    except BaseException:  # Ctrl-C too
+        if not os.path.lexists(target):
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

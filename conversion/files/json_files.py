@@ -18,7 +18,7 @@ def load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: {absence(path)}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); write or fetch it again") from None
 
@@ -38,3 +38,8 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON for people: indented, UTF-8, with a newline at the end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def absence(path: Path) -> str:
+    """Say that a file is not there; a hub cache's own entries are links to its blobs, which may be gone."""
+    return f"a link to {path.readlink()}, which is not there; fetch it again" if path.is_symlink() else "no such file"

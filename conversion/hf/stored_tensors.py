@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_embed.bridge.errors import UserError, some
 from megatron_embed.bridge.transforms import dequantize_fp8
-from megatron_embed.conversion.files.json_files import read_json
+from megatron_embed.conversion.files.json_files import absence, read_json
 from megatron_embed.conversion.files.stored import Stored, Values, addresses
 from megatron_embed.conversion.hf.loaded_otherwise import refuse_two_models
 
@@ -144,6 +144,8 @@ class StoredTensors:
             return self._read_index(self.path / INDEX)
         if (self.path / SINGLE).is_file():
             return dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
+        if (self.path / SINGLE).is_symlink():
+            raise UserError(f"{self.path / SINGLE}: {absence(self.path / SINGLE)}")
         found = sorted(p.name for p in self.path.iterdir())
         if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
             raise UserError(

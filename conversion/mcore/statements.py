@@ -111,20 +111,36 @@ def sources(iter_dir: Path) -> list[Path]:
 def looks_like_source(folder: Path, iter_dir: Path) -> bool:
     """Return whether a model folder seems to be the one that a checkpoint was made from, moved with the checkpoint.
 
-    It is none of our exports, and has the recorded source's name where that is gone, or the files that the checkpoint
-    keeps of it.
+    It lies from a training run where the recorded source lay from it, while that is gone. Or it is none of our exports,
+    and has the recorded source's name where that is gone, or the files that the checkpoint keeps of it.
     """
-    if not (folder / "config.json").is_file() or is_export(folder):
+    if not (folder / "config.json").is_file():
         return False
-    recorded = read_section(iter_dir, "model").get("hf_model")
-    moved = isinstance(recorded, str) and not Path(recorded).exists() and Path(recorded).name == folder.name
+    run = read_run_config(iter_dir)
+    model = run.get("model")
+    recorded = model.get("hf_model") if isinstance(model, dict) else None
+    gone = recorded if isinstance(recorded, str) and not Path(recorded).exists() else None
+    if gone is not None and _moved_with(run, iter_dir, gone) == folder.resolve():
+        return True
+    if is_export(folder):
+        return False
     kept = iter_dir / SIDECARS
-    return moved or all(
+    return (gone is not None and Path(gone).name == folder.name) or all(
         (kept / name).is_file()
         and (folder / name).is_file()
         and (kept / name).read_bytes() == (folder / name).read_bytes()
         for name in ("config.json", "tokenizer.json")
     )
+
+
+def _moved_with(run: Mapping[str, Any], iter_dir: Path, recorded: str) -> Path | None:
+    """Return where a training run's source is if it moved together with the run's folder."""
+    train, directory = run.get("train"), run.get("directory")
+    save_dir = train.get("save_dir") if isinstance(train, dict) else None
+    if not isinstance(save_dir, str) or not isinstance(directory, str) or not os.path.isabs(recorded):
+        return None
+    way = os.path.relpath(recorded, os.path.realpath(Path(directory, save_dir).expanduser()))
+    return (iter_dir.resolve().parent.parent / way).resolve()
 
 
 def _folders(recorded: str) -> list[Path]:

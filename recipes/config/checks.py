@@ -90,6 +90,17 @@ def check_candidates(loss: LossSection, batch: int, replicas: int, negatives: in
     )
 
 
+def without_negatives(cfg: RecipeConfig, count: int) -> str:
+    """Return the message about queries of a batch whose loss is constant because they have no negative."""
+    off = next((key for key in ("in_batch_negatives", "cross_rank_negatives") if not getattr(cfg.loss, key)), None)
+    return (
+        f"{count} of {cfg.train.global_batch_size} queries have no negative and train nothing: their rows have none, "
+        f"or every candidate is masked as a known positive, as the text of one, or by loss.false_negative_margin; "
+        f"give them hard negatives, {f'set loss.{off}=true' if off else 'raise train.global_batch_size'}, "
+        f"or leave them out"
+    )
+
+
 def _validate_inputs(cfg: RecipeConfig) -> None:
     if not cfg.model.hf_model and not cfg.checkpoint.pretrained_checkpoint and not cfg.checkpoint.load:
         raise UsageError("model.hf_model: missing; wanted a Hugging Face model folder or id, model.hf_model=DIR_OR_ID")

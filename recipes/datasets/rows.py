@@ -243,12 +243,16 @@ class TableRows:
         try:
             table = _quiet_datasets().load_dataset("/".join(parts[:2]), *parts[2:], split="train")
         except Exception as error:  # network, missing repository or split, …: datasets has no common base class
-            raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from None
+            told = " ".join(str(error).split())
+            raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {told})") from None
+        files = [Path(file["filename"]) for file in table.cache_files]
 
         def blocks() -> Iterator[Any]:
-            return table.with_format("arrow").iter(_TOGETHER)
+            for block in table.with_format("arrow").iter(_TOGETHER):
+                _refuse_damaged(path, files, block)
+                yield block
 
-        return cls(path, blocks, "datasets", [Path(file["filename"]) for file in table.cache_files])
+        return cls(path, blocks, "datasets", files)
 
     def scan(self) -> Iterator[Row]:
         line = self.done = 0
@@ -257,6 +261,19 @@ class TableRows:
                 line += 1
                 yield Row(line, value)
             self.done = min(self.bytes, self.done + block.nbytes)
+
+
+def _refuse_damaged(path: str, files: list[Path], block: Any) -> None:
+    """Refuse damaged Arrow data; it is mapped into memory unchecked, and a wrong offset leads out of it."""
+    import pyarrow
+
+    try:
+        block.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        told = " ".join(str(error).split())
+        if "UTF8" not in told:  # the reader of the row reports that one
+            where = ", ".join(map(str, files)) or "memory"
+            raise UserError(f"{path}: damaged in {where} ({told}); remove it there, and fetch it again") from None
 
 
 def _values(block: Any) -> list[Any]:

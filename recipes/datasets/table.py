@@ -321,7 +321,8 @@ def _store(place: Path, recipe: Recipe, before: list[Stamp]) -> None:
     shutil.rmtree(place, ignore_errors=True)  # removes a damaged entry, if there is one
     with ExitStack() as stack:
         try:
-            partial = stack.enter_context(atomic_output(place))
+            # Without locks, another process may have written the same entry meanwhile.
+            partial = stack.enter_context(atomic_output(place, overwrite=True, refuse=lambda _: None))
         except UserError as error:
             raise OSError(str(error)) from None
         with (partial / _TABLE).open("wb") as file:

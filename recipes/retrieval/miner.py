@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from megatron_embed.recipes.retrieval.mining import (
     teacher_answers_for,
 )
 from megatron_embed.recipes.retrieval.mining_input import check_corpus, check_prompts, checked_before
+from megatron_embed.recipes.retrieval.mining_report import write_audit
 from megatron_embed.recipes.retrieval.positives import PositiveVectors, find_documents
 from megatron_embed.recipes.retrieval.search import Searcher
 from megatron_embed.recipes.retrieval.training_texts import TrainingTexts
@@ -59,14 +60,18 @@ def mine(
     faiss: str | None = None,
     progress: bool = False,
     strict: bool = False,
+    overwrite: bool = True,
 ) -> Audit:
-    """Write the rows of ``data`` with mined negatives to ``output``. Every rank must call this.
+    """Write the rows of ``data`` with mined negatives to ``output``, and their audit beside it.
+
+    Every rank must call this.
 
     Args:
         cache: folder for vectors, shared by all ranks; it is kept, so a second run encodes nothing again.
         with_scores: add the model's scores of the positives and negatives as a teacher's answers.
         cross_encoder: add the scores of this cross-encoder instead, see :class:`CrossScorer`.
         strict: treat odd rows in the corpus or the training data as an error.
+        overwrite: replace ``output``.
 
     Raises:
         UserError: the input is bad, the encoder's scalar products are not its model's similarity, the cross-encoder is
@@ -91,6 +96,8 @@ def mine(
         return encode_texts(encoder, texts, cache / key(stamp), kind=kind, stamp=stamp, progress=progress)
 
     with writing(output, output.with_name(f".{output.name}{LOCK}")):
+        if not overwrite:  # another run may have ended since this one began
+            on_first_rank(lambda: refuse_existing(output))
         stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
         path = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
         check_prompts(source, encoder.tokenizer.prompts["passage"])
@@ -112,8 +119,13 @@ def mine(
             scorer=scorer,
             audit=Audit(1.0 if encoder.config.normalize else _bound(documents), odd),
         )
-        miner.write(output)
-        return miner.total_audit()
+        return miner.write(output)
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise :class:`UserError` if a file or folder is there already."""
+    if output.exists():
+        raise UserError(f"{output}: is there already; name another file, or --overwrite")
 
 
 def _checked(corpus: Corpus, text_ids: Path) -> OddRows:
@@ -155,15 +167,26 @@ class _Miner:
         self.with_scores, self.scorer, self.audit = with_scores, scorer, audit
         self.known = KnownPositives(source)
 
-    def write(self, output: Path) -> None:
-        """Write the rows on rank 0; the other ranks only take part in finding them."""
+    def write(self, output: Path) -> Audit:
+        """Write the rows and their audit on rank 0; the other ranks only take part in finding them.
+
+        The rows get their name last, so rows that are there have their audit.
+        """
         if dist.get_rank() == 0:
             output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(output, lambda file: [file.write(_line(row)) for block in self.blocks() for row in block])
+            write_file(output, lambda file: self._write_all(file, output))
         else:
             for _ in self.blocks():
                 pass
+            self._total_audit()
         on_first_rank(lambda: None)  # a barrier: all ranks wait until the file is complete
+        return self.audit
+
+    def _write_all(self, file: BinaryIO, output: Path) -> None:
+        for block in self.blocks():
+            file.writelines(map(_line, block))
+        self._total_audit()
+        write_audit(self.audit, self.rules, output)
 
     def blocks(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the output rows block by block on every rank; each rank chooses negatives for its part of a block."""
@@ -217,12 +240,11 @@ class _Miner:
         self.audit.vectors_dropped += pair.teacher.passages is not None and teacher.passages is None
         return found
 
-    def total_audit(self) -> Audit:
-        """Return the audit with the counts of all ranks."""
+    def _total_audit(self) -> None:
+        """Give the audit the counts of all ranks."""
         numbers = torch.from_numpy(self.audit.numbers()).to(host.device())
         dist.all_reduce(numbers)
         self.audit.take(numbers.cpu().numpy())
-        return self.audit
 
 
 def _line(row: dict[str, Any]) -> bytes:

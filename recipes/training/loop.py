@@ -133,6 +133,11 @@ def _train(cfg: RecipeConfig, recipes: Recipes, *, instead: Path | None = None) 
             on_first_rank(run.folder.check)
             run.loop(start)
         if dist.get_rank() == 0:
+            if run.skipped:
+                _LOG.warning(
+                    f"{run.skipped} of {cfg.train.train_iters - (start.step if start else 0)} updates were skipped: "
+                    f"gradients overflowed fp16 until the loss scale fitted; model.precision=bf16 skips none"
+                )
             _LOG.info(_closing(save_dir, cfg.train.train_iters, time.perf_counter() - began))
     return save_dir
 

@@ -64,7 +64,15 @@ class ContrastiveLoss:
         return 0 if self.group is None else self.group.rank()
 
     def __call__(self, embeddings: Tensor, targets: Targets, temperature: Tensor | float | None = None) -> Tensor:
-        """Return this rank's share of the loss.
+        """Return this rank's share of the loss; see :meth:`with_alone`."""
+        return self.with_alone(embeddings, targets, temperature)[0]
+
+    def with_alone(
+        self, embeddings: Tensor, targets: Targets, temperature: Tensor | float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return this rank's share of the loss, and the number of its queries whose every negative is masked.
+
+        The contrastive loss of such a query is constant, so it trains nothing.
 
         Args:
             embeddings: ``[texts, D]`` fp32 or wider: the queries, then the filled passage slots, query by query.
@@ -80,10 +88,12 @@ class ContrastiveLoss:
             passages = zeros.masked_scatter(targets.valid.reshape(-1, 1), passages)
         passages_QKD = passages.view(*targets.valid.shape, -1)
         total = embeddings.new_zeros(())
+        alone_Q = torch.ones(targets.queries, dtype=torch.bool, device=embeddings.device)
         widths = self.config.widths(embeddings.shape[1])
         for width in widths:
             queries, slots = self._truncate(queries_QD, width), self._truncate(passages_QKD, width)
-            total = total + self._info_nce(queries, slots, targets, temperature)
+            info_nce, alone_at_width_Q = self._info_nce(queries, slots, targets, temperature)
+            total, alone_Q = total + info_nce, alone_Q & alone_at_width_Q
             if self.config.score_distillation_weight:
                 kl = _score_distillation(queries, slots, targets, temperature)
                 total = total + self.config.score_distillation_weight * kl / self._global_queries(targets)
@@ -92,7 +102,7 @@ class ContrastiveLoss:
             total = total + self.config.embedding_distillation_weight * self._embedding_distillation(
                 embeddings, targets
             )
-        return total
+        return total, alone_Q.sum()
 
     def _global_queries(self, targets: Targets) -> int:
         return targets.queries * self.world
@@ -105,26 +115,31 @@ class ContrastiveLoss:
 
     # ---- InfoNCE
 
-    def _info_nce(self, queries: Tensor, slots: Tensor, targets: Targets, temperature: Tensor | float) -> Tensor:
+    def _info_nce(
+        self, queries: Tensor, slots: Tensor, targets: Targets, temperature: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Return this rank's share of InfoNCE, and ``[Q]`` bool: True for queries without a negative."""
         if not self.config.in_batch_negatives:
             scores_QK = torch.einsum("qd,qkd->qk", queries, slots)
             masked = ~targets.valid | targets.own_false_negatives() | self._above_margin(scores_QK, scores_QK[:, :1])
             masked[:, 0] = False
             log_p = (scores_QK / temperature).masked_fill(masked, float("-inf")).log_softmax(dim=1)
-            return -log_p[:, 0].sum() / self._global_queries(targets)
+            return -log_p[:, 0].sum() / self._global_queries(targets), masked[:, 1:].all(dim=1)
         pool = self._pool(queries, slots, targets)
         rows = max(1, CHUNK_BYTES // (pool.width * queries.element_size()))
-        total = queries.new_zeros(())
+        total, alone = queries.new_zeros(()), []
         for start in range(0, targets.queries, rows):
             chunk = slice(start, min(start + rows, targets.queries))
             # A view kept for recomputation would keep all slots in memory beside their gathered copy.
             positives = slots[chunk, 0].clone() if pool.needs_positives else None
             arguments = (queries[chunk], positives, pool, targets, chunk, temperature)
             if rows >= targets.queries:
-                total = total + self._rows(*arguments)
+                of_chunk, alone_R = self._rows(*arguments)
             else:
-                total = total + checkpoint(self._rows, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return total / self._global_queries(targets)
+                of_chunk, alone_R = checkpoint(self._rows, *arguments, use_reentrant=False, preserve_rng_state=False)
+            total = total + of_chunk
+            alone.append(alone_R)
+        return total / self._global_queries(targets), torch.cat(alone)
 
     def _pool(self, queries: Tensor, slots: Tensor, targets: Targets) -> _Pool:
         """Return the candidates that rows are scored against: those of all ranks, or of this rank."""
@@ -151,8 +166,8 @@ class ContrastiveLoss:
         targets: Targets,
         chunk: slice,
         temperature: Tensor | float,
-    ) -> Tensor:
-        """Return Σ over the chunk's queries of -log softmax of the positive."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return Σ over the chunk's queries of -log softmax of the positive, and ``[R]``: has a query no negative."""
         config = self.config
         own = (
             torch.arange(chunk.start, chunk.stop, device=queries_RD.device) + pool.first
@@ -181,7 +196,9 @@ class ContrastiveLoss:
             log_z = torch.cat(directions, dim=1).logsumexp(dim=1)
         else:
             log_z = torch.stack([logits.logsumexp(dim=1) for logits in directions]).mean(dim=0)
-        return (log_z - positive_R1[:, 0] / temperature).sum()
+        unmasked_R = sum((logits.detach() > float("-inf")).sum(dim=1) for logits in directions)
+        # Symmetric losses score the positive in both directions.
+        return (log_z - positive_R1[:, 0] / temperature).sum(), unmasked_R == 1 + config.symmetric
 
     def _above_margin(self, scores: Tensor, positive: Tensor) -> Tensor:
         """Return where a score is above the positive's by more than the margin; those are likely false negatives."""

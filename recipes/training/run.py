@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from megatron_embed.bridge import liveness, parallel
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.layout import Layout
-from megatron_embed.recipes.config.checks import loss_mode
+from megatron_embed.recipes.config.checks import loss_mode, without_negatives
 from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.encoding.encoder import encode_sequences
 from megatron_embed.recipes.encoding.micro_batches import BatchingPlan
@@ -32,6 +33,8 @@ from megatron_embed.recipes.training.resume import Start
 from megatron_embed.recipes.training.run_folder import RunFolder
 from megatron_embed.recipes.training.step import Later, contrastive_step, learned_temperature
 from megatron_embed.recipes.training.targets import Targets
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,6 +53,10 @@ class TrainingRun:
     collections: list[Any]
     kept: Path | None = None
     """The newest checkpoint of this run."""
+    warned: bool = False
+    """Whether the run has warned of queries without a negative."""
+    skipped: int = 0
+    """The updates that fp16 skipped in this process."""
 
     def loop(self, start: Start | None) -> None:
         """Run the steps after ``start`` up to ``train_iters``."""
@@ -162,21 +169,31 @@ class TrainingRun:
         if self.cfg.loss.learn_temperature:  # the value that divides this step's scores
             told["temperature"] = learned_temperature(state.stages)
         kept = self.kept_graphs.of(groups)
-        told["loss"] = contrastive_step(state.stages, groups, targets, self.loss, mode=mode, kept=kept)  # type: ignore[arg-type]
+        found = contrastive_step(state.stages, groups, targets, self.loss, mode=mode, kept=kept)  # type: ignore[arg-type]
+        told.update(loss=found.loss, alone=found.alone)
         later = Later(list(told.values()))
         # The step's only wait for the GPU: the optimizer reads the norm, and everything before it is then known too.
         updated, grad_norm, _ = state.optimizer.step()
         numbers: dict[str, float | None] = dict(zip(told, later.read(), strict=True))
         # With fp16, an update is skipped while the loss scale adjusts; a skipped update has no norm.
+        self.skipped += not updated
         numbers["grad_norm"] = grad_norm
         for name in ("loss", "grad_norm"):
             value = numbers[name]
             if value is not None and not math.isfinite(value) and (updated or name == "loss"):
                 raise UserError(self._not_finite(step, name.replace("grad_", "gradient "), value))
+        self._warn_of_masks(step, int(numbers.pop("alone") or 0))
         state.scheduler.step(increment=1)
         self.kept_graphs.close_step(mode)
         total = sum(group.tokens.total_tokens for group in groups)
         return numbers, 1 - batch.real_tokens / total
+
+    def _warn_of_masks(self, step: int, alone: int) -> None:
+        """Say once that queries of a step have no negative that is not masked."""
+        if alone and not self.warned and not self.cfg.loss.embedding_distillation_weight:
+            self.warned = True
+            if dist.get_rank() == 0:
+                _LOG.warning(f"step {step}: {without_negatives(self.cfg, alone)} (told once)")
 
     def _not_finite(self, step: int, what: str, value: float) -> str:
         return (

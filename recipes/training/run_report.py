@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.conversion.files.disk_errors import check_writable
+from megatron_embed.recipes.retrieval.vectors import write_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +109,11 @@ def write_report(
 
     Args:
         sections: (heading, HTML) to put before the runs' own; :func:`table` and :func:`heat_map` make such HTML.
+
+    Raises:
+        UserError: see :func:`check_output`.
     """
+    check_output(Path(path))
     parts = list(sections)
     if runs:
         parts.append(("Runs", _summary(runs)))
@@ -121,8 +127,22 @@ def write_report(
     text = "\n".join(f"<section><h2>{html.escape(heading)}</h2>\n{body}</section>" for heading, body in parts)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_PAGE.format(title=html.escape(title), style=_STYLE, body=text), encoding="utf-8")
+    page = _PAGE.format(title=html.escape(title), style=_STYLE, body=text)
+    write_file(path, lambda file: file.write(page.encode()))
     return path
+
+
+def check_output(path: Path) -> None:
+    """Check that a report can be written: only an earlier report is replaced.
+
+    Raises:
+        UserError: there is a folder or any other file, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; wanted a file's name")
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{path}: is there already and is no earlier report; name another file, or move it away")
+    check_writable(path.parent)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -241,6 +261,8 @@ def _clip(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+#: what every report has in its head, those of earlier versions too; :func:`check_output` knows them by it
+_MARK = "<style>\n:root { color-scheme: light dark; --ink:"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --paper: #ffffff; --soft: #f4f6f9; --line: #d8dde5; }
 @media (prefers-color-scheme: dark) {

@@ -12,7 +12,7 @@ compute it, at the cost of F for a forward pass:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,16 @@ from megatron_embed.recipes.training.loss import ContrastiveLoss
 from megatron_embed.recipes.training.targets import Targets
 
 
+class StepLoss(NamedTuple):
+    """The loss of a step's global batch, and the number of its queries whose every negative is masked.
+
+    Both are numbers of the device in fp64, the same on every rank.
+    """
+
+    loss: Tensor
+    alone: Tensor
+
+
 def contrastive_step(
     stages: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
@@ -37,7 +47,7 @@ def contrastive_step(
     *,
     mode: Literal["direct", "cached"],
     kept: int = 0,
-) -> Tensor:
+) -> StepLoss:
     """Accumulate the gradient of the global batch's loss into the stages' ``main_grad``.
 
     Args:
@@ -46,9 +56,6 @@ def contrastive_step(
         targets: the roles of the texts in this rank's part of the batch.
         mode: ``direct`` takes a single micro-batch. Both modes give the same gradient.
         kept: the number of micro-batches whose graphs pass 1 keeps; more than there are means all.
-
-    Returns:
-        The loss of the global batch, a number of the device in fp64, the same on every rank.
     """
     assert mode == "cached" or len(micro_batches) == 1
     for stage in stages:
@@ -71,10 +78,9 @@ def _direct(
             # Every context-parallel rank computes the whole gradient of the temperature, and DDP adds these up.
             share = log_temperature / parallel_state.get_context_parallel_world_size()
             temperature = (share + (log_temperature - share).detach()).exp()
-        value = loss(output[order], targets, temperature)
-        # The factor turns DDP's average over data-parallel ranks into a sum. The clone is needed because the schedule
-        # divides in place.
-        return value * loss.world, value.detach().clone()
+        value, alone = loss.with_alone(output[order], targets, temperature)
+        # The factor turns DDP's average over data-parallel ranks into a sum. The schedule divides it in place.
+        return value * loss.world, _both(value, alone)
 
     losses = run_schedule(stages, micro_batches, loss_function, forward_only=False)
     return losses[0] if losses else None
@@ -89,17 +95,17 @@ def _cached(
 ) -> Tensor | None:
     outputs = encode_micro_batches(stages, micro_batches, graphs.encode)
     log_temperature = unwrap(stages)[-1].log_temperature
-    value = gradient = temperature_gradient = None
+    found = gradient = temperature_gradient = None
     if outputs is not None:
         order = torch.argsort(torch.cat([micro_batch.texts for micro_batch in micro_batches]))
         leaves = [torch.cat(outputs)[to_device(order, outputs[0].device)].requires_grad_()]
         if log_temperature is not None:
             leaves.append(log_temperature.detach().requires_grad_())
-        value = loss(leaves[0], targets, *(leaf.exp() for leaf in leaves[1:]))
+        value, alone = loss.with_alone(leaves[0], targets, *(leaf.exp() for leaf in leaves[1:]))
         gradient, *rest = torch.autograd.grad(value, leaves)
         # The gradients of context-parallel ranks add up, see _direct.
         temperature_gradient = rest[0] / parallel_state.get_context_parallel_world_size() if rest else None
-        value = value.detach()
+        found = _both(value, alone)
     # The factor cancels the schedule's division by the number of micro-batches and DDP's average over ranks.
     factor = len(micro_batches) * loss.world
 
@@ -114,16 +120,20 @@ def _cached(
         return total * factor, total.detach().clone()
 
     run_schedule(stages, micro_batches, surrogate, graphs.replay, forward_only=False)
-    return value
+    return found
 
 
-def _share_loss(loss: Tensor | None) -> Tensor:
-    """Sum the loss over data-parallel ranks and return it on every pipeline stage."""
-    value = torch.zeros((), dtype=torch.float64, device=host.device())
-    if loss is not None:
-        value += loss
-        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
-    return share_last_stage(value)
+def _both(loss: Tensor, alone: Tensor) -> Tensor:
+    return torch.stack([loss.detach().double(), alone.double()])
+
+
+def _share_loss(found: Tensor | None) -> StepLoss:
+    """Sum the loss and the count over data-parallel ranks and return them on every pipeline stage."""
+    values = torch.zeros(2, dtype=torch.float64, device=host.device())
+    if found is not None:
+        values += found
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    return StepLoss(*share_last_stage(values))
 
 
 def learned_temperature(stages: Sequence[torch.nn.Module]) -> Tensor:

@@ -126,6 +126,14 @@ def test_empty_file_and_lfs_pointer(vlm: Path, tmp_path: Path, capsys: Capture) 
     assert "git lfs pull" in import_refused(capsys, tmp_path, vlm)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_hub_cache_whose_blob_is_gone(file: str, vlm: Path, tmp_path: Path, capsys: Capture) -> None:
+    (vlm / file).unlink()
+    (vlm / file).symlink_to("../../blobs/0123")
+    message = f"{vlm / file}: a link to ../../blobs/0123, which is not there; fetch it again"
+    assert message in import_refused(capsys, tmp_path, vlm)
+
+
 def test_index_naming_an_absent_file(sharded: Path, tmp_path: Path, capsys: Capture) -> None:
     victim = sorted(sharded.glob("model-*"))[1]
     victim.unlink()

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from support.hf_files import Source, without_checksums
+from support.runs import recipe, write_pairs
 
 from megatron_embed.conversion.convert_checkpoints import main
+from megatron_embed.recipes import train
 
 Capture = pytest.CaptureFixture[str]
 
@@ -268,3 +270,18 @@ def test_overwrite_never_replaces_a_source_that_moved_with_its_checkpoint(
         out = tmp_path / target / "vlm"  # an earlier export may be called as the source was
         for options in ([], ["--overwrite"]):
             assert run(*args, out, "--target", target, *options) == 0
+
+
+def test_overwrite_never_replaces_an_export_that_moved_with_the_run_that_trained_it(
+    checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    project, moved = tmp_path / "project", tmp_path / "moved"
+    assert run("export", "--megatron-path", checkpoint, "--hf-path", project / "embedder") == 0
+    write_pairs(project / "train.jsonl", 8)
+    train(recipe(project, "run", f"model.hf_model={project / 'embedder'}", "train.train_iters=1"))
+    project.rename(moved)
+    args = ("export", "--megatron-path", moved / "run", "--overwrite", "--hf-path")
+    message = refused(tmp_path, capsys, *args, moved / "embedder")
+    assert f"{moved / 'embedder'}: holds the source" in message
+    for _ in range(2):  # an earlier export may be called as the source was
+        assert run(*args, tmp_path / "out" / "embedder") == 0

@@ -58,6 +58,19 @@ def test_untouched_it_comes_back_bit_by_bit(tied: bool, tp: int, pp: int, source
     assert tensors.compared == len(tensors_of(folder))
 
 
+def test_it_states_the_widest_dtype_of_its_tensors(vlm: Path, tmp_path: Path) -> None:
+    """transformers casts to the stated dtype at loading; the source's would round the tower."""
+    import_hf(vlm, tmp_path / "m", torch_dtype="float32", progress=False)
+    export_hf(tmp_path / "m", tmp_path / "hf", target="vlm", progress=False)
+    dtypes = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / "hf").items()}
+    assert dtypes["language_model.model.norm.weight"] == torch.float32
+    assert {dtype for name, dtype in dtypes.items() if "vision_tower" in name} == {torch.bfloat16}
+    raw = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert {values.get("dtype", "float32") for values in (raw, raw["text_config"])} == {"float32"}
+    loaded = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert loaded.model.language_model.norm.weight.dtype == torch.float32
+
+
 def test_from_the_checkpoint_alone(vlm: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     shutil.copytree(vlm, kept)

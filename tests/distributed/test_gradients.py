@@ -172,7 +172,7 @@ def run_case(case: Case, state: dict[str, torch.Tensor]) -> Any:
             ContrastiveLoss(LossSection(temperature=TEMPERATURE), group=parallel_state.get_data_parallel_group()),
             mode=case.mode,
             kept=case.kept,
-        )
+        ).loss.item()
         return loss, collect(gradients(stages))
 
 

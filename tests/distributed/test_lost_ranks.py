@@ -65,6 +65,11 @@ def test_a_killed_rank_is_named_by_the_others(waits_in: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_terminated_rank_says_so(tmp_path: Path) -> None:
+    assert launch(tmp_path, signal.SIGTERM, "a collective", processes=2) == ["error: ended by SIGTERM"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("waits_in", ["a collective", "nothing"])
 def test_a_stopped_rank_is_named_after_the_timeout_and_every_rank_ends(waits_in: str, tmp_path: Path) -> None:
     (message,) = launch(tmp_path, signal.SIGSTOP, waits_in)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from support.tiny_models import save_model
 
 from megatron_embed.bridge.errors import UsageError, UserError
+from megatron_embed.conversion.files.atomic import atomic_file
 from megatron_embed.recipes import RECIPES
 from megatron_embed.recipes.cli import parse_train_arguments, run_program
 from megatron_embed.recipes.config.run_config import load_run_config, save_run_config
@@ -152,6 +154,24 @@ def test_programs_end_with_one_message(capsys: pytest.CaptureFixture[str]) -> No
     assert status == 1
     assert "please report it" in err
     assert "ZeroDivisionError: no" in err
+
+
+def test_sigterm_ends_a_program_as_ctrl_c_does(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def ignored(*_: object) -> None:
+        """Keep the tests' own process alive."""
+
+    before = signal.signal(signal.SIGTERM, ignored)
+
+    def body() -> None:
+        with atomic_file(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        run_program(body)
+    assert signal.signal(signal.SIGTERM, before) is ignored
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_several_ranks_the_first_to_fail_speaks(

@@ -78,6 +78,39 @@ def test_killed_between_the_two_renames(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_was_put_there_meanwhile_is_left(overwrite: bool, tmp_path: Path) -> None:
+    why = "is no model or checkpoint" if overwrite else "exists already"
+
+    def write() -> None:
+        with atomic_output(tmp_path / "out", overwrite=overwrite):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.txt").touch()
+
+    with pytest.raises(UserError, match=why):
+        write()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["thesis.txt"]
+
+
+def test_ctrl_c_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with atomic_output(tmp_path / "out") as folder:
+        (folder / "config.json").write_text('{"model_type": "old"}')
+        (folder / "modules.json").touch()
+    rename = Path.rename
+
+    def stopped(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), atomic_output(tmp_path / "out", overwrite=True):
+        pass
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["config.json", "modules.json"]
+
+
 def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"), atomic_output(tmp_path / "file" / "out"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from support.mining import read, run
 
@@ -90,6 +91,31 @@ def test_the_digest_knows_title_from_text(publish: Publish) -> None:
         publish([{"_id": "1", "title": title, "text": text}])
         found.append(Corpus(HUB).digest())
     assert found[0] == found[2] != found[1]
+
+
+def test_damage_in_the_cache_of_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a" * length for length in range(3, 40)]
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"_id": list(map(str, range(37))), "text": texts}).save_to_disk(tmp_path / "stored")
+    (file,) = (tmp_path / "stored").glob("*.arrow")
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    damaged = offsets.copy()
+    damaged[5] = -1
+    content = file.read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    file.write_bytes(content.replace(offsets.tobytes(), damaged.tobytes()))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(str(tmp_path / "stored")))
+    with pytest.raises(UserError, match=r"hf://org/name: damaged in .*\.arrow \(.*offset.*\); remove it there"):
+        Corpus(HUB).text(0)
+
+
+def test_what_the_hub_says_is_told_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise ValueError("no config\nAvailable configs:\n\t['one']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=r"cannot be loaded \(ValueError: no config Available configs: \['one'\]\)$"):
+        Corpus(HUB)
 
 
 def test_rows_of_the_hub_that_cannot_be_used_are_named(

@@ -21,7 +21,7 @@ from megatron_embed.bridge.layout import Layout
 from megatron_embed.recipes import Encoder, mine, train
 from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets.pairs import PairDataset
-from megatron_embed.recipes.retrieval import encode_corpus, miner
+from megatron_embed.recipes.retrieval import encode_corpus, miner, mining_report
 from megatron_embed.recipes.retrieval.mining import REASONS, MiningRules
 from megatron_embed.recipes.retrieval.writer_lock import LOCK, writing
 
@@ -107,6 +107,29 @@ def test_scores_are_the_models_own(encoder: Encoder, folder: Path, tmp_path: Pat
         of_negatives = row["scores"][len(positives) :]
         assert of_negatives == sorted(of_negatives, reverse=True)
     assert PairDataset([DataSource(path=str(tmp_path / "out.jsonl"))]).sources[0].no_scores < 0
+
+
+def test_rows_that_another_run_wrote_meanwhile_are_left(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text("of another run")  # after the command looked, before it had the lock
+    with pytest.raises(UserError, match=r"out\.jsonl: is there already; name another file, or --overwrite"):
+        run(encoder, folder, tmp_path / "out.jsonl", overwrite=False)
+    assert (tmp_path / "out.jsonl").read_text() == "of another run"
+    run(encoder, folder, tmp_path / "out.jsonl", overwrite=True)
+
+
+def test_rows_without_their_audit_are_not_there(
+    encoder: Encoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mining_report, "_draw", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(encoder, folder, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    run(encoder, folder, tmp_path / "out.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.audit.json", "out.jsonl", "out.scores.png"]
 
 
 def test_rows_keep_their_own_prompts(encoder: Encoder, folder: Path, tmp_path: Path) -> None:

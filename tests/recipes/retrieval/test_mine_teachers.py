@@ -23,7 +23,7 @@ from megatron_embed.recipes.config.schema import DataSource, LossSection
 from megatron_embed.recipes.datasets.pair import Pair, Teacher, parse_pair
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.retrieval.mining import Audit, MiningRules, teacher_answers_for
-from megatron_embed.recipes.retrieval.mining_report import audit_as_text, write_audit
+from megatron_embed.recipes.retrieval.mining_report import audit_as_text
 from megatron_embed.recipes.training.rank_batch import check_teachers
 
 pytestmark = pytest.mark.usefixtures("small_parts")
@@ -155,7 +155,6 @@ def test_teachers_answers_in_the_data_stay_while_they_hold(encoder: Encoder, fol
     assert teachers[2:] == [Teacher()] * 2
     assert (audit.scores_dropped, audit.vectors_dropped) == (1, 1)
     assert "scores of 1 rows, vectors of 1" in audit_as_text(audit, MiningRules())
-    write_audit(audit, MiningRules(), tmp_path / "out.jsonl")
     told = json.loads((tmp_path / "out.audit.json").read_text())
     assert told["rows_without_their_teachers_scores"] == told["rows_without_their_teachers_vectors"] == 1
 

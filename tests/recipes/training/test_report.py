@@ -72,6 +72,30 @@ def test_the_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (run_dir / "report.html").is_file()
 
 
+def test_the_command_replaces_an_earlier_report_and_no_other_file(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def status(output: Path) -> object:
+        with pytest.raises(SystemExit) as ended:
+            main([str(run_dir), "--output", str(output)])
+        return ended.value.code
+
+    page, thesis = tmp_path / "page.html", tmp_path / "thesis.html"
+    assert not status(page)
+    page.write_text(page.read_text().replace("<h2>", "<h3>"))
+    assert not status(page)  # of another version
+    assert "<h3>" not in page.read_text()
+    thesis.write_bytes(b"<!doctype html>\xff my thesis")
+    assert status(thesis) == 1
+    assert f"{thesis}: is there already and is no earlier report" in capsys.readouterr().err
+    assert thesis.read_bytes() == b"<!doctype html>\xff my thesis"
+    assert status(tmp_path) == 1
+    assert f"{tmp_path}: a folder; wanted a file's name" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert status(tmp_path / "file" / "page.html") == 1
+    assert f"{tmp_path / 'file'}: is a file; wanted a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -25,7 +25,7 @@ from megatron_embed.conversion.mcore.statements import read_run_config
 from megatron_embed.recipes.retrieval.writer_lock import LOCK
 from megatron_embed.recipes.train import main
 from megatron_embed.recipes.training import loop
-from megatron_embed.recipes.training.loop import train
+from megatron_embed.recipes.training.loop import TrainingRun, train
 
 pytestmark = pytest.mark.slow
 
@@ -449,11 +449,27 @@ def form(folder: Path, step: int) -> str:
 
 
 @pytest.mark.parametrize("distributed", ["true", "false"])
-def test_a_run_that_has_made_no_update_yet_is_saved_and_goes_on(inputs: Path, tmp_path: Path, distributed: str) -> None:
+def test_a_run_that_has_made_no_update_yet_is_saved_and_goes_on(
+    inputs: Path, tmp_path: Path, distributed: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """fp16, whose first updates are skipped while the loss scale finds its place."""
     given = [f"train.save_dir={tmp_path / 'run'}", "model.precision=fp16", f"optimizer.distributed={distributed}"]
     train(recipe(inputs, "run", *given, "train.train_iters=1"))
     train(recipe(inputs, "run", *given, "train.train_iters=2"))
     first, second = read_metrics(tmp_path / "run")
+    assert caplog.text.count("1 of 1 updates were skipped: gradients overflowed fp16") == 2
     assert first["grad_norm"] is None  # else this tests nothing
+    assert second["grad_norm"] is None
     assert second["step"] == 2
+
+
+def test_a_foreign_line_of_the_metrics_ends_a_run_before_its_first_step(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = f"train.save_dir={tmp_path / 'run'}"
+    train(recipe(inputs, "run", where, "train.train_iters=1"))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"foo": 1}\n')
+    monkeypatch.setattr(TrainingRun, "loop", None)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2: found .*, wanted an object"):
+        train(recipe(inputs, "run", where, "train.train_iters=2"))
