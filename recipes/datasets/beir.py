@@ -55,7 +55,7 @@ def id_of(row: Mapping[str, Any], key: str) -> str:
     """
     id_ = row[key]
     if isinstance(id_, bool) or not isinstance(id_, str | int):
-        raise RowError(f"{key!r}: found {json.dumps(id_, default=str)[:60]}; wanted text or a whole number")
+        raise RowError(f"{key!r}: found {json.dumps(id_, default=str)[:60]}; wanted text or a whole number below 2^64")
     return str(id_)
 
 

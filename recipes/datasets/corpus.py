@@ -172,7 +172,7 @@ class Corpus:
                 id_, text, alone = self._parse(row)
             except RowError as error:
                 raise UserError(f"{self.path}, {row.place}: {error}") from None
-            writer.add((row.line, id_, text, None if alone == text else alone), len(text))
+            writer.add((row.line, id_, text, None if alone == text else alone))
         if row is None:
             raise UserError(f"{self.path}: holds no rows; wanted {self._wanted}")
         return Found()

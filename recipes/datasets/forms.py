@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,15 @@ class Form:
 
     name: str
     key: str
-    own: Callable[[Mapping[str, Any], Lookup], dict[str, Any]]
+    own: Callable[[Mapping[str, Any], Lookup], Mapping[str, Any]]
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def _columns(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
+def _columns(row: Mapping[str, Any], lookup: Lookup) -> Mapping[str, Any]:
     """Convert columns of sentence-transformers: ``negative``, ``negative_1``, …, or ``negatives``."""
-    numbered = [key for key in row if isinstance(key, str) and _NEGATIVE.fullmatch(key)]
-    numbered.sort(key=lambda key: int(key.partition("_")[2] or 0))
+    numbered = _numbered(*row)
+    if not numbered and "anchor" not in row:
+        return row
     found = dict(row)
     if "anchor" in row:
         found.setdefault("query", row["anchor"])
@@ -54,6 +56,12 @@ def _columns(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
         values = [row[key] for key in numbered if row[key] is not None]
         found["negatives"] = [text for value in values for text in (value if isinstance(value, list) else [value])]
     return found
+
+
+@lru_cache(maxsize=64)
+def _numbered(*keys: str) -> list[str]:
+    """Return the keys of numbered negatives in their order. It is cached, because most rows have the same keys."""
+    return sorted(filter(_NEGATIVE.fullmatch, keys), key=lambda key: int(key.partition("_")[2] or 0))
 
 
 def _flag_embedding(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
@@ -144,7 +152,7 @@ FORMS = (
 
 def form_of(row: Any) -> Form | None:
     """Return the form of a row, or None if the row has the key of no form."""
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         return None
     for form in FORMS:  # a loop, because a generator is slower and every row comes here
         if form.key in row:
@@ -223,9 +231,9 @@ class PairReader:
                 f"wanted one form a file"
             )
         own = value if found is None else self.form.own(value, self._lookup)
-        if isinstance(value, Mapping) and (found is None or "query" not in own):
+        if isinstance(value, dict) and (found is None or "query" not in own):
             own = self._without(value)
-        if self.found.instructions and isinstance(value, Mapping):
+        if self.found.instructions and isinstance(value, dict):
             prompts = self.found.instructions.get(str(value.get("corpus_id")), {})
             own = {**own, **{key: prompt for key, prompt in prompts.items() if key not in self.stated}}
         return parse_pair(own, self.form.names)

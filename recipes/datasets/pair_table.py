@@ -59,15 +59,13 @@ def pair_of(row: list[Any], document: Callable[[int], str]) -> Pair:
 
 
 def _row_of(pair: Pair, line: int) -> tuple[Any, ...]:
-    (positives, of_positives), (negatives, of_negatives) = map(_passages, (pair.positives, pair.negatives))
-    prompts = pair.query_prompt, pair.passage_prompt
-    return (pair.query, positives, negatives, of_positives, of_negatives, *prompts, *pair.teacher, line)
-
-
-def _passages(texts: list[str]) -> tuple[list[str] | None, list[int] | None]:
-    """Return (None, numbers) if all texts are documents, else (texts, None)."""
-    numbers = [text.number for text in texts if isinstance(text, Document)]
-    return (None, numbers) if numbers and len(numbers) == len(texts) else (texts, None)
+    query, positives, negatives, teacher, *prompts = pair
+    texts: list[Any] = [positives, negatives]
+    numbers: list[Any] = [None, None]
+    for which, passages in enumerate((positives, negatives)):
+        if passages and isinstance(passages[0], Document):
+            texts[which], numbers[which] = None, [text.number for text in passages]  # type: ignore[attr-defined]
+    return (query, *texts, *numbers, *prompts, *teacher, line)
 
 
 def _keep(numbers: array[int], row: int, number: int) -> None:
@@ -118,7 +116,7 @@ def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
             no_vectors = index if no_vectors < 0 else no_vectors
         else:
             widths.update(len(vector) for vector in (pair.teacher.query, *pair.teacher.passages) if vector is not None)
-        writer.add(_row_of(pair, row.line), sum(map(len, (pair.query, *pair.positives, *pair.negatives))))
+        writer.add(_row_of(pair, row.line))
     if unusable:
         more = f" ({unusable - 1} more cannot be used)" if unusable > 1 else ""
         raise UserError(f"{rows.path}, {first_problem}{more}")

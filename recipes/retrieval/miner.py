@@ -86,7 +86,7 @@ def mine(
 
     with writing(output, output.with_name(f".{output.name}{LOCK}")):
         stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
-        path = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
+        path = cache / f"{stamp['input_sha256'][:24]}.text-ids.npy"
         check_prompts(source, encoder.tokenizer.prompts["passage"])
         odd = [_checked(corpus, path), source.odd]
         on_first_rank(lambda: report(odd, strict=strict))

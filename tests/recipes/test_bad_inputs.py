@@ -166,7 +166,10 @@ FOUND: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MINE, "--output", "pairs.jsonl"), ("pairs.jsonl: is there already; name another file, or --overwrite",)),
     (("data", "none.jsonl"), ("none.jsonl: no such file or folder; wanted JSON lines",)),
     (("data", "noise.bin"), ("noise.bin: found binary data, beginning with 00 ff", "wanted UTF-8 text")),
-    (("data", "keys.jsonl"), ("keys.jsonl, line 1: no 'query'; found keys: q, a; wanted query, positive",)),
+    (
+        ("data", "keys.jsonl"),
+        ("keys.jsonl, line 1: no 'query'; found keys: q, a; wanted an object with query, positive",),
+    ),
     (("data", "pairs.tsv"), ("pairs.tsv: found a table between tabs (query, positive)", "sep='\\t'")),
     (("report", "empty"), ("empty/metrics.jsonl: no such file; wanted the folder of a run (train.save_dir)",)),
     ((*IMPORT, "--hf-model", "./none"), ("./none: no such folder; wanted a Hugging Face model folder or the id",)),

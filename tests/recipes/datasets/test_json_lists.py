@@ -54,7 +54,7 @@ def value(generator: random.Random, depth: int) -> Any:
         case 0:
             return "".join(generator.choices(PIECES, k=generator.randrange(9)))
         case 1:
-            return generator.choice([None, True, -1.5e-7, 0, 10**30, "\\", '"'])
+            return generator.choice([None, True, -1.5e-7, 0, 2**64 - 1, "\\", '"'])
         case 2:
             return [value(generator, depth - 1) for _ in range(generator.randrange(4))]
     return {str(value(generator, 0)): value(generator, depth - 1) for _ in range(generator.randrange(4))}
