@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,18 @@ def parse_json(raw: bytes, line: int | None = None) -> Any:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, but files and tokenizers refuse it
-        raise RowError(f"half a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no text") from None
+        raise RowError(
+            f"half a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no text; write the whole character"
+        ) from None
     return value
+
+
+def value_or_error(read: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``read`` returns, or the :class:`RowError` that it raises."""
+    try:
+        return read(*arguments)
+    except RowError as error:
+        return error
 
 
 def decode(raw: bytes, line: int | None = None) -> str:

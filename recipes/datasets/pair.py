@@ -69,7 +69,7 @@ def parse_pair(row: Any, names: Mapping[str, str] = MappingProxyType({})) -> Pai
             if not isinstance(text, str):
                 raise RowError(f"{names.get(field, field)!r}: found {kind_of(text)}; wanted text")
             if not text or text.isspace():
-                raise RowError(f"{names.get(field, field)!r} holds an empty text")
+                raise RowError(f"{names.get(field, field)!r} holds an empty text; fill it, or remove the row")
     if _RARE.isdisjoint(row):
         return Pair(query, positives, negatives)
     prompts = {key: row.get(key) for key in ("query_prompt", "passage_prompt")}
@@ -95,10 +95,12 @@ def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list
             raise RowError(f"{name!r}: found {len(scores)}; wanted {wanted}, one for {each} and each negative")
     passages = None
     if (query is None) != (positive is None):
-        raise RowError("'query_embedding' and 'positive_embedding' come together")
+        raise RowError("found one of 'query_embedding' and 'positive_embedding'; wanted both or neither")
     if positive is not None:
         if len(positives) > 1:
-            raise RowError(f"a teacher's vectors go with one positive; found {len(positives)}")
+            raise RowError(
+                f"found a teacher's vectors beside {len(positives)} positives; wanted a row for each positive"
+            )
         of_negatives = row.get("negative_embeddings")
         if not isinstance(of_negatives, list | None):
             raise RowError(f"'negative_embeddings': found {kind_of(of_negatives)}; wanted a list of vectors")
@@ -106,7 +108,9 @@ def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list
         for vector in (query, *passages):
             _check_numbers("…_embedding", vector)
         if len(passages) != wanted:
-            raise RowError(f"'negative_embeddings': found {len(passages) - 1}; wanted {len(negatives)}, one a negative")
+            raise RowError(
+                f"'negative_embeddings': found {len(passages) - 1}; wanted {len(negatives)}, one for each negative"
+            )
     return Teacher(scores, query, passages)
 
 

@@ -319,7 +319,7 @@ def test_documents_that_are_not_there_are_named(tmp_path: Path) -> None:
         PairDataset([DataSource(path=str(path))])
     with (tmp_path / "corpus.jsonl").open("a") as file:
         file.write('{"docid": "d3", "text": "again"}\n')
-    with pytest.raises(UserError, match=r"corpus.jsonl, line 20: _id 'd3' stands in the corpus twice"):
+    with pytest.raises(UserError, match=r"corpus.jsonl, line 20: _id 'd3' stands in the file twice"):
         PairDataset([DataSource(path=str(path))])
     (tmp_path / "corpus.jsonl").unlink()
     with pytest.raises(UserError, match=r"train.jsonl: its rows name documents by id; wanted corpus.jsonl"):

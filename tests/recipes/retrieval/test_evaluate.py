@@ -171,8 +171,8 @@ def test_absent_documents_are_counted(folder: Path) -> None:
             r"line 2: query 'q99' is not in queries.jsonl",
         ),
         ("corpus.jsonl", [], r"corpus.jsonl: holds no rows; wanted an object with _id, text"),
-        ("queries.jsonl", [{"_id": "q0", "text": ""}], r"queries.jsonl: no query has any text; wanted an object"),
-        ("corpus.jsonl", [{"_id": "d0", "text": ""}, {"_id": "d1", "text": " "}], r"no document has any text"),
+        ("queries.jsonl", [{"_id": "q0", "text": ""}], r"queries.jsonl: no row has any text; wanted an object"),
+        ("corpus.jsonl", [{"_id": "d0", "text": ""}, {"_id": "d1", "text": " "}], r"no row has any text"),
         ("corpus.jsonl", [{"_id": "d0", "text": "a"}, "{x"], r"corpus.jsonl, line 2: not JSON"),
         (
             "corpus.jsonl",
