@@ -53,7 +53,7 @@ class BeirRows:
             on.append(line)
         lines = np.array(on)
         queries, documents = (
-            DocumentIds(Documents([texts]), [texts], "file").numbers(np.array(wanted))
+            DocumentIds(Documents([texts]), [texts]).numbers(np.array(wanted))
             for texts, wanted in zip((self._queries, self.corpus), ids, strict=True)
         )
         wanted = np.array(relevant, dtype=bool)  # queries and documents that are not relevant may be missing

@@ -138,15 +138,16 @@ FORMS = (
     Form("sentence-transformers columns", "anchor", _columns, {"query": "anchor", "negatives": "negative_1, …"}),
     Form("query, positive, negatives", "positive", _columns),
 )
+_BY_KEY = {form.key: form for form in FORMS}
 
 
 def form_of(row: Any) -> Form | None:
     """Return the form of a row, or None if the row has the key of no form."""
     if not isinstance(row, dict):
         return None
-    for form in FORMS:  # a loop, because a generator is slower and every row comes here
-        if form.key in row:
-            return form
+    for key in _BY_KEY:  # a loop, because a generator is slower and every row comes here
+        if key in row:
+            return _BY_KEY[key]
     return None
 
 

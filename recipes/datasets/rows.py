@@ -255,20 +255,16 @@ class TableRows:
 
 
 def _values(block: Any) -> list[Any]:
-    """Return the rows of a table as Python values."""
+    """Return the rows of a table as Python values, or the :class:`RowError` of a row that Python cannot hold."""
     try:
         return block.to_pylist()
-    except (OverflowError, ValueError):
-        return [_value(block, index) for index in range(block.num_rows)]
-
-
-def _value(block: Any, index: int) -> Any:
-    try:
-        return block.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError as error:  # Arrow does not check its texts
-        return RowError(f"not UTF-8: byte 0x{error.object[error.start]:02x} in a column of text; wanted text in UTF-8")
+        found = f"not UTF-8: byte 0x{error.object[error.start]:02x} in a column of text; wanted text in UTF-8"
     except (OverflowError, ValueError) as error:  # a date outside Python's range
-        return RowError(f"a value that cannot be read ({error})")
+        found = f"a value that cannot be read ({error})"
+    if block.num_rows == 1:
+        return [RowError(found)]
+    return [value for index in range(block.num_rows) for value in _values(block.slice(index, 1))]
 
 
 @contextmanager

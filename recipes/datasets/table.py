@@ -18,7 +18,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -51,16 +51,18 @@ class TableWriter:
 
     Attributes:
         ends: number of rows up to and including each record batch.
+        columns: added rows → their values in each column of the schema.
     """
 
     def __init__(self, file: Any, schema: pyarrow.Schema) -> None:
         self._schema, self._writer = schema, pyarrow.ipc.new_file(file, schema)
-        self._rows: list[Sequence[Any]] = []
+        self._rows: list[Any] = []
+        self.columns: Callable[[list[Any]], Iterable[Sequence[Any]]] = lambda rows: zip(*rows, strict=True)
         self._together = 1  # rows of the next batch, from the size of those before
         self.ends: list[int] = []
 
-    def add(self, row: Sequence[Any]) -> None:
-        """Write the next row, one value for each column."""
+    def add(self, row: Any) -> None:
+        """Write the next row, one value for each column unless ``columns`` takes others."""
         self._rows.append(row)
         if len(self._rows) >= self._together:
             self._flush()
@@ -72,7 +74,7 @@ class TableWriter:
         self._writer.close()
 
     def _flush(self) -> None:
-        columns = zip(self._schema, zip(*self._rows, strict=True), strict=True)
+        columns = zip(self._schema, self.columns(self._rows), strict=True)
         arrays = [pyarrow.array(values, column.type) for column, values in columns]
         batch = pyarrow.record_batch(arrays, schema=self._schema)
         self._writer.write_batch(batch)
