@@ -37,7 +37,7 @@ VERSION = 7
 LEAST_BYTES = 16 << 20
 
 #: Most rows of a record batch, and about its bytes: few, so that the columns of a row are near each other on disk.
-_ROWS, _BYTES = 1024, 1 << 18
+_ROWS, _BYTES = 1024, 1 << 16
 _OPEN = 64  # record batches whose columns are cached
 _BLOCK = 1 << 16  # bytes at each end of a file that are part of its stamp
 _complained: set[Path] = set()
