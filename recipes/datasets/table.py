@@ -323,7 +323,7 @@ def _store(place: Path, recipe: Recipe, before: list[Stamp]) -> None:
             partial = stack.enter_context(atomic_output(place))
         except UserError as error:
             raise OSError(str(error)) from None
-        with (partial / _TABLE).open("wb") as file:
+        with pyarrow.output_stream(partial / _TABLE, buffer_size=1 << 20) as file:
             built = _built(recipe, file, before)
         for name, array in built.arrays.items():
             with (partial / f"{name}.npy").open("wb") as file:
