@@ -195,7 +195,7 @@ def test_missing_parts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none: no such folder; wanted a BEIR folder"):
         load_beir(tmp_path / "none")
     (folder / "queries.jsonl").unlink()
-    with pytest.raises(UserError, match=r"queries.jsonl: no such file; a BEIR folder holds"):
+    with pytest.raises(UserError, match=r"queries.jsonl: no such file; wanted a BEIR folder with"):
         load_beir(folder)
 
 
