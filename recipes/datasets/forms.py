@@ -326,7 +326,7 @@ def _automodel_corpora(file: str, named: Any) -> NamedCorpora:
             raise UserError(f"{file}: 'corpus': {first} and {folder} both have corpus_id {name!r}; rename one")
         files = _files(folder)
         if not files:
-            raise UserError(f"{folder}: holds no *.parquet or *.jsonl; wanted files of documents with id and text")
+            raise UserError(f"{folder}: no *.parquet or *.jsonl; wanted files of documents with id and text")
         found[name] = files
         told[name] = {f"{kind}_prompt": _instruction(metadata, value, kind) for kind in ("query", "passage")}
         read.append(metadata)
