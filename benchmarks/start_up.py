@@ -65,12 +65,12 @@ def memory() -> dict[str, float]:
 
 def start(path: str, batch: int) -> None:
     """Run one start, in this separate process, and print the measurements."""
-    from megatron_embed.recipes.config.schema import DataSource
-
     try:
+        from megatron_embed.recipes.config.schema import DataSource
         from megatron_embed.recipes.datasets.pairs import PairDataset
         from megatron_embed.recipes.datasets.sampler import GlobalBatchSampler
     except ImportError:  # a commit from before the tables
+        from megatron_embed.recipes.config import DataSource  # type: ignore[attr-defined, no-redef]
         from megatron_embed.recipes.data import GlobalBatchSampler, PairDataset  # type: ignore[no-redef]
 
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.datasets.beir import qrels_path, read_qrels
+from megatron_embed.recipes.datasets.beir import MEND, qrels_path, read_qrels
 from megatron_embed.recipes.datasets.corpus import BeirTexts
 from megatron_embed.recipes.datasets.documents import DocumentIds, Documents
 from megatron_embed.recipes.datasets.rows import Row
@@ -53,7 +53,7 @@ class BeirRows:
             on.append(line)
         lines = np.array(on)
         queries, documents = (
-            DocumentIds(Documents([texts]), [texts], "file").numbers(np.array(wanted))
+            DocumentIds(Documents([texts]), [texts]).numbers(np.array(wanted))
             for texts, wanted in zip((self._queries, self.corpus), ids, strict=True)
         )
         wanted = np.array(relevant, dtype=bool)  # queries and documents that are not relevant may be missing
@@ -61,12 +61,14 @@ class BeirRows:
             where = int(lines[absent[0]])
             query, document, _, _ = next(found for found in read_qrels(self._root, "train") if found[3] == where)
             id_, name = (query, "queries.jsonl") if queries[absent[0]] < 0 else (document, "corpus.jsonl")
-            raise UserError(f"{self.path}, line {where}: {id_!r} is not in {name}")
+            raise UserError(f"{self.path}, line {where}: {id_!r} is not in {name}; {MEND}")
         pairs = queries * len(self.corpus) + documents
         last = len(pairs) - 1 - np.unique(pairs[::-1], return_index=True)[1]
         kept = np.sort(last[wanted[last]])
         if not len(kept):
-            raise UserError(f"{self.path}: no judgement has a grade above 0")
+            raise UserError(
+                f"{self.path}: no judgement has a grade above 0; wanted a relevant document for at least one query"
+            )
         _, first, which = np.unique(queries[kept], return_index=True, return_inverse=True)
         begins = first[which]  # for each judgement, the position of its query's first judgement
         order, first = np.argsort(begins, kind="stable"), np.sort(first)

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.datasets.beir import WANTED, document_text, is_beir, text_file, text_row
 from megatron_embed.recipes.datasets.duplicates import repeats
 from megatron_embed.recipes.datasets.json_text import RowError
 from megatron_embed.recipes.datasets.odd_rows import JSON_LOOKING, NO_TEXT, OddRows, of_text
-from megatron_embed.recipes.datasets.rows import JsonLineRows, PlainLineRows, Row, Rows, open_rows, place, read_rows
+from megatron_embed.recipes.datasets.pair import kind_of
+from megatron_embed.recipes.datasets.rows import (
+    JsonLineRows,
+    PlainLineRows,
+    Row,
+    Rows,
+    check_file,
+    open_rows,
+    place,
+    read_rows,
+)
 from megatron_embed.recipes.datasets.table import Found, Recipe, Table, TableWriter, open_table
 from megatron_embed.recipes.datasets.text_ids import exact_id, text_id
 
+WANTED = "an object with _id, text and, for documents, title"
 _ID_KEYS = ("_id", "id", "docid")
 _WANTED = f"texts: {WANTED}, a row, or plain lines"
 #: ``alone``: the text without its title, if it has a title
@@ -50,19 +62,6 @@ class Texts(Protocol):
 
     def digest(self) -> str:
         """Return a digest that changes with any text, id or prompt."""
-
-
-@dataclass(frozen=True)
-class CorpusFacts:
-    """The findings of :meth:`Corpus.check`.
-
-    Attributes:
-        odd: odd rows that are kept as they are: without text, with NUL characters, ….
-        text_ids: ``[rows, 2]`` uint64: identity of title with text, and of the text alone.
-    """
-
-    odd: OddRows
-    text_ids: np.ndarray
 
 
 class Corpus:
@@ -104,9 +103,9 @@ class Corpus:
         """Return the text of one row, title first."""
         return self._table.value("text", index)
 
-    def ids(self) -> Iterator[str]:
-        """Return an iterator over the ids of all rows."""
-        return (id_ for (id_,) in self._table.values("id"))
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Return an iterator over (id, text) of all rows; texts begin with the title."""
+        return self._table.values("id", "text")
 
     def id(self, index: int) -> str:
         """Return the id of one row."""
@@ -132,50 +131,57 @@ class Corpus:
                 total.update(b"%d\0%b" % (len(text), text))
         return total.hexdigest()
 
-    def check(self) -> CorpusFacts:
-        """Check every row once, so that errors show before anything is computed.
+    @property
+    def odd(self) -> OddRows:
+        """Rows that are kept as they are but look odd: without text, with NUL characters, …."""
+        return OddRows.again(self.path, self._opened[1].facts["odd"])
 
-        Raises:
-            UserError: an id is repeated, or no row has any text.
-        """
-        ids = np.empty(len(self), dtype=np.uint64)
-        text_ids = np.empty((len(self), 2), dtype=np.uint64)
-        odd, plain = OddRows(self.path), isinstance(self._rows, PlainLineRows)
-        for index, (line, id_, full, alone) in enumerate(self._table.values("line", "id", "text", "alone")):
-            ids[index] = exact_id(id_)
-            of_full = text_id(full)
-            text_ids[index] = of_full, of_full if alone is None else text_id(alone)
-            unlikely = [JSON_LOOKING] if plain and full.lstrip().startswith('{"') else []
-            for remark in (*of_text(full), *([] if full.strip() else [NO_TEXT]), *unlikely):
-                odd.add(remark, line)
-        if odd.counts().get(NO_TEXT) == len(self):
-            raise UserError(f"{self.path}: no row has any text; wanted {self._wanted}")
-        self._refuse_duplicates(ids)
-        return CorpusFacts(odd, text_ids)
+    @property
+    def id_numbers(self) -> np.ndarray:
+        """``[rows]`` uint64: :func:`exact_id` of each row's id."""
+        return self._opened[1].arrays["ids"]
 
-    def _refuse_duplicates(self, ids: np.ndarray) -> None:
-        again = repeats(ids)
-        if len(again):
-            index = int(again[0])
-            where = f"{self.path}, {place(self.line, index, len(self))}"
-            raise UserError(f"{where}: _id {self.id(index)!r} stands in the file twice ({len(again)} such rows)")
+    @property
+    def text_ids(self) -> np.ndarray:
+        """``[rows, 2]`` uint64: identity of title with text, and of the text alone."""
+        return self._opened[1].arrays["text_ids"]
 
     @cached_property
-    def _table(self) -> Table:
+    def _opened(self) -> tuple[Table, Found]:
         kind = f"{self._rows.form}-{'-'.join(self._keys)}".replace(" ", "-")
-        return open_table(Recipe(kind, self.path, self._rows.files, _SCHEMA, self._build))[0]
+        return open_table(Recipe(kind, self.path, self._rows.files, _SCHEMA, self._build))
+
+    @property
+    def _table(self) -> Table:
+        return self._opened[0]
 
     def _build(self, writer: TableWriter) -> Found:
-        row = None
+        lines, ids, text_ids, odd = array("q"), array("Q"), array("Q"), OddRows(self.path)
+        plain = isinstance(self._rows, PlainLineRows)
         for row in read_rows(self._rows):
             try:
                 id_, text, alone = self._parse(row)
             except RowError as error:
                 raise UserError(f"{self.path}, {row.place}: {error}") from None
-            writer.add((row.line, id_, text, None if alone == text else alone), len(text))
-        if row is None:
+            writer.add((row.line, id_, text, None if alone == text else alone))
+            lines.append(row.line)
+            ids.append(exact_id(id_))
+            text_ids.append(text_id(text))
+            text_ids.append(text_ids[-1] if alone == text else text_id(alone))
+            unlikely = [JSON_LOOKING] if plain and text.lstrip().startswith('{"') else []
+            for remark in (*of_text(text), *([] if text.strip() else [NO_TEXT]), *unlikely):
+                odd.add(remark, row.line)
+        if not ids:
             raise UserError(f"{self.path}: holds no rows; wanted {self._wanted}")
-        return Found()
+        if odd.counts().get(NO_TEXT) == len(ids):
+            raise UserError(f"{self.path}: no row has any text; wanted {self._wanted}")
+        found = np.frombuffer(ids, dtype=np.uint64)
+        if len(again := repeats(found)):
+            where = f"{self.path}, {place(lines.__getitem__, int(again[0]), len(ids))}"
+            id_ = self._parse(next(islice(self._rows.scan(), int(again[0]), None)))[0]
+            found_twice = f"_id {id_!r} stands in the file twice ({len(again)} such rows)"
+            raise UserError(f"{where}: {found_twice}; give every row an id of its own")
+        return Found({"ids": found, "text_ids": np.frombuffer(text_ids, np.uint64).reshape(-1, 2)}, {"odd": odd.found})
 
     def _parse(self, row: Row) -> tuple[str, str, str]:
         """Return (id, title with text, text) of a row."""
@@ -205,3 +211,60 @@ def file_digest(*paths: Path | str | os.PathLike[str]) -> str:
         with path.open("rb") as file:
             total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def is_beir(path: str | Path) -> bool:
+    """Return whether ``path`` is a folder with a corpus and queries."""
+    return (Path(path) / "corpus.jsonl").is_file() and (Path(path) / "queries.jsonl").is_file()
+
+
+def document_text(row: dict[str, Any]) -> str:
+    """Return title and text joined as BEIR joins them."""
+    return f"{row.get('title') or ''} {row.get('text') or ''}".strip()
+
+
+def id_of(row: Mapping[str, Any], key: str) -> str:
+    """Return a row's id as text.
+
+    Raises:
+        RowError: the id is neither text nor a whole number; ``null`` would become the same id for every such row.
+    """
+    id_ = row[key]
+    if isinstance(id_, bool) or not isinstance(id_, str | int):
+        raise RowError(f"{key!r}: found {json.dumps(id_, default=str)[:60]}; wanted text or a whole number below 2^64")
+    return str(id_)
+
+
+def text_row(row: Any, keys: Sequence[str] = ("_id",)) -> tuple[str, dict[str, Any]]:
+    """Return (id, row) of a document or query.
+
+    Args:
+        keys: keys that may hold the id.
+
+    Raises:
+        RowError: the row is no object, lacks an id or a text, or has one of another type.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"found {kind_of(row)}; wanted {WANTED}")
+    key = next((key for key in keys if key in row), None)
+    if key is None or "text" not in row:
+        raise RowError(f"found {', '.join(map(str, row)) or 'nothing'}; wanted {WANTED}")
+    for name, value in (("text", row["text"]), ("title", row.get("title") or "")):
+        if not isinstance(value, str):
+            raise RowError(f"{name!r}: found {kind_of(value)}; wanted text")
+    return id_of(row, key), dict(row)
+
+
+def text_file(folder: Path, name: str) -> Path:
+    """Return the path of ``corpus.jsonl`` or ``queries.jsonl``.
+
+    Raises:
+        UserError: the file is missing or does not hold JSON lines.
+    """
+    path = folder / name
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; wanted a BEIR folder with corpus.jsonl, queries.jsonl, qrels/")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; wanted a BEIR folder with corpus.jsonl, queries.jsonl and qrels/")
+    check_file(str(path))
+    return path

@@ -46,21 +46,21 @@ class DocumentIds:
     """An index from ids to documents; takes 16 bytes for each document.
 
     Args:
-        within: the scope in which ids are unique, for messages.
         first: number of the first document of these corpora in ``documents``.
 
     Raises:
-        UserError: an id is repeated.
+        UserError: an id is repeated in another file of the corpora.
     """
 
-    def __init__(self, documents: Documents, corpora: Sequence[Corpus], within: str = "corpus", first: int = 0) -> None:
+    def __init__(self, documents: Documents, corpora: Sequence[Corpus], first: int = 0) -> None:
         self.documents, self.first, self._corpora = documents, first, corpora
-        ids = (exact_id(id_) for corpus in corpora for id_ in corpus.ids())
-        found = np.fromiter(ids, dtype=np.uint64)
+        found = np.concatenate([corpus.id_numbers for corpus in corpora])
         if len(again := repeats(found)):
             corpus, row = documents.find(first + int(again[0]))
             where = f"{corpus.path}, line {corpus.line(row)}"
-            raise UserError(f"{where}: _id {corpus.id(row)!r} stands in the {within} twice")
+            raise UserError(
+                f"{where}: _id {corpus.id(row)!r} stands in the corpus twice; give every row an id of its own"
+            )
         self._order = np.argsort(found, kind="stable")
         self._ids = found[self._order]
 
@@ -79,5 +79,6 @@ class DocumentIds:
         wanted = np.uint64(exact_id(str(id_)))
         at = int(np.searchsorted(self._ids, wanted))
         if at == len(self._ids) or self._ids[at] != wanted:
-            raise RowError(f"document {id_!r} is not in {', '.join(corpus.path for corpus in self._corpora)}")
+            files = ", ".join(corpus.path for corpus in self._corpora)
+            raise RowError(f"document {id_!r} is not in {files}; add it there, or remove the row")
         return self.documents[int(self._order[at]) + self.first]

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.datasets.beir import document_text
-from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.corpus import Corpus, document_text
 from megatron_embed.recipes.datasets.documents import DocumentIds, Documents
 from megatron_embed.recipes.datasets.json_text import RowError, read_json
 from megatron_embed.recipes.datasets.pair import Pair, kind_of, parse_pair
@@ -37,14 +37,15 @@ class Form:
 
     name: str
     key: str
-    own: Callable[[Mapping[str, Any], Lookup], dict[str, Any]]
+    own: Callable[[Mapping[str, Any], Lookup], Mapping[str, Any]]
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def _columns(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
+def _columns(row: Mapping[str, Any], lookup: Lookup) -> Mapping[str, Any]:
     """Convert columns of sentence-transformers: ``negative``, ``negative_1``, …, or ``negatives``."""
-    numbered = [key for key in row if isinstance(key, str) and _NEGATIVE.fullmatch(key)]
-    numbered.sort(key=lambda key: int(key.partition("_")[2] or 0))
+    numbered = _numbered(*row)
+    if not numbered and "anchor" not in row:
+        return row
     found = dict(row)
     if "anchor" in row:
         found.setdefault("query", row["anchor"])
@@ -56,6 +57,12 @@ def _columns(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
     return found
 
 
+@lru_cache(maxsize=64)
+def _numbered(*keys: str) -> list[str]:
+    """Return the keys of numbered negatives in their order. It is cached, because most rows have the same keys."""
+    return sorted(filter(_NEGATIVE.fullmatch, keys), key=lambda key: int(key.partition("_")[2] or 0))
+
+
 def _flag_embedding(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
     found = {"positive": row["pos"], "negatives": row.get("neg"), "query_prompt": row.get("prompt") or None}
     if "query" in row:
@@ -63,58 +70,49 @@ def _flag_embedding(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
     positive, negative = row.get("pos_scores"), row.get("neg_scores")
     if positive is not None:
         if not isinstance(positive, list) or not isinstance(negative or [], list):
-            raise RowError("'pos_scores', 'neg_scores': wanted lists of numbers")
+            raise RowError(
+                f"'pos_scores', 'neg_scores': found {kind_of(positive)}, {kind_of(negative)}; wanted lists of numbers"
+            )
         found["scores"] = [*positive, *(negative or [])]
     elif negative is not None:
-        raise RowError("'neg_scores' without 'pos_scores'")
+        raise RowError("'neg_scores' without 'pos_scores'; wanted both or neither")
     return found
 
 
 def _tevatron_inline(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
-    def texts(key: str) -> Any:
-        passages = row.get(key)
-        return [_passage(key, p) for p in passages] if isinstance(passages, list) else passages
-
-    return _query(row, "query", "query_text") | {
-        "positive": texts("positive_passages"),
-        "negatives": texts("negative_passages"),
-    }
+    return _texts(row, ("query", "query_text"), ("positive_passages", "negative_passages"), _passage)
 
 
 def _tevatron_ids(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
-    def texts(key: str) -> Any:
-        ids = row.get(key)
-        return [lookup(None, id_) for id_ in ids] if isinstance(ids, list) else ids
-
-    return _query(row, "query_text", "query") | {
-        "positive": texts("positive_document_ids"),
-        "negatives": texts("negative_document_ids"),
-    }
+    keys = ("positive_document_ids", "negative_document_ids")
+    return _texts(row, ("query_text", "query"), keys, lambda _, id_: lookup(None, id_))
 
 
 def _automodel(row: Mapping[str, Any], lookup: Lookup) -> dict[str, Any]:
-    def texts(key: str) -> Any:
-        documents = row.get(key)
-        documents = documents if isinstance(documents, list) or documents is None else [documents]
-        return documents and [_document(key, document, row, lookup) for document in documents]
+    def text(key: str, document: Any) -> str:
+        if "corpus_id" in row:
+            return lookup(row["corpus_id"], document.get("id") if isinstance(document, Mapping) else document)
+        return document if isinstance(document, str) else _passage(key, document)
 
-    return _query(row, "question", "query") | {"positive": texts("pos_doc"), "negatives": texts("neg_doc")}
+    single = {key: [row[key]] for key in ("pos_doc", "neg_doc") if not isinstance(row.get(key), list | None)}
+    return _texts({**row, **single}, ("question", "query"), ("pos_doc", "neg_doc"), text)
 
 
-def _document(key: str, document: Any, row: Mapping[str, Any], lookup: Lookup) -> str:
-    if "corpus_id" in row:
-        return lookup(row["corpus_id"], document.get("id") if isinstance(document, Mapping) else document)
-    return document if isinstance(document, str) else _passage(key, document)
+def _texts(
+    row: Mapping[str, Any], queries: Sequence[str], passages: tuple[str, str], text: Callable[[str, Any], str]
+) -> dict[str, Any]:
+    """Return the query under the first of its keys, and the positives and negatives that ``text`` makes of lists."""
+    found = next(({"query": row[key]} for key in queries if key in row), {})
+    for name, key in zip(("positive", "negatives"), passages, strict=True):
+        value = row.get(key)
+        found[name] = [text(key, each) for each in value] if isinstance(value, list) else value
+    return found
 
 
 def _passage(key: str, passage: Any) -> str:
     if not isinstance(passage, Mapping) or not isinstance(passage.get("text"), str):
         raise RowError(f"{key!r}: found {kind_of(passage)} without text; wanted text, and perhaps title")
     return document_text(dict(passage))
-
-
-def _query(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return next(({"query": row[key]} for key in keys if key in row), {})
 
 
 FORMS = (
@@ -140,15 +138,16 @@ FORMS = (
     Form("sentence-transformers columns", "anchor", _columns, {"query": "anchor", "negatives": "negative_1, …"}),
     Form("query, positive, negatives", "positive", _columns),
 )
+_BY_KEY = {form.key: form for form in FORMS}
 
 
 def form_of(row: Any) -> Form | None:
     """Return the form of a row, or None if the row has the key of no form."""
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         return None
-    for form in FORMS:  # a loop, because a generator is slower and every row comes here
-        if form.key in row:
-            return form
+    for key in _BY_KEY:  # a loop, because a generator is slower and every row comes here
+        if key in row:
+            return _BY_KEY[key]
     return None
 
 
@@ -165,7 +164,7 @@ def _first_form(rows: Rows) -> tuple[Form, int]:
         first = first or row
         count += 1
     if first is None:
-        raise UserError(f"{rows.path}: holds no rows; wanted training pairs")
+        raise UserError(f"{rows.path}: holds no rows; wanted training pairs (docs/data.md shows the forms)")
     raise UserError(f"{rows.path}, {_no_form(first, count)}")
 
 
@@ -220,12 +219,12 @@ class PairReader:
         if found is not None and found is not self.form:
             raise RowError(
                 f"a row of another form: {found.name} ({found.key!r}), where line {self.line} is {self.form.name}; "
-                f"wanted one form a file"
+                f"wanted one form in each file"
             )
         own = value if found is None else self.form.own(value, self._lookup)
-        if isinstance(value, Mapping) and (found is None or "query" not in own):
+        if isinstance(value, dict) and (found is None or "query" not in own):
             own = self._without(value)
-        if self.found.instructions and isinstance(value, Mapping):
+        if self.found.instructions and isinstance(value, dict):
             prompts = self.found.instructions.get(str(value.get("corpus_id")), {})
             own = {**own, **{key: prompt for key, prompt in prompts.items() if key not in self.stated}}
         return parse_pair(own, self.form.names)
@@ -319,13 +318,15 @@ def _automodel_corpora(file: str, named: Any) -> NamedCorpora:
             raise UserError(f"{metadata}: no such file; wanted a corpus folder with its corpus_id")
         value = read_json(metadata)
         if not isinstance(value, Mapping) or "corpus_id" not in value:
-            raise UserError(f"{metadata}: no 'corpus_id'")
+            raise UserError(
+                f"{metadata}: no 'corpus_id'; wanted an object with the name by which rows call this corpus"
+            )
         name = str(value["corpus_id"])
         if (first := folders.setdefault(name, folder)) != folder:
             raise UserError(f"{file}: 'corpus': {first} and {folder} both have corpus_id {name!r}; rename one")
         files = _files(folder)
         if not files:
-            raise UserError(f"{folder}: no *.parquet or *.jsonl with the documents' id and text")
+            raise UserError(f"{folder}: no *.parquet or *.jsonl; wanted files of documents with id and text")
         found[name] = files
         told[name] = {f"{kind}_prompt": _instruction(metadata, value, kind) for kind in ("query", "passage")}
         read.append(metadata)

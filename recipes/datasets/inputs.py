@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_embed.bridge.errors import UserError, named
 from megatron_embed.conversion.files.disk_errors import check_writable
 from megatron_embed.recipes.config.schema import RecipeConfig
-from megatron_embed.recipes.datasets.beir import check_folder, check_names, is_beir
+from megatron_embed.recipes.datasets.beir import check_folder, check_names
+from megatron_embed.recipes.datasets.corpus import is_beir
 from megatron_embed.recipes.datasets.rows import check_file, hub_parts
 
 

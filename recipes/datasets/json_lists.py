@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_embed.bridge.errors import UserError
-from megatron_embed.recipes.datasets.json_text import BOM, RowError, parse_file, parse_json, read_json
+from megatron_embed.recipes.datasets.json_text import BOM, RowError, parse_file, parse_json, read_json, value_or_error
 
 BLOCK = 1 << 20  # bytes of one read; a longer entry is read in growing blocks
 AROUND = 4 << 20  # most bytes before the list in a file, and after it
@@ -57,19 +57,23 @@ class JsonList:
         self.path, self.position, self._in_object = path, 0, in_object
         self.around: Any = None
 
-    def entries(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (line on which it begins, its bytes) for each entry.
+    def entries(self) -> Iterator[tuple[int, Any]]:
+        """Yield (line on which it begins, its value or the :class:`RowError` of an unusable one) for each entry.
 
         Raises:
             UserError: before the first entry, if there is no such list; after the last entry, if the list has no end or
                 the text around it is wrong.
         """
+        first_bad = ""
         with self.path.open("rb") as file:
             cut = _Cut(file, self._start(file))
-            for entry in cut.entries():
+            for line, raw in cut.entries():
                 self.position = cut.position
-                yield entry
-            self.around = self._read_around(file, cut)
+                value = value_or_error(parse_json, raw, line)
+                if isinstance(value, RowError) and not first_bad:
+                    first_bad = f"{line}: {value}"
+                yield line, value
+            self.around = self._read_around(file, cut, first_bad or _unfinished(cut))
 
     def _start(self, file: BinaryIO) -> int:
         """Return the position of the list's opening bracket."""
@@ -81,11 +85,15 @@ class JsonList:
             raise UserError(f"{self.path}: {_WANTED}")
         return start
 
-    def _read_around(self, file: BinaryIO, cut: _Cut) -> Any:
-        """Return the value of the file around the list, once the list was cut to its end."""
+    def _read_around(self, file: BinaryIO, cut: _Cut, bad: str) -> Any:
+        """Return the value of the file around the list, once the list was cut to its end.
+
+        Args:
+            bad: line of the first entry that is no JSON, with the reason; it explains a wrong end best.
+        """
         if cut.closed != b"]":
             found = "'}' ends the list" if cut.closed else "the file ends before its list does"
-            bad = self._first_bad_entry(file, cut) or f"{cut.line + 1}: not JSON: {found}; wanted ']'"
+            bad = bad or f"{cut.line + 1}: not JSON: {found}; wanted ']'"
             raise UserError(f"{self.path}, line {bad}")
         file.seek(0)
         before = file.read(cut.start)
@@ -97,33 +105,25 @@ class JsonList:
             whole = b"%b[%b]%b" % (before.removeprefix(BOM), breaks, after)
             around = parse_file(self.path, whole, columns=False)
         except UserError:
-            if bad := self._first_bad_entry(file, cut):  # a bad entry may have closed the list too early
+            if bad:  # such an entry may have closed the list too early
                 raise UserError(f"{self.path}, line {bad}") from None
             raise
         if len(after) == AROUND:
-            raise UserError(f"{self.path}: holds more than {AROUND >> 20} MiB behind its list of rows; {_WANTED}")
+            raise UserError(f"{self.path}: holds more than {AROUND >> 20} MiB after its list of rows; {_WANTED}")
         if self._in_object and around.pop("data") != []:
             raise UserError(f"{self.path}: 'data' stands in it twice; {_WANTED}")
         return around
 
-    def _first_bad_entry(self, file: BinaryIO, cut: _Cut) -> str:
-        """Return the line of the first invalid or incomplete entry with the reason, or "" if all are valid."""
-        again = _Cut(file, cut.start)
-        for line, raw in again.entries():
-            try:
-                parse_json(raw, line)
-            except RowError as error:
-                return f"{line}: {error}"
-        if again.rest is None:
-            return ""
-        line, raw = again.rest
-        if len(raw) == AROUND:
-            return f"{line}: not JSON: the entry that begins here has no end"
-        try:
-            parse_json(raw, line)
-        except RowError as error:
-            return f"{line}: {error}; the file ends before its list does"
+
+def _unfinished(cut: _Cut) -> str:
+    """Return the line of the entry that the file's end cut, with the reason; "" if it is whole or there is none."""
+    if cut.rest is None:
         return ""
+    line, raw = cut.rest
+    if len(raw) == AROUND:
+        return f"{line}: not JSON: the entry that begins here has no end"
+    error = value_or_error(parse_json, raw, line)
+    return f"{line}: {error}; the file ends before its list does" if isinstance(error, RowError) else ""
 
 
 def _list_of_data(head: bytes) -> int | None:

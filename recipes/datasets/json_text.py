@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from megatron_embed.bridge.errors import UserError
 
@@ -21,6 +24,10 @@ def parse_json(raw: bytes, line: int | None = None) -> Any:
     Raises:
         RowError: the bytes are not UTF-8 or not JSON, or a text cannot be encoded as UTF-8.
     """
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        pass  # the standard parser takes more (NaN, deep nesting), and its errors are the ones that messages quote
     text = decode(raw, line)
     try:
         value = json.loads(text)
@@ -31,9 +38,21 @@ def parse_json(raw: bytes, line: int | None = None) -> Any:
         raise RowError(f"not JSON: {_reason(error)} at {place}: {_clip(text)}") from None
     except (RecursionError, ValueError) as error:
         raise RowError(f"not usable JSON: {_limit(error)}") from None
-    if "\\ud" in text or "\\uD" in text:
-        _refuse_lone_surrogates(value)
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, but files and tokenizers refuse it
+        raise RowError(
+            f"half a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no text; write the whole character"
+        ) from None
     return value
+
+
+def value_or_error(read: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``read`` returns, or the :class:`RowError` that it raises."""
+    try:
+        return read(*arguments)
+    except RowError as error:
+        return error
 
 
 def decode(raw: bytes, line: int | None = None) -> str:
@@ -61,14 +80,6 @@ def _reason(error: json.JSONDecodeError) -> str:
 def _limit(error: Exception) -> str:
     """Name the limit of Python's parser (not of JSON) that an error reports."""
     return "nested too deeply" if isinstance(error, RecursionError) else "a number of more than 4,300 digits"
-
-
-def _refuse_lone_surrogates(value: Any) -> None:
-    """Raise a :class:`RowError` for half a surrogate pair, which JSON can hold but files and tokenizers refuse."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"half a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no text") from None
 
 
 def _clip(text: str, length: int = 60) -> str:

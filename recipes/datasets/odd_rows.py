@@ -62,11 +62,10 @@ def of_pair(pair: Pair) -> list[str]:
     for text in (pair.query, *pair.positives, *pair.negatives):
         if "\0" in text or "\ufffd" in text:
             found.extend(remark for remark in of_text(text) if remark not in found)
-    positives = {text.strip() for text in pair.positives}  # text_id also ignores white space around a text
-    for text in pair.negatives:
-        if text.strip() in positives:
+    if pair.negatives:
+        positives = {text.strip() for text in pair.positives}  # text_id also ignores white space around a text
+        if any(text.strip() in positives for text in pair.negatives):
             found.append("rows have a positive among their negatives")
-            break
     return found
 
 

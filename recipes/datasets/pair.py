@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from megatron_embed.recipes.datasets.json_text import RowError
 
+#: keys that most rows lack
+_RARE = frozenset({"scores", "query_embedding", "positive_embedding", "query_prompt", "passage_prompt"})
 _MOST = sys.float_info.max  # whole numbers in JSON can be greater; NaN also fails the comparison
 
 
@@ -49,37 +51,42 @@ def parse_pair(row: Any, names: Mapping[str, str] = MappingProxyType({})) -> Pai
     Raises:
         RowError: a field is missing, of a wrong type or empty, or there is no positive.
     """
-    name = {field: names.get(field, field) for field in ("query", "positive", "negatives", "scores")}
-    wanted = f"{name['query']}, {name['positive']} and, optionally, {name['negatives']}"
-    if not isinstance(row, Mapping):
-        raise RowError(f"found {kind_of(row)}; wanted an object with {wanted}")
-    for field in ("query", "positive"):
-        if field not in row:
-            keys = ", ".join(map(str, row)) or "none"
-            raise RowError(f"no {name[field]!r}; found keys: {keys}; wanted {wanted}")
+    if not isinstance(row, dict):
+        raise RowError(f"found {kind_of(row)}; wanted {_wanted(names)}")
+    if "query" not in row or "positive" not in row:
+        missing = names.get("positive", "positive") if "query" in row else names.get("query", "query")
+        raise RowError(f"no {missing!r}; found keys: {', '.join(map(str, row)) or 'none'}; wanted {_wanted(names)}")
     query, positive, negatives = row["query"], row["positive"], row.get("negatives")
-    _check_text(name["query"], query)
     positives = positive if isinstance(positive, list) else [positive]
+    if negatives is None:
+        negatives = []
+    elif not isinstance(negatives, list):
+        raise RowError(f"{names.get('negatives', 'negatives')!r}: found {kind_of(negatives)}; wanted a list of texts")
     if not positives or positive is None:
-        raise RowError(f"{name['positive']!r} is empty; every query needs one")
-    negatives = [] if negatives is None else negatives
-    if not isinstance(negatives, list):
-        raise RowError(f"{name['negatives']!r}: found {kind_of(negatives)}; wanted a list of texts")
-    for text in positives:
-        _check_text(name["positive"], text)
-    for text in negatives:
-        _check_text(name["negatives"], text)
+        raise RowError(f"{names.get('positive', 'positive')!r} is empty; every query needs one")
+    for field, texts in (("query", (query,)), ("positive", positives), ("negatives", negatives)):
+        for text in texts:
+            if not isinstance(text, str):
+                raise RowError(f"{names.get(field, field)!r}: found {kind_of(text)}; wanted text")
+            if not text or text.isspace():
+                raise RowError(f"{names.get(field, field)!r} holds an empty text; fill it, or remove the row")
+    if _RARE.isdisjoint(row):
+        return Pair(query, positives, negatives)
     prompts = {key: row.get(key) for key in ("query_prompt", "passage_prompt")}
     for key, prompt in prompts.items():
         if prompt is not None and not isinstance(prompt, str):
             raise RowError(f"{names.get(key, key)!r}: found {kind_of(prompt)}; wanted text")
-    return Pair(query, positives, negatives, _parse_teacher(row, positives, negatives, name["scores"]), **prompts)
+    teacher = _parse_teacher(row, positives, negatives, names.get("scores", "scores"))
+    return Pair(query, positives, negatives, teacher, **prompts)
+
+
+def _wanted(names: Mapping[str, str]) -> str:
+    query, positive, negatives = (names.get(field, field) for field in ("query", "positive", "negatives"))
+    return f"an object with {query}, {positive} and, optionally, {negatives}"
 
 
 def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list[str], name: str) -> Teacher:
     scores, query, positive = (row.get(key) for key in ("scores", "query_embedding", "positive_embedding"))
-    if scores is None and query is None and positive is None:
-        return Teacher()
     wanted = len(positives) + len(negatives)
     if scores is not None:
         _check_numbers(name, scores)
@@ -88,10 +95,12 @@ def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list
             raise RowError(f"{name!r}: found {len(scores)}; wanted {wanted}, one for {each} and each negative")
     passages = None
     if (query is None) != (positive is None):
-        raise RowError("'query_embedding' and 'positive_embedding' come together")
+        raise RowError("found one of 'query_embedding' and 'positive_embedding'; wanted both or neither")
     if positive is not None:
         if len(positives) > 1:
-            raise RowError(f"a teacher's vectors go with one positive; found {len(positives)}")
+            raise RowError(
+                f"found a teacher's vectors beside {len(positives)} positives; wanted a row for each positive"
+            )
         of_negatives = row.get("negative_embeddings")
         if not isinstance(of_negatives, list | None):
             raise RowError(f"'negative_embeddings': found {kind_of(of_negatives)}; wanted a list of vectors")
@@ -99,20 +108,15 @@ def _parse_teacher(row: Mapping[str, Any], positives: list[str], negatives: list
         for vector in (query, *passages):
             _check_numbers("…_embedding", vector)
         if len(passages) != wanted:
-            raise RowError(f"'negative_embeddings': found {len(passages) - 1}; wanted {len(negatives)}, one a negative")
+            raise RowError(
+                f"'negative_embeddings': found {len(passages) - 1}; wanted {len(negatives)}, one for each negative"
+            )
     return Teacher(scores, query, passages)
 
 
 def _check_numbers(field: str, values: Any) -> None:
     if not isinstance(values, list) or not all(type(x) in (int, float) and abs(x) <= _MOST for x in values):
         raise RowError(f"{field!r}: wanted a list of finite numbers")
-
-
-def _check_text(field: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise RowError(f"{field!r}: found {kind_of(text)}; wanted text")
-    if not text or text.isspace():
-        raise RowError(f"{field!r} holds an empty text")
 
 
 def kind_of(value: Any) -> str:

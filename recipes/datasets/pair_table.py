@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,16 +58,22 @@ def pair_of(row: list[Any], document: Callable[[int], str]) -> Pair:
     return Pair(query, positives, negatives, Teacher(scores, vector, vectors), *prompts)
 
 
-def _row_of(pair: Pair, line: int) -> tuple[Any, ...]:
-    (positives, of_positives), (negatives, of_negatives) = map(_passages, (pair.positives, pair.negatives))
-    prompts = pair.query_prompt, pair.passage_prompt
-    return (pair.query, positives, negatives, of_positives, of_negatives, *prompts, *pair.teacher, line)
+def _columns(rows: list[tuple[Pair, int]]) -> list[Any]:
+    """Return the columns of the table for pairs and their lines."""
+    pairs, lines = zip(*rows, strict=True)
+    query, positives, negatives, teachers, *prompts = zip(*pairs, strict=True)
+    texts, numbers = zip(*map(_texts_and_numbers, (positives, negatives)), strict=True)
+    return [query, *texts, *numbers, *prompts, *zip(*teachers, strict=True), lines]
 
 
-def _passages(texts: list[str]) -> tuple[list[str] | None, list[int] | None]:
-    """Return (None, numbers) if all texts are documents, else (texts, None)."""
-    numbers = [text.number for text in texts if isinstance(text, Document)]
-    return (None, numbers) if numbers and len(numbers) == len(texts) else (texts, None)
+def _texts_and_numbers(column: Sequence[list[str]]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the passages of rows that are texts, and the numbers of those that are documents; None for the others."""
+    of_documents = [bool(passages) and isinstance(passages[0], Document) for passages in column]
+    if not any(of_documents):
+        return column, [None] * len(column)
+    both = list(zip(column, of_documents, strict=True))
+    numbers = [[text.number for text in passages] if known else None for passages, known in both]  # type: ignore[attr-defined]
+    return [None if known else passages for passages, known in both], numbers
 
 
 def _keep(numbers: array[int], row: int, number: int) -> None:
@@ -88,6 +94,7 @@ def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
     Raises:
         UserError: a row is unusable; the message names the first one and counts the others.
     """
+    writer.columns = _columns
     first_problem, unusable = "", 0
     most, no_scores, no_vectors = 0, -1, -1
     widths: set[int] = set()
@@ -118,7 +125,7 @@ def write_pairs(rows: Rows, reader: PairReader, writer: TableWriter) -> Found:
             no_vectors = index if no_vectors < 0 else no_vectors
         else:
             widths.update(len(vector) for vector in (pair.teacher.query, *pair.teacher.passages) if vector is not None)
-        writer.add(_row_of(pair, row.line), sum(map(len, (pair.query, *pair.positives, *pair.negatives))))
+        writer.add((pair, row.line))
     if unusable:
         more = f" ({unusable - 1} more cannot be used)" if unusable > 1 else ""
         raise UserError(f"{rows.path}, {first_problem}{more}")

@@ -18,7 +18,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.progress import progress
 from megatron_embed.recipes.datasets.foreign_files import refuse_foreign
 from megatron_embed.recipes.datasets.json_lists import JsonList, is_object
-from megatron_embed.recipes.datasets.json_text import BOM, RowError, decode, parse_json
+from megatron_embed.recipes.datasets.json_text import BOM, RowError, decode, parse_json, value_or_error
 
 _SLOW = 64 << 20  # bytes of a file that takes seconds to read, and so gets a progress bar
 _TOGETHER = 1000  # rows between updates of the bar; rows of a table that are converted to Python at a time
@@ -130,7 +130,7 @@ def hub_parts(path: str) -> list[str]:
     """
     parts = path.removeprefix("hf://").split("/")
     if len(parts) not in (2, 3) or not all(parts):
-        raise UserError(f"{path}: wanted hf://org/name or hf://org/name/config")
+        raise UserError(f"{path}: not an address of hub data; wanted hf://org/name or hf://org/name/config")
     return parts
 
 
@@ -152,7 +152,7 @@ class JsonLineRows(_FileRows):
             yield Row(line, self._value(raw))
 
     def _value(self, raw: bytes) -> Any:
-        return _value_or_error(parse_json, raw)
+        return value_or_error(parse_json, raw)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Yield (line, bytes without the line break) of every line that is not blank."""
@@ -175,7 +175,7 @@ class PlainLineRows(JsonLineRows):
     form = "plain lines"
 
     def _value(self, raw: bytes) -> Any:
-        return _value_or_error(lambda raw: decode(raw).removesuffix("\r"), raw)
+        return value_or_error(lambda raw: decode(raw).removesuffix("\r"), raw)
 
 
 class JsonArrayRows(_FileRows):
@@ -185,10 +185,10 @@ class JsonArrayRows(_FileRows):
 
     def scan(self) -> Iterator[Row]:
         found, before = JsonList(self.files[0], in_object=self._in_object), 0
-        neighbours = pairwise(chain(found.entries(), [(0, b"")]))
-        for number, ((line, raw), (after, _)) in enumerate(neighbours, start=1):
+        neighbours = pairwise(chain(found.entries(), [(0, None)]))
+        for number, ((line, value), (after, _)) in enumerate(neighbours, start=1):
             self.done = found.position
-            yield Row(line, _value_or_error(parse_json, raw, line), number if line in (before, after) else 0)
+            yield Row(line, value, number if line in (before, after) else 0)
             before = line
 
 
@@ -203,13 +203,6 @@ class JsonObjectRows(JsonArrayRows):
         for _ in found.entries():
             pass
         return found.around
-
-
-def _value_or_error(read: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return read(*arguments)
-    except RowError as error:
-        return error
 
 
 class TableRows:
@@ -244,7 +237,9 @@ class TableRows:
             table = _quiet_datasets().load_dataset("/".join(parts[:2]), *parts[2:], split="train")
         except Exception as error:  # network, missing repository or split, …: datasets has no common base class
             told = " ".join(str(error).split())
-            raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {told})") from None
+            raise UserError(
+                f"{path}: cannot be loaded ({type(error).__name__}: {told}); check its name and the network"
+            ) from None
         files = [Path(file["filename"]) for file in table.cache_files]
 
         def blocks() -> Iterator[Any]:
@@ -277,20 +272,16 @@ def _refuse_damaged(path: str, files: list[Path], block: Any) -> None:
 
 
 def _values(block: Any) -> list[Any]:
-    """Return the rows of a table as Python values."""
+    """Return the rows of a table as Python values, or the :class:`RowError` of a row that Python cannot hold."""
     try:
         return block.to_pylist()
-    except (OverflowError, ValueError):
-        return [_value(block, index) for index in range(block.num_rows)]
-
-
-def _value(block: Any, index: int) -> Any:
-    try:
-        return block.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError as error:  # Arrow does not check its texts
-        return RowError(f"not UTF-8: byte 0x{error.object[error.start]:02x} in a column of text")
+        found = f"not UTF-8: byte 0x{error.object[error.start]:02x} in a column of text; wanted text in UTF-8"
     except (OverflowError, ValueError) as error:  # a date outside Python's range
-        return RowError(f"a value that cannot be read ({error})")
+        found = f"a value that cannot be read ({error})"
+    if block.num_rows == 1:
+        return [RowError(found)]
+    return [value for index in range(block.num_rows) for value in _values(block.slice(index, 1))]
 
 
 @contextmanager
@@ -301,7 +292,9 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError is about the schema
-        raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
+        raise UserError(
+            f"{path}: not a readable Parquet file ({' '.join(str(error).split())}); write it again"
+        ) from None
 
 
 def _quiet_datasets() -> Any:

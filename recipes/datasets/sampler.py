@@ -60,7 +60,8 @@ class GlobalBatchSampler:
         for name, size in zip(names, sizes, strict=True):
             if size < global_batch_size:
                 raise UserError(
-                    f"{name}: {size} examples do not fill one batch of train.global_batch_size {global_batch_size}"
+                    f"{name}: {size} examples do not fill one batch of train.global_batch_size "
+                    f"{global_batch_size}; lower the batch size, or add examples"
                 )
         self._lock = threading.Lock()
         self._order = lru_cache(maxsize=2 * len(self.sizes))(self._shuffled)

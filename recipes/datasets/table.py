@@ -18,7 +18,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -32,12 +32,12 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.conversion.files.atomic import atomic_output, save_array
 
 #: version of the stored content; raise it whenever that content or the reading of rows changes
-VERSION = 6
+VERSION = 7
 #: Smaller files are not cached: they take less than a second, and small runs and tests leave no files in a home folder.
 LEAST_BYTES = 16 << 20
 
-#: Most rows and characters of a record batch. It is small, so that the columns of a row are near each other on disk.
-_ROWS, _CHARACTERS = 1024, 1 << 18
+#: Most rows of a record batch, and about its bytes: few, so that the columns of a row are near each other on disk.
+_ROWS, _BYTES = 1024, 1 << 16
 _OPEN = 64  # record batches whose columns are cached
 _BLOCK = 1 << 16  # bytes at each end of a file that are part of its stamp
 _complained: set[Path] = set()
@@ -51,38 +51,37 @@ class TableWriter:
 
     Attributes:
         ends: number of rows up to and including each record batch.
+        columns: added rows → their values in each column of the schema.
     """
 
     def __init__(self, file: Any, schema: pyarrow.Schema) -> None:
         self._schema, self._writer = schema, pyarrow.ipc.new_file(file, schema)
-        self._rows: list[Sequence[Any]] = []
-        self._characters = 0
+        self._rows: list[Any] = []
+        self.columns: Callable[[list[Any]], Iterable[Sequence[Any]]] = lambda rows: zip(*rows, strict=True)
+        self._together = 1  # rows of the next batch, from the size of those before
         self.ends: list[int] = []
 
-    def add(self, row: Sequence[Any], characters: int) -> None:
-        """Write the next row.
-
-        Args:
-            row: one value for each column.
-            characters: approximate number of characters of all its texts.
-        """
+    def add(self, row: Any) -> None:
+        """Write the next row, one value for each column unless ``columns`` takes others."""
         self._rows.append(row)
-        self._characters += characters
-        if len(self._rows) >= _ROWS or self._characters >= _CHARACTERS:
+        if len(self._rows) >= self._together:
             self._flush()
 
     def close(self) -> None:
         """Write the remaining rows and the index of the batches."""
-        self._flush()
+        if self._rows:
+            self._flush()
         self._writer.close()
 
     def _flush(self) -> None:
-        if self._rows:
-            columns = zip(self._schema, zip(*self._rows, strict=True), strict=True)
-            arrays = [pyarrow.array(values, column.type) for column, values in columns]
-            self._writer.write_batch(pyarrow.record_batch(arrays, schema=self._schema))
-            self.ends.append((self.ends[-1] if self.ends else 0) + len(self._rows))
-            self._rows, self._characters = [], 0
+        columns = zip(self._schema, self.columns(self._rows), strict=True)
+        arrays = [pyarrow.array(values, column.type) for column, values in columns]
+        batch = pyarrow.record_batch(arrays, schema=self._schema)
+        self._writer.write_batch(batch)
+        self.ends.append((self.ends[-1] if self.ends else 0) + len(self._rows))
+        fitting = len(self._rows) * _BYTES // max(batch.nbytes, 1)
+        self._together = max(1, min(fitting, 2 * self._together, _ROWS))
+        self._rows = []
 
 
 class Table:
@@ -325,7 +324,7 @@ def _store(place: Path, recipe: Recipe, before: list[Stamp]) -> None:
             partial = stack.enter_context(atomic_output(place, overwrite=True, refuse=lambda _: None))
         except UserError as error:
             raise OSError(str(error)) from None
-        with (partial / _TABLE).open("wb") as file:
+        with pyarrow.output_stream(partial / _TABLE, buffer_size=1 << 20) as file:
             built = _built(recipe, file, before)
         for name, array in built.arrays.items():
             with (partial / f"{name}.npy").open("wb") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hashlib import blake2b
+from xxhash import xxh3_64_intdigest
 
 
 def text_id(text: str) -> int:
@@ -11,9 +11,9 @@ def text_id(text: str) -> int:
     It defines "the same text" everywhere: in the loss's masks, in the order of batches and in mining. It ignores white
     space around a text, which another copy of the text (in a corpus, say) may have lost.
     """
-    return exact_id(text.strip())
+    return (xxh3_64_intdigest(text.strip().encode()) >> 1) | 1
 
 
 def exact_id(key: str) -> int:
     """Return a 63-bit number, never 0, that stands for all characters of a key, such as a document's id."""
-    return (int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) >> 1) | 1
+    return (xxh3_64_intdigest(key.encode()) >> 1) | 1

@@ -85,7 +85,9 @@ class TextTokenizer:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
-            raise UserError(f"{path / 'tokenizer.json'}: cannot be read ({error})") from None
+            raise UserError(
+                f"{path / 'tokenizer.json'}: cannot be read ({error}); copy it again from the model"
+            ) from None
         return cls(
             tokenizer,
             query_prompt=query_prompt,

@@ -96,7 +96,7 @@ def _load(model: str) -> Any:
         ) from None
     if encoder.num_labels != 1:
         raise UserError(
-            f"--cross-encoder {model}: gives {encoder.num_labels} numbers a pair; "
+            f"--cross-encoder {model}: gives {encoder.num_labels} numbers for each pair; "
             f"wanted a model with one label, such as a reranker"
         )
     # If the weights lack a head, transformers only warns and makes a random one, different on every rank.

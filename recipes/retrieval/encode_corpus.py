@@ -116,7 +116,7 @@ def _found(output: Path, wanted: Manifest) -> Manifest | None:
         return None
     if found.fingerprint != wanted.fingerprint:
         raise UserError(
-            f"{output / MANIFEST}: vectors of another model, input or setting: "
+            f"{output / MANIFEST}: holds vectors of another model, input or setting: "
             f"{'; '.join(fingerprint_differences(found.fingerprint, wanted.fingerprint))}; give another folder"
         )
     shards = [replace(shard, complete=shard.complete and is_whole(output, found, shard)) for shard in found.shards]
@@ -201,4 +201,4 @@ def report_oddities(texts: Corpus, *, strict: bool = False) -> None:
     Raises:
         UserError: the corpus is wrong, or with ``strict`` it looks odd; raised on every rank.
     """
-    on_first_rank(lambda: report([texts.check().odd], strict=strict))
+    on_first_rank(lambda: report([texts.odd], strict=strict))

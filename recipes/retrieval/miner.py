@@ -22,7 +22,7 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.bridge.ranks import on_first_rank
 from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets.corpus import Corpus, Texts
-from megatron_embed.recipes.datasets.odd_rows import OddRows, report
+from megatron_embed.recipes.datasets.odd_rows import report
 from megatron_embed.recipes.datasets.pairs import PairSource
 from megatron_embed.recipes.datasets.tokenization import Kind
 from megatron_embed.recipes.encoding.encoder import Encoder
@@ -36,7 +36,7 @@ from megatron_embed.recipes.retrieval.mining import (
     choose_negatives,
     teacher_answers_for,
 )
-from megatron_embed.recipes.retrieval.mining_input import check_corpus, check_prompts, checked_before
+from megatron_embed.recipes.retrieval.mining_input import check_prompts, odd_documents
 from megatron_embed.recipes.retrieval.mining_report import write_audit
 from megatron_embed.recipes.retrieval.positives import PositiveVectors, find_documents
 from megatron_embed.recipes.retrieval.search import Searcher
@@ -98,20 +98,16 @@ def mine(
     with writing(output, output.with_name(f".{output.name}{LOCK}")):
         if not overwrite:  # another run may have ended since this one began
             on_first_rank(lambda: refuse_existing(output))
-        stamp = on_first_rank(lambda: fingerprint(encoder, corpus, "passage", model=model))
-        path = cache / f"{stamp['input_sha256'][:24]}.stripped.npy"
         check_prompts(source, encoder.tokenizer.prompts["passage"])
-        odd = [_checked(corpus, path), source.odd]
+        odd = [on_first_rank(lambda: odd_documents(corpus)), source.odd]
         on_first_rank(lambda: report(odd, strict=strict))
-        text_ids = np.load(path, mmap_mode="r", allow_pickle=False)
         documents = encoded(corpus, "passage")
-        found = on_first_rank(lambda: find_documents(source, corpus, text_ids))
+        found = on_first_rank(lambda: find_documents(source, corpus))
         others = TrainingTexts(source, "passage", "", np.flatnonzero(found < 0))
         miner = _Miner(
             source,
             corpus,
             rules,
-            text_ids=text_ids,
             queries=encoded(TrainingTexts(source, "query", encoder.tokenizer.prompts["query"]), "query"),
             positives=PositiveVectors(documents, found, encoded(others, "passage") if len(others) else None),
             searcher=Searcher(documents, rules.ranks[1], faiss=faiss),
@@ -126,15 +122,6 @@ def refuse_existing(output: Path) -> None:
     """Raise :class:`UserError` if a file or folder is there already."""
     if output.exists():
         raise UserError(f"{output}: is there already; name another file, or --overwrite")
-
-
-def _checked(corpus: Corpus, text_ids: Path) -> OddRows:
-    """Run :func:`check_corpus` for all ranks; if it has to write, only one run at a time does so."""
-    before = on_first_rank(lambda: checked_before(corpus, text_ids))
-    if before is not None:
-        return before
-    with writing(text_ids.parent, text_ids.parent / LOCK):
-        return on_first_rank(lambda: check_corpus(corpus, text_ids))
 
 
 def key(stamp: dict[str, Any]) -> str:
@@ -154,7 +141,6 @@ class _Miner:
         corpus: Corpus,
         rules: MiningRules,
         *,
-        text_ids: np.ndarray,
         queries: VectorFolder,
         positives: PositiveVectors,
         searcher: Searcher,
@@ -162,7 +148,7 @@ class _Miner:
         scorer: CrossScorer | None,
         audit: Audit,
     ) -> None:
-        self.source, self.corpus, self.rules, self.text_ids = source, corpus, rules, text_ids
+        self.source, self.corpus, self.rules = source, corpus, rules
         self.queries, self.positives, self.searcher = queries, positives, searcher
         self.with_scores, self.scorer, self.audit = with_scores, scorer, audit
         self.known = KnownPositives(source)
@@ -214,7 +200,7 @@ class _Miner:
             query=pair.query,
             positives=positives,
             known=self.known.of(pair.query),
-            text_ids=self.text_ids,
+            text_ids=self.corpus.text_ids,
             audit=self.audit,
         )
         negatives = [self.corpus.text(int(rows[i])) for i in chosen]

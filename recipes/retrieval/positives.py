@@ -10,18 +10,15 @@ from megatron_embed.recipes.datasets.text_ids import text_id
 from megatron_embed.recipes.retrieval.vectors import VectorFolder
 
 
-def find_documents(source: PairSource, corpus: Corpus, text_ids: np.ndarray) -> np.ndarray:
+def find_documents(source: PairSource, corpus: Corpus) -> np.ndarray:
     """Find the documents that the positives of training data are. The search takes 24 bytes for each document.
-
-    Args:
-        text_ids: ``[documents, 2]``, see :class:`megatron_embed.recipes.datasets.corpus.CorpusFacts`.
 
     Returns:
         ``[examples]`` int64: the first document with the text of an example's positive; −1 if there is none, or if the
         two differ in the white space around the text, which the model sees.
     """
-    order = np.argsort(text_ids[:, 0], kind="stable")
-    ids = text_ids[order, 0]
+    order = np.argsort(corpus.text_ids[:, 0], kind="stable")
+    ids = corpus.text_ids[order, 0]
     found = np.full(len(source), -1, dtype=np.int64)
     for row in range(source.rows):
         for example, text in zip(source.examples(row), source.pair(row).positives, strict=True):

@@ -114,7 +114,10 @@ USAGE: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
 FOUND: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*DRY, "data.train=none.jsonl"), ("data.train: none.jsonl: no such file or folder; wanted JSON lines",)),
     ((*DRY, "data.train=empty"), ("data.train: empty: a folder, but no BEIR folder; wanted corpus.jsonl",)),
-    ((*DRY, "data.train=hf://name"), ("data.train: hf://name: wanted hf://org/name or hf://org/name/config",)),
+    (
+        (*DRY, "data.train=hf://name"),
+        ("data.train: hf://name: not an address of hub data; wanted hf://org/name or hf://org/name/config",),
+    ),
     ((*DRY, "data.train=pairs.csv"), ("data.train: pairs.csv: found a table between commas (query, positive)",)),
     ((*DRY, "data.eval=none"), ("data.eval: none: no such folder; wanted a BEIR folder with corpus.jsonl",)),
     ((*DRY, "data.eval=no_test"), ("data.eval: no_test/qrels/test.tsv: no such split; present: dev",)),
@@ -166,7 +169,10 @@ FOUND: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*MINE, "--output", "pairs.jsonl"), ("pairs.jsonl: is there already; name another file, or --overwrite",)),
     (("data", "none.jsonl"), ("none.jsonl: no such file or folder; wanted JSON lines",)),
     (("data", "noise.bin"), ("noise.bin: found binary data, beginning with 00 ff", "wanted UTF-8 text")),
-    (("data", "keys.jsonl"), ("keys.jsonl, line 1: no 'query'; found keys: q, a; wanted query, positive",)),
+    (
+        ("data", "keys.jsonl"),
+        ("keys.jsonl, line 1: no 'query'; found keys: q, a; wanted an object with query, positive",),
+    ),
     (("data", "pairs.tsv"), ("pairs.tsv: found a table between tabs (query, positive)", "sep='\\t'")),
     (("report", "empty"), ("empty/metrics.jsonl: no such file; wanted the folder of a run (train.save_dir)",)),
     ((*IMPORT, "--hf-model", "./none"), ("./none: no such folder; wanted a Hugging Face model folder or the id",)),

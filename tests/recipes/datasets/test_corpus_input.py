@@ -15,8 +15,8 @@ from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes import Encoder, encode
 from megatron_embed.recipes.config.schema import DataSource
 from megatron_embed.recipes.datasets import odd_rows
-from megatron_embed.recipes.datasets.beir import load_beir, read_texts
-from megatron_embed.recipes.datasets.corpus import Corpus
+from megatron_embed.recipes.datasets.beir import load_beir
+from megatron_embed.recipes.datasets.corpus import BeirTexts, Corpus
 from megatron_embed.recipes.datasets.inspection import look_through
 from megatron_embed.recipes.datasets.pairs import PairDataset
 from megatron_embed.recipes.retrieval import encode_corpus, miner
@@ -86,9 +86,9 @@ def test_a_beir_folder_holds_no_plain_lines(first: str, tmp_path: Path) -> None:
     write(tmp_path / "corpus.jsonl", [first, document])
     write(tmp_path / "queries.jsonl", [document])
     with pytest.raises(UserError, match=r"corpus.jsonl, line 1: "):
-        Corpus(tmp_path).check()
+        len(Corpus(tmp_path))
     # in a file of any lines it may be meant
-    assert Corpus(tmp_path / "corpus.jsonl").check().odd.counts() == {odd_rows.JSON_LOOKING: 1}
+    assert Corpus(tmp_path / "corpus.jsonl").odd.counts() == {odd_rows.JSON_LOOKING: 1}
 
 
 def test_control_tokens_and_nuls_are_encoded_as_text(encoder: Encoder, tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_ids_of_another_type_are_named(id_: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "corpus.jsonl", [*documents(["a"]), {"_id": id_, "text": "b"}])
     message = r"corpus.jsonl, line 2: '_id': found .*; wanted text or a whole number"
     with pytest.raises(UserError, match=message):
-        Corpus(path).check()
+        len(Corpus(path))
     with pytest.raises(UserError, match=message):
-        list(read_texts(tmp_path, "corpus.jsonl"))
+        len(BeirTexts(tmp_path, "corpus.jsonl"))
     assert Corpus(write(path, [{"_id": 7, "text": "a"}])).read(0, 1)[0] == ["7"]
 
 
@@ -122,10 +122,10 @@ def test_a_parquet_corpus_cut_short_or_of_other_columns(tmp_path: Path) -> None:
         Corpus(path)
     write_parquet(path, [{"_id": "a", "text": 5}])
     with pytest.raises(UserError, match=r"c.parquet, line 1: 'text': found the number 5; wanted text"):
-        Corpus(path).check()
+        len(Corpus(path))
     write_parquet(path, [{"_id": "a", "body": "b"}])
     with pytest.raises(UserError, match=r"c.parquet, line 1: found _id, body; wanted an object with _id, text"):
-        Corpus(path).check()
+        len(Corpus(path))
 
 
 def beir_around(folder: Path) -> Path:
@@ -143,7 +143,7 @@ def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(encoder: Encod
     assert len(PairDataset([DataSource(path=str(pairs))])[1].positive) == LONG
     assert look_through(str(pairs)).lengths["positive"] == {1: 1, LONG: 1}
     corpus = Corpus(write(tmp_path / "corpus.jsonl", documents(["a", text])))
-    assert not corpus.check().odd.found
+    assert not corpus.odd.found
     assert len(corpus.read(1, 2)[1][0]) == LONG - 1  # stripped
     collection = load_beir(beir_around(tmp_path))
     assert [len(text) for text in collection.corpus.values()] == [1, LONG - 1]
@@ -155,7 +155,7 @@ def test_a_line_of_100_mb_is_read_and_a_bad_one_is_named_in_short(encoder: Encod
     with pytest.raises(UserError, match=r"pairs.jsonl, line 2: not JSON: Unterminated string") as of_pairs:
         PairDataset([DataSource(path=str(pairs))])
     with pytest.raises(UserError, match=r"corpus.jsonl, line 2: not JSON: Unterminated string") as of_corpus:
-        Corpus(tmp_path / "corpus.jsonl").check()
+        len(Corpus(tmp_path / "corpus.jsonl"))
     with pytest.raises(UserError, match=r"corpus.jsonl, line 2: not JSON: Unterminated string") as of_beir:
         load_beir(tmp_path)
     assert max(len(str(error.value)) for error in (of_pairs, of_corpus, of_beir)) < 400
@@ -180,12 +180,12 @@ def test_a_corpus_without_text_is_named_and_what_is_wanted_there(kind: str, enco
     pairs = write(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}])
     message = r"corpus.jsonl: (holds no rows|no row has any text); wanted texts: an object with _id, text"
     with pytest.raises(UserError, match=message):
-        Corpus(path).check()
+        len(Corpus(path))
     with pytest.raises(UserError, match=message):
         miner.mine(encoder, str(pairs), Corpus(path), tmp_path / "out", rules=MiningRules(), cache=tmp_path / "cache")
     assert not (tmp_path / "out").exists()
     if kind not in ("array", "parquet"):  # BEIR folders know JSON lines only
         write(tmp_path / "queries.jsonl", [{"_id": "q", "text": "q"}])
-        message = r"corpus.jsonl: (holds no rows|no document has any text); wanted an object with _id, text"
+        message = r"corpus.jsonl: (holds no rows|no row has any text); wanted an object with _id, text"
         with pytest.raises(UserError, match=message):
             load_beir(tmp_path)

@@ -195,7 +195,7 @@ ARRAY = b"[" + GOOD.encode() + b",\n%b]"
         (GOOD + GOOD, "line 2: not JSON: Extra data"),
         ('"a text"', "line 2: found a text; wanted an object with query, positive"),
         ("[1]", "line 2: found a list; wanted an object"),
-        ('{"positive": "p"}', "line 2: no 'query'; found keys: positive; wanted query, positive"),
+        ('{"positive": "p"}', "line 2: no 'query'; found keys: positive; wanted an object with query, positive"),
         ('{"query": "q", "text": "p"}', "line 2: no 'positive'; found keys: query, text"),
         (
             '{"query": "q", "pos": "p"}',

@@ -263,7 +263,11 @@ def test_flag_embedding_scores_and_prompt(tmp_path: Path) -> None:
             {"anchor": "q", "positive": "p"},
             r"another form: sentence-transformers columns",
         ),
-        ({"query": "q", "pos": ["p"]}, {"query": "q"}, r"no 'pos'; found keys: query; wanted query, pos and, optiona"),
+        (
+            {"query": "q", "pos": ["p"]},
+            {"query": "q"},
+            r"no 'pos'; found keys: query; wanted an object with query, pos and, optiona",
+        ),
         ({"query": "q", "pos": ["p"]}, {"query": "q", "pos": [""]}, r"'pos' holds an empty text"),
         ({"query": "q", "pos": ["p"]}, {"query": "q", "pos": []}, r"'pos' is empty; every query needs one"),
         ({"query": "q", "pos": ["p"]}, {"query": "q", "pos": ["p"], "prompt": 5}, r"'prompt': found the number 5"),
@@ -277,7 +281,11 @@ def test_flag_embedding_scores_and_prompt(tmp_path: Path) -> None:
             {"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": [1.0]},
             r"'neg_scores' without 'pos_scores'",
         ),
-        ({"question": "q", "pos_doc": "p"}, {"pos_doc": "p"}, r"no 'question'; found keys: pos_doc; wanted question"),
+        (
+            {"question": "q", "pos_doc": "p"},
+            {"pos_doc": "p"},
+            r"no 'question'; found keys: pos_doc; wanted an object with question",
+        ),
         ({"question": "q", "pos_doc": "p"}, {"question": "q", "pos_doc": {"id": "d"}}, r"'pos_doc': found an object w"),
         (
             {"question": "q", "pos_doc": "p"},
@@ -311,7 +319,7 @@ def test_documents_that_are_not_there_are_named(tmp_path: Path) -> None:
         PairDataset([DataSource(path=str(path))])
     with (tmp_path / "corpus.jsonl").open("a") as file:
         file.write('{"docid": "d3", "text": "again"}\n')
-    with pytest.raises(UserError, match=r"corpus.jsonl, line 20: _id 'd3' stands in the corpus twice"):
+    with pytest.raises(UserError, match=r"corpus.jsonl, line 20: _id 'd3' stands in the file twice"):
         PairDataset([DataSource(path=str(path))])
     (tmp_path / "corpus.jsonl").unlink()
     with pytest.raises(UserError, match=r"train.jsonl: its rows name documents by id; wanted corpus.jsonl"):

@@ -147,7 +147,7 @@ def test_mined_rows_keep_them(tmp_path: Path) -> None:
     make_ready(tmp_path / "other", model={"prompts": {"query": "", "document": "passage: "}})
     with (
         Encoder.from_pretrained(tmp_path / "other", device="cpu") as encoder,
-        pytest.raises(UserError, match=r"prompt 'Passage: ' of their own, and .* corpus with 'passage: '; mine with"),
+        pytest.raises(UserError, match=r"prompt 'Passage: ', but .* corpus with 'passage: '; mine with"),
     ):
         run(encoder, tmp_path, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()

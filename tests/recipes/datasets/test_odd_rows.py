@@ -19,7 +19,7 @@ from support.tiny_models import save_model, save_vlm
 from megatron_embed.recipes import data, encode, evaluate, mine, train
 from megatron_embed.recipes.datasets.corpus import Corpus
 from megatron_embed.recipes.datasets.inspection import _percentiles, _repeats
-from megatron_embed.recipes.retrieval.mining_input import check_corpus
+from megatron_embed.recipes.retrieval.mining_input import odd_documents
 
 DOCUMENTS = ["one", "a\0b", "", "one", " ", "caf\ufffd", "seven"]
 ODD_CORPUS = {
@@ -171,13 +171,11 @@ def test_white_space_on_a_plain_line_is_no_negative(tmp_path: Path) -> None:
     """Training refuses such a text: mining must not give it."""
     (tmp_path / "plain.txt").write_text("one\n\u3000\ntwo\n\u3000\u3000\n")
     corpus = Corpus(tmp_path / "plain.txt")
-    ids = corpus.check().text_ids
+    ids = corpus.text_ids
     assert (ids[1] == ids[3]).all()
     path = lines(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "one"}, {"_id": "b", "text": ""}])
-    assert (ids[1] == Corpus(path).check().text_ids[1]).all()
-    assert check_corpus(corpus, tmp_path / "ids.npy").counts() == {
-        "rows have no text; their vectors are the prompt's": 2
-    }
+    assert (ids[1] == Corpus(path).text_ids[1]).all()
+    assert odd_documents(corpus).counts() == {"rows have no text; their vectors are the prompt's": 2}
 
 
 @settings(deadline=None)

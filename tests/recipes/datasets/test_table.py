@@ -361,7 +361,7 @@ def recipe(files: list[Path], build: Callable[[TableWriter], Found]) -> Recipe:
 def of(number: int) -> Callable[[TableWriter], Found]:
     def build(writer: TableWriter) -> Found:
         for _ in range(9):
-            writer.add((number,), 1)
+            writer.add((number,))
         return Found({"a": np.full(9, number)}, {"b": number})
 
     return build
@@ -454,7 +454,7 @@ def test_a_killed_first_start_leaves_nothing_that_counts(tmp_path: Path, cache: 
 
 def test_rows_of_many_batches_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "_ROWS", 4)
-    monkeypatch.setattr(table, "_CHARACTERS", 40)
+    monkeypatch.setattr(table, "_BYTES", 400)
     values = [{"query": f"q{i}", "positive": f"p{i} " * (i % 7 + 1), "negatives": ["n"] * (i % 3)} for i in range(50)]
     source = start(write(tmp_path / "a.jsonl", values)).sources[0]
     assert len(source._table._ends) > 12

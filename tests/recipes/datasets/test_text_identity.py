@@ -61,7 +61,7 @@ def test_repeated_pairs_and_positives_among_negatives_are_counted(tmp_path: Path
 def test_ids_that_differ_in_white_space_are_two_documents(tmp_path: Path) -> None:
     corpus = [{"_id": "d", "docid": "d", "text": "one"}, {"_id": "d ", "docid": "d ", "text": "two"}]
     write(tmp_path / "corpus.jsonl", corpus)
-    assert not Corpus(tmp_path / "corpus.jsonl").check().odd.found
+    assert not Corpus(tmp_path / "corpus.jsonl").odd.found
     by_id = write(tmp_path / "a.jsonl", [{"query_text": "q", "positive_document_ids": ["d "]}])
     assert start(by_id)[0].positive == "two"
     write(tmp_path / "queries.jsonl", [{"_id": "q", "text": "q"}])

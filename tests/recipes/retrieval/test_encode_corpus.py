@@ -259,7 +259,7 @@ def test_forms_of_a_corpus(form: str, tmp_path: Path) -> None:
         write_corpus(tmp_path / "queries.jsonl", [{"_id": "q", "text": "what?"}])
         corpus = Corpus(tmp_path, "query" if form == "BEIR queries" else "passage")
         assert len(corpus) == (1 if form == "BEIR queries" else 60)
-    assert not corpus.check().odd.found
+    assert not corpus.odd.found
 
 
 @pytest.mark.parametrize(
@@ -275,21 +275,21 @@ def test_bad_rows_of_a_corpus_are_named(line: str, message: str, tmp_path: Path)
     path = write_corpus(tmp_path / "corpus.jsonl")
     path.write_text(path.read_text() + line)
     with pytest.raises(UserError, match=f"corpus.jsonl, {message}"):
-        Corpus(path).check()
+        len(Corpus(path))
 
 
 def test_a_corpus_without_text(tmp_path: Path) -> None:
     path = write_corpus(tmp_path / "c.jsonl", [{"_id": str(i), "text": " "} for i in range(3)])
     with pytest.raises(UserError, match=r"c.jsonl: no row has any text"):
-        Corpus(path).check()
+        len(Corpus(path))
     path = write_corpus(tmp_path / "c.jsonl", [{"_id": "a", "text": " "}, {"_id": "b", "text": "b"}])
-    assert Corpus(path).check().odd.found == {NO_TEXT: (1, 1)}
+    assert Corpus(path).odd.found == {NO_TEXT: (1, 1)}
 
 
 def test_latin_1_lines_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("one\ncaf\u00e9\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"a.txt, line 2: not UTF-8: byte 0xe9 at byte 4 of the line"):
-        Corpus(tmp_path / "a.txt").check()
+        len(Corpus(tmp_path / "a.txt"))
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,8 +171,8 @@ def test_absent_documents_are_counted(folder: Path) -> None:
             r"line 2: query 'q99' is not in queries.jsonl",
         ),
         ("corpus.jsonl", [], r"corpus.jsonl: holds no rows; wanted an object with _id, text"),
-        ("queries.jsonl", [{"_id": "q0", "text": ""}], r"queries.jsonl: no query has any text; wanted an object"),
-        ("corpus.jsonl", [{"_id": "d0", "text": ""}, {"_id": "d1", "text": " "}], r"no document has any text"),
+        ("queries.jsonl", [{"_id": "q0", "text": ""}], r"queries.jsonl: no row has any text; wanted an object"),
+        ("corpus.jsonl", [{"_id": "d0", "text": ""}, {"_id": "d1", "text": " "}], r"no row has any text"),
         ("corpus.jsonl", [{"_id": "d0", "text": "a"}, "{x"], r"corpus.jsonl, line 2: not JSON"),
         (
             "corpus.jsonl",
@@ -195,7 +195,7 @@ def test_missing_parts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none: no such folder; wanted a BEIR folder"):
         load_beir(tmp_path / "none")
     (folder / "queries.jsonl").unlink()
-    with pytest.raises(UserError, match=r"queries.jsonl: no such file; a BEIR folder holds"):
+    with pytest.raises(UserError, match=r"queries.jsonl: no such file; wanted a BEIR folder with"):
         load_beir(folder)
 
 

@@ -67,7 +67,7 @@ def not_a_number(tensors: dict[str, torch.Tensor]) -> None:
     ("fault", "message"),
     [
         ("absent", r"--cross-encoder .*/absent: cannot be loaded \(\w+: .*\); wanted a folder or hub name"),
-        ("three labels", r"--cross-encoder .*/cross: gives 3 numbers a pair; wanted a model with one label"),
+        ("three labels", r"--cross-encoder .*/cross: gives 3 numbers for each pair; wanted a model with one label"),
         ("no head", r"--cross-encoder .*/cross: found BertModel, which has no trained head; wanted …ForSequence"),
         ("nan", r"--cross-encoder .*/cross: scores query 'query \d+' with 'w.*' as nan \(\d\d such pairs\); wanted"),
         ("not installed", r"--cross-encoder: sentence-transformers cannot be imported .*; pip install sentence-tr"),
