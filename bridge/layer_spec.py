@@ -6,7 +6,8 @@ This is the only file that knows of Transformer Engine.
 from __future__ import annotations
 
 import copy
-import importlib.util
+import functools
+import logging
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -19,16 +20,37 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_embed.bridge import te_import
 from megatron_embed.bridge.attention import CoreAttention, SequenceInfo
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.cpu.layers import cpu_layers
 from megatron_embed.bridge.layers import LayerKind, Layers, SwiGLU, cuda_layers
 from megatron_embed.bridge.mapping import LOCAL_ALIASES
 
+_logger = logging.getLogger(__name__)
+
 
 def transformer_engine_is_usable() -> bool:
-    """Return whether layers use Transformer Engine: it is installed, and this process computes on CUDA."""
-    return not host.cuda_is_hidden() and importlib.util.find_spec("transformer_engine") is not None
+    """Return whether layers use Transformer Engine: this process computes on CUDA, and its import succeeds.
+
+    On CUDA the log says once which layers were chosen, and why.
+
+    Raises:
+        UserError: an unsupported version is installed.
+    """
+    if host.cuda_is_hidden():
+        return False
+    problem = te_import.problem()
+    _log_choice(problem)
+    return problem is None
+
+
+@functools.cache  # once per process; every pipeline stage chooses
+def _log_choice(problem: str | None) -> None:
+    if problem is None:
+        _logger.info("layers: Transformer Engine's")
+    else:
+        _logger.warning("layers: megatron-core's own; Transformer Engine is not used, because %s", problem)
 
 
 def choose_layers(kind: LayerKind | None = None) -> Layers:
