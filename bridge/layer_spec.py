@@ -131,16 +131,23 @@ class TransformerEngineAttention(CoreAttention):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         # CoreAttention gathers keys and values: a bidirectional model does not need Transformer Engine's zigzag.
-        config = copy.copy(config)
-        config.context_parallel_size = 1
+        # A rank's queries are then fewer than its keys, which Transformer Engine calls cross-attention: for "self" it
+        # takes the lengths and masks of the queries for those of the keys.
+        self.fewer_queries = config.context_parallel_size > 1
+        if self.fewer_queries:
+            kwargs["attention_type"] = "cross"
+            config = copy.copy(config)
+            config.context_parallel_size = 1
         self.attention = TEDotProductAttention(config, layer_number, *args, **kwargs)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
         """See :meth:`CoreAttention.attend`."""
         if info.runs is None:
-            # Transformer Engine's masks are True where a token is left out; without a mask there is no padding.
-            mask = None if info.key_mask is None else ~info.key_mask
-            kind = AttnMaskType.no_mask if mask is None else AttnMaskType.padding
+            if info.key_mask is None or info.query_mask is None:  # there is no padding
+                return self.attention(query, key, value, None, attn_mask_type=AttnMaskType.no_mask)
+            # Transformer Engine's masks are True where a token is left out.
+            mask = (~info.query_mask, ~info.key_mask) if self.fewer_queries else ~info.key_mask
+            kind = AttnMaskType.padding
             return self.attention(query, key, value, mask, attn_mask_type=kind)
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         output = self.attention(
