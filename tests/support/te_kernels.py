@@ -184,11 +184,15 @@ class Properties:
     major, minor, multi_processor_count, name, total_memory = 9, 0, 132, "stand-in", 80 << 30
 
 
-def install() -> None:
-    """Put the stand-ins in place and import Transformer Engine; call before megatron-core is imported."""
+def install(*, on_gpu: bool = True) -> None:
+    """Put the stand-ins in place and import Transformer Engine; call before megatron-core is imported.
+
+    Args:
+        on_gpu: False makes a process with ``device=cpu`` beside Transformer Engine, whose kernels it cannot call.
+    """
     os.environ.update(ENVIRONMENT)
     importlib.import_module("torch._dynamo")  # looks for the real Triton, and is content without it
-    _put_modules()
+    _put_modules({**LAYERS, **OPTIMIZER} if on_gpu else {})
     with warnings.catch_warnings(action="ignore"):  # it finds no compiled library
         import transformer_engine.common
 
@@ -203,18 +207,27 @@ def install() -> None:
         del sys.modules[name]
     gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
     host.run_on_cpu()
+    if not on_gpu:
+        return
     # Layers and optimizer assert that there is a GPU and that their tensors are on it.
-    torch.cuda.is_available = lambda: True
+    torch.cuda.is_available = _asked_by_transformer_engine  # type: ignore[assignment]
     _choose_transformer_engine()
     _map_devices_in_backward()
-    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
+    torch.Tensor.is_cuda = property(_asked_by_transformer_engine)  # type: ignore[assignment]
+
+
+def _asked_by_transformer_engine(*_: Any) -> bool:
+    """Return whether the caller is Transformer Engine's code; for all other code this process is one without a GPU."""
+    return str(sys._getframe(1).f_globals.get("__name__")).startswith("transformer_engine")
 
 
 def _choose_transformer_engine() -> None:
     from megatron_embed.bridge import layer_spec, te_import
+    from megatron_embed.recipes.training import optimizer
 
     assert te_import.problem() is None
     layer_spec.transformer_engine_is_usable = lambda: True
+    optimizer._use_fused_kernels = lambda: None
 
 
 def _map_devices_in_backward() -> None:
@@ -230,7 +243,7 @@ def _map_devices_in_backward() -> None:
     torch.autograd._engine_run_backward = run_inside
 
 
-def _put_modules() -> None:
+def _put_modules(kernels: dict[str, Any]) -> None:
     tex: Any = Kernels("transformer_engine_torch")
     tex.__spec__ = importlib.machinery.ModuleSpec("transformer_engine_torch", None)
     for name, members in ENUMS.items():
@@ -238,7 +251,7 @@ def _put_modules() -> None:
     for name in CLASSES:
         setattr(tex, name, type(name, (), {}))
     tex.get_cudnn_version, tex.get_cublasLt_version = (lambda: 91500), (lambda: 130000)
-    for name, function in {**LAYERS, **OPTIMIZER}.items():
+    for name, function in kernels.items():
         setattr(tex, name, function)
     TORCH_DTYPES.update(
         {tex.DType.kFloat32: torch.float32, tex.DType.kFloat16: torch.float16, tex.DType.kBFloat16: torch.bfloat16}
@@ -256,6 +269,5 @@ def _answer_cuda_calls() -> None:
     cuda.is_current_stream_capturing = lambda: False
     cuda.current_stream = lambda *_, **__: Nothing()
     cuda.Stream = cuda.Event = Nothing
-    cuda.max_memory_allocated = lambda *_: 1
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[assignment,method-assign]

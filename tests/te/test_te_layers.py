@@ -30,8 +30,7 @@ MATRIX = [
     for family in ("ministral3", "llama", "qwen3")
     for layout in LAYOUTS
     for packed in (True, False)
-    for fused in (False, True)
-    for recompute in ("none", "selective", "full")
+    for recompute, fused in (("none", False), ("none", True), ("selective", False), ("full", True))
 ]
 
 
