@@ -50,7 +50,8 @@ def _log_choice(problem: str | None) -> None:
     if problem is None:
         _logger.info("layers: Transformer Engine's")
     else:
-        _logger.warning("layers: megatron-core's own; Transformer Engine is not used, because %s", problem)
+        level = logging.INFO if problem == te_import.NOT_INSTALLED else logging.WARNING
+        _logger.log(level, "layers: megatron-core's own; Transformer Engine is not used, because %s", problem)
 
 
 def choose_layers(kind: LayerKind | None = None) -> Layers:

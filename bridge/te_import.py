@@ -25,6 +25,7 @@ from megatron_embed.bridge.errors import UserError
 NAME = "transformer_engine"
 #: the versions that megatron-core 0.16.1 knows, from the one on which this package's layers have been computed
 SUPPORTED = ">=2.11,<2.12"
+NOT_INSTALLED = "it is not installed"
 WAY_OUT = f"pip install 'transformer-engine[pytorch]{SUPPORTED}', or pip uninstall transformer-engine"
 
 
@@ -93,7 +94,7 @@ def problem() -> str | None:
         UserError: the installed version is outside of :data:`SUPPORTED`.
     """
     if importlib.util.find_spec(NAME) is None:
-        return "it is not installed"
+        return NOT_INSTALLED
     if (version := unsupported_version()) is not None:
         raise UserError(
             f"transformer-engine: found version {version}; wanted {SUPPORTED}, which megatron-core knows: {WAY_OUT}"
