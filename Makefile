@@ -6,6 +6,10 @@ BIN    := $(VENV)/bin
 # two files of tests at a time, each with one thread a process
 WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+# Transformer Engine's own Python, for tests/te: beside the environment, because every import of it fails without its
+# compiled parts, which are other wheels
+TE     := .te
+
 .PHONY: demo test test-all lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -15,14 +19,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(TE)/.installed: $(VENV)/.installed constraints.txt
+	rm -rf $(TE)
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --target $(TE) transformer-engine
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(TE)/.installed
 	$(BIN)/python -m pytest $(WORKERS) -m "not exhaustive"
 
 # with the whole matrices and the repeated runs
-test-all: $(VENV)/.installed
+test-all: $(VENV)/.installed $(TE)/.installed
 	$(BIN)/python -m pytest $(WORKERS)
 
 lint: $(VENV)/.installed
@@ -31,4 +40,4 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(TE) runs build *.egg-info

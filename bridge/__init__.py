@@ -9,8 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from megatron_embed.bridge import te_import
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.errors import UserError
+
+te_import.guard()  # before any module of this package imports megatron-core
 
 if TYPE_CHECKING:
     from megatron_embed.bridge.hf_bidirectional import (

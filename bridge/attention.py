@@ -46,7 +46,8 @@ class SequenceInfo(PackedSeqParams):
     Attributes:
         cos, sin: ``[S, B or 1, 1, D]`` in the activations' dtype.
         scale: ``[S, B or 1, 1, 1]``, or None where it is 1 everywhere.
-        key_mask: ``[B, 1, 1, S]``, True on real tokens, or None.
+        key_mask: ``[B, 1, 1, S]``, True on real tokens, or None. Whole rows, also under context parallelism.
+        query_mask: this rank's columns of ``key_mask``, or None.
         runs: runs of equally long neighbours of a packed row; None for padded rows.
         keys: the part of the row that this rank's queries attend to. It is less than the whole row only for a packed
             row under context parallelism.
@@ -56,6 +57,7 @@ class SequenceInfo(PackedSeqParams):
     sin: Tensor | None = None
     scale: Tensor | None = None
     key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
     runs: tuple[Run, ...] | None = None
     keys: slice = field(default_factory=lambda: slice(None))
 
@@ -86,6 +88,7 @@ class SequenceInfo(PackedSeqParams):
             sin=sin.unsqueeze(2),
             scale=None if scale is None else scale[..., None, None],
             key_mask=None if batch.mask is None else batch.mask[:, None, None, :],
+            query_mask=None if batch.mask is None else batch.mask[:, None, None, columns],
             runs=runs,
             keys=keys,
         )

@@ -60,6 +60,7 @@ def transformer_config(
         overrides.update(recompute_granularity="selective", recompute_modules=["core_attn"])
     elif recompute == "full":
         overrides.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    overrides.setdefault("gradient_accumulation_fusion", False)
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -86,7 +87,6 @@ def transformer_config(
         fp16=dtype == torch.float16,
         # Every parameter is loaded; a parameter that is not loaded is an error, not a random number.
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         # On CPUs inductor would compile these, which needs a compiler; there the layers use the spec's SwiGLU.
         bias_activation_fusion=not host.cuda_is_hidden(),

@@ -6,7 +6,8 @@ This is the only file that knows of Transformer Engine.
 from __future__ import annotations
 
 import copy
-import importlib.util
+import functools
+import logging
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -19,16 +20,38 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_embed.bridge import te_import
 from megatron_embed.bridge.attention import CoreAttention, SequenceInfo
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.cpu.layers import cpu_layers
 from megatron_embed.bridge.layers import LayerKind, Layers, SwiGLU, cuda_layers
 from megatron_embed.bridge.mapping import LOCAL_ALIASES
 
+_logger = logging.getLogger(__name__)
+
 
 def transformer_engine_is_usable() -> bool:
-    """Return whether layers use Transformer Engine: it is installed, and this process computes on CUDA."""
-    return not host.cuda_is_hidden() and importlib.util.find_spec("transformer_engine") is not None
+    """Return whether layers use Transformer Engine: this process computes on CUDA, and its import succeeds.
+
+    On CUDA the log says once which layers were chosen, and why.
+
+    Raises:
+        UserError: an unsupported version is installed.
+    """
+    if host.cuda_is_hidden():
+        return False
+    problem = te_import.problem()
+    _log_choice(problem)
+    return problem is None
+
+
+@functools.cache  # once per process; every pipeline stage chooses
+def _log_choice(problem: str | None) -> None:
+    if problem is None:
+        _logger.info("layers: Transformer Engine's")
+    else:
+        level = logging.INFO if problem == te_import.NOT_INSTALLED else logging.WARNING
+        _logger.log(level, "layers: megatron-core's own; Transformer Engine is not used, because %s", problem)
 
 
 def choose_layers(kind: LayerKind | None = None) -> Layers:
@@ -109,16 +132,23 @@ class TransformerEngineAttention(CoreAttention):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         # CoreAttention gathers keys and values: a bidirectional model does not need Transformer Engine's zigzag.
-        config = copy.copy(config)
-        config.context_parallel_size = 1
+        # A rank's queries are then fewer than its keys, which Transformer Engine calls cross-attention: for "self" it
+        # takes the lengths and masks of the queries for those of the keys.
+        self.fewer_queries = config.context_parallel_size > 1
+        if self.fewer_queries:
+            kwargs["attention_type"] = "cross"
+            config = copy.copy(config)
+            config.context_parallel_size = 1
         self.attention = TEDotProductAttention(config, layer_number, *args, **kwargs)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
         """See :meth:`CoreAttention.attend`."""
         if info.runs is None:
-            # Transformer Engine's masks are True where a token is left out; without a mask there is no padding.
-            mask = None if info.key_mask is None else ~info.key_mask
-            kind = AttnMaskType.no_mask if mask is None else AttnMaskType.padding
+            if info.key_mask is None or info.query_mask is None:  # there is no padding
+                return self.attention(query, key, value, None, attn_mask_type=AttnMaskType.no_mask)
+            # Transformer Engine's masks are True where a token is left out.
+            mask = (~info.query_mask, ~info.key_mask) if self.fewer_queries else ~info.key_mask
+            kind = AttnMaskType.padding
             return self.attention(query, key, value, mask, attn_mask_type=kind)
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         output = self.attention(

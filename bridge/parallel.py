@@ -80,12 +80,27 @@ def initialize(layout: Layout, *, timeout_minutes: float = 30) -> None:
         create_gloo_process_groups=not host.cuda_is_hidden(),
         distributed_timeout_minutes=timeout_minutes if host.cuda_is_hidden() else timeout_minutes + 1,
     )
+    _add_random_states()
+
+
+def _add_random_states() -> None:
+    """Add the random states that megatron-core forks under sequence parallelism; keep the process's own state.
+
+    No layer draws from them: dropout is 0, and all parameters are loaded. So the seed has no effect on any result.
+    """
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    before = torch.cuda.get_rng_state()
+    model_parallel_cuda_manual_seed(0)
+    torch.cuda.set_rng_state(before)
 
 
 def shut_down(*, process_group: bool = True) -> None:
     """Undo :func:`initialize`; ``process_group=False`` keeps torch's group for another layout."""
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    get_cuda_rng_tracker().reset()
     parallel_state.destroy_model_parallel()
     parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None  # megatron-core overlooks this one
     if dist.is_initialized():

@@ -69,7 +69,10 @@ def _names_cuda(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _no_fork(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+    """Stand in for ``CudaRNGStatesTracker.fork``: refuse a state that was not added, as on CUDA, and fork nothing."""
+    if name not in tracker.states_:
+        raise Exception(f"cuda rng state {name} is not added")
     yield
 
 
@@ -79,8 +82,11 @@ def _answer_cuda_calls() -> None:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     torch.cuda.is_available = lambda: False
-    # `_set_cuda_rng_state` without a CUDA context queues callbacks for ever, and the getter raises.
+    # Without a CUDA context the setters queue callbacks for ever, and the getters raise.
     no_state = torch.empty(0, dtype=torch.uint8)
+    torch.cuda.get_rng_state = lambda *_a, **_k: no_state
+    torch.cuda.set_rng_state = lambda *_a, **_k: None
+    torch.cuda.manual_seed = lambda _seed: None  # type: ignore[assignment]
     mcore_random._get_cuda_rng_state = lambda *_a, **_k: no_state
     mcore_random._set_cuda_rng_state = lambda *_a, **_k: None
-    mcore_random.CudaRNGStatesTracker.fork = _no_fork
+    mcore_random.CudaRNGStatesTracker.fork = _fork

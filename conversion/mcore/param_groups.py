@@ -43,7 +43,7 @@ def take_groups(loaded: dict[str, Any], own: Groups) -> bool:
         return True
     holder = _holder(loaded)
     by_key = {_key(group): group for group in holder["param_groups"]}
-    holder["param_groups"] = [by_key.get(_key(group)) or _without_wrapper(group) for group in own]
+    holder["param_groups"] = [{**_without_wrapper(group), **by_key.get(_key(group), {})} for group in own]
     return all(_key(group) in by_key for group in own)
 
 

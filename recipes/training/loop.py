@@ -19,6 +19,7 @@ from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import build_stages, transformer_config
 from megatron_embed.bridge.errors import UserError
+from megatron_embed.bridge.layer_spec import transformer_engine_is_usable
 from megatron_embed.bridge.layout import Layout
 from megatron_embed.bridge.ranks import on_first_rank
 from megatron_embed.conversion.files.checksums import DamagedCheckpoint
@@ -180,6 +181,8 @@ def _set_up(
         dtype=DTYPES[cfg.model.precision],
         sequence_parallel=cfg.model.sequence_parallel,
         recompute=cfg.model.recompute,
+        # Transformer Engine's products add weight gradients to DDP's buffer; megatron-core's own need Apex for that.
+        gradient_accumulation_fusion=transformer_engine_is_usable(),
     )
     encoders = build_stages(source.config, transformer, learn_temperature=cfg.loss.learn_temperature)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()

@@ -19,10 +19,13 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer import optimizer as mixed_precision
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import local_multi_tensor_scale
 from torch import Tensor
 
+from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.encoder import EncoderStage
 from megatron_embed.recipes.config.schema import OptimizerSection
 from megatron_embed.recipes.planning.gradient_buckets import bucket_size
@@ -94,9 +97,14 @@ def _l2_norm(chunk_size: int, noop_flag: Tensor, tensors: list[list[Tensor]], pe
 
 
 def _use_fused_kernels() -> None:
-    """Make megatron-core use :class:`FusedAdamW` if neither Transformer Engine nor Apex is installed."""
-    if not mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+    """Make megatron-core use :class:`FusedAdamW` if neither Transformer Engine nor Apex is installed.
+
+    So it does in a process that computes on a CPU beside one of these, whose kernels take CUDA's tensors alone.
+    """
+    if not mcore_optimizer.USING_PYTORCH_OPTIMIZER and not host.cuda_is_hidden():
         return
+    if host.cuda_is_hidden():
+        mixed_precision.multi_tensor_scale_impl = local_multi_tensor_scale
     mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
     mcore_optimizer.Adam = distrib_optimizer.Adam = FusedAdamW
     clip_grads.multi_tensor_scale_impl = _scale

@@ -12,7 +12,7 @@ from support.places import ROOT
 from support.tiny_families import tiny_qwen3_config
 from support.tiny_models import tiny_config
 
-from megatron_embed.bridge import EncoderConfig, layer_spec
+from megatron_embed.bridge import EncoderConfig, layer_spec, te_import
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.layer_spec import choose_layers
 from megatron_embed.bridge.layers import LayerKind
@@ -94,8 +94,7 @@ def test_the_kind_is_chosen_by_what_the_process_has(
 ) -> None:
     host.run_on_cpu()
     monkeypatch.setattr(host, "cuda_is_hidden", lambda: not cuda)
-    found = object() if transformer_engine else None
-    monkeypatch.setattr(layer_spec.importlib.util, "find_spec", lambda name, *_: found)
+    monkeypatch.setattr(te_import, "problem", lambda: None if transformer_engine else "it is not installed")
     chosen: list[str] = []
     for name in ("cuda_layers", "cpu_layers", "_transformer_engine_layers"):
         monkeypatch.setattr(layer_spec, name, lambda name=name: chosen.append(name))
