@@ -9,6 +9,7 @@ import torch
 
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.cpu import host
+from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.config.schema import RecipeConfig
 from megatron_embed.recipes.planning.layouts import GIB, USABLE, plan_layout
 from megatron_embed.recipes.training.metrics import peak_memory_bytes
@@ -37,7 +38,10 @@ def too_large(cfg: RecipeConfig, config: EncoderConfig, world_size: int) -> str 
     """Return a warning if the plan of a run does not fit into this rank's device, with every text at its limit."""
     planned = cfg.model_copy(deep=True)
     planned.device = "cpu" if host.cuda_is_hidden() else "cuda"
-    plan = plan_layout(planned, config, world_size)[cfg.model.recompute]
+    try:
+        plan = plan_layout(planned, config, world_size)[cfg.model.recompute]
+    except UserError:  # loss.mode=direct may hold the real texts, though not the longest that may come
+        return None
     memory = device_memory()
     if plan.fits(memory / GIB):
         return None

@@ -56,7 +56,11 @@ def test_every_recipe_is_valid_on_eight_gpus(name: str) -> None:
         ),
         (["model.virtual_pipeline_model_parallel_size=2"], 1, "interleaved stages need model.pipeline_model"),
         (["loss.symmetric=true", "loss.in_batch_negatives=false"], 1, "loss.symmetric: true needs loss.in_batch"),
-        (["data.train=[{path: a, weight: 1}, b]"], 1, "data.train: b has no weight, others have"),
+        (
+            ["data.train=[{path: a, weight: 1}, b]"],
+            1,
+            "data.train: b has no weight, but others have one; wanted",
+        ),
     ],
 )
 def test_refused(overrides: list[str], world: int, message: str) -> None:

@@ -114,7 +114,10 @@ def test_what_the_hub_says_is_told_on_one_line(monkeypatch: pytest.MonkeyPatch) 
         raise ValueError("no config\nAvailable configs:\n\t['one']")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(UserError, match=r"cannot be loaded \(ValueError: no config Available configs: \['one'\]\)$"):
+    with pytest.raises(
+        UserError,
+        match=r"\(ValueError: no config Available configs: \['one'\]\); check its name and the network$",
+    ):
         Corpus(HUB)
 
 

@@ -320,7 +320,7 @@ def test_positives_that_are_documents_are_not_encoded_again(
 ) -> None:
     """The output is, to the byte, that of encoding all positives; scores are, but for the rounding of a sum."""
     with monkeypatch.context() as patch:
-        patch.setattr(miner, "find_documents", lambda source, corpus, ids: np.full(len(source), -1))
+        patch.setattr(miner, "find_documents", lambda source, corpus: np.full(len(source), -1))
         run(encoder, folder, tmp_path / "all.jsonl", cache=tmp_path / "all")
         run(encoder, folder, tmp_path / "all-scores.jsonl", with_scores=True, cache=tmp_path / "all")
     counts = texts_encoded(monkeypatch)

@@ -12,7 +12,7 @@ from support.runs import make_inputs, read_metrics, recipe
 
 from megatron_embed.bridge.errors import UserError
 from megatron_embed.recipes.report import read_run, write_report
-from megatron_embed.recipes.training import loop as training
+from megatron_embed.recipes.training import run as training
 from megatron_embed.recipes.training.loop import train
 from megatron_embed.recipes.training.rank_batch import BatchBuilder, RankBatch
 from megatron_embed.recipes.training.read_ahead import ReadAhead

@@ -160,7 +160,7 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_with_is_named(folder
     iter_dir = iteration_folder(folder / "run" / "checkpoints", 2)
     (iter_dir / "run_config.yaml").write_text("train: {")
     with pytest.raises(
-        UserError, match=r"iter_0000002/run_config.yaml: missing, damaged, or not of a training"
+        UserError, match=r"iter_0000002/run_config.yaml: is missing, damaged, or not that of a training run"
     ) as error:
         run(folder, "train.train_iters=3")
     ways = [word for word in str(error.value).split() if word.startswith("checkpoint.")]
