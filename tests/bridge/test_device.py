@@ -68,6 +68,7 @@ def test_nccl_is_told_the_device(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(liveness, "join", lambda *_args, **_kwargs: None)
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **_kwargs: None)
+    monkeypatch.setattr(parallel, "_add_random_states", lambda: None)
     parallel.initialize(Layout())
     assert seen["backend"] == "nccl"
     assert seen["device_id"] == torch.device("cuda", 1)
