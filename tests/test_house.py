@@ -1,4 +1,4 @@
-"""The house's rooms: each imports only from those below it, and no modules import one another in a circle.
+"""The house's rooms: each imports only from those before it in the list, and no modules import one another in a circle.
 
 Imports inside functions count, and so do those for type checking alone.
 """
@@ -17,8 +17,8 @@ from support.places import ROOT
 
 NAME = "megatron_embed"
 
-#: From the lowest to the highest. A module of bridge/ that is named here is a room of its own: pure modules stand below
-#: the CPU's layers, which stand below the rest. What the list does not name is in no room.
+#: In the order of imports. A module of bridge/ that is named here is a room of its own: pure modules stand before
+#: the CPU's layers, which stand before the rest. What the list does not name is in no room.
 ROOMS = (
     "bridge.errors",
     "bridge.quiet",
@@ -114,7 +114,7 @@ def problems(found: Imports) -> list[str]:
                 continue
             own, other = room_of(module), room_of(name)
             if own is not None and other is not None and other > own:
-                lines.append(f"{module}:{line}: imports {name}, from {ROOMS[other]}, which stands above {ROOMS[own]}")
+                lines.append(f"{module}:{line}: imports {name}, from {ROOMS[other]}, which comes after {ROOMS[own]}")
             if name in COMMANDS:
                 lines.append(f"{module}:{line}: imports {name}, a command")
     try:
