@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
-TEXTS, STEPS = 400, 6
+TEXTS, STEPS = 200, 4
 #: a converted model: 270 M parameters in fp32
 MEDIUM: dict[str, Any] = {
     "hidden_size": 1024,
