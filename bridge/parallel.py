@@ -27,7 +27,7 @@ def select_device(wanted: str = "auto") -> torch.device:
         UserError: this host has GPUs, or must have them, but fewer than processes.
     """
     environment.set_defaults()
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_world = local_world_size()
     gpus = 0 if host.cuda_is_hidden() or wanted == "cpu" else torch.cuda.device_count()
     if gpus < local_world and (gpus or wanted == "cuda"):
         # A job with a GPU too few would otherwise run on the CPU, a thousand times slower, and say nothing.
@@ -153,6 +153,11 @@ def data_parallel_hosts() -> dist.ProcessGroup:
 def world_size() -> int:
     """Return the number of processes in this run, before or after the process group exists."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Return the number of this run's processes on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import psutil
 import torch
 
+from megatron_embed.bridge import parallel
 from megatron_embed.bridge.config import EncoderConfig
 from megatron_embed.bridge.cpu import host
 from megatron_embed.bridge.errors import UserError
@@ -18,7 +17,7 @@ from megatron_embed.recipes.training.metrics import peak_memory_bytes
 def device_memory() -> int:
     """Return the bytes of this rank's GPU, or of its share of the host's memory on a CPU."""
     if host.cuda_is_hidden():
-        return psutil.virtual_memory().total // _local_world()
+        return psutil.virtual_memory().total // parallel.local_world_size()
     return torch.cuda.get_device_properties(host.device()).total_memory
 
 
@@ -27,7 +26,7 @@ def spare_memory() -> int:
     if host.cuda_is_hidden():
         used = psutil.Process().memory_info().rss
         # other programs of the host need memory too
-        share = psutil.virtual_memory().available // 2 // _local_world()
+        share = psutil.virtual_memory().available // 2 // parallel.local_world_size()
         return share - (peak_memory_bytes() - used)
     free, total = torch.cuda.mem_get_info()
     ours = torch.cuda.memory_reserved() + free
@@ -52,7 +51,3 @@ def too_large(cfg: RecipeConfig, config: EncoderConfig, world_size: int) -> str 
         f"set model.recompute=full, or see the layouts that fit: python -m megatron_embed.recipes.plan {cfg.recipe} "
         f"--world-size {world_size} --gpu-memory {memory // GIB}"
     )
-
-
-def _local_world() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
