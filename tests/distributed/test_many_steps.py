@@ -6,12 +6,12 @@ under way. So every run here sends hundreds of messages of different lengths, an
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import tensors_of
 from support.one_process import train_by_the_book
 from support.runs import read_metrics, recipe, write_pairs
 from support.tiny_models import save_model
@@ -95,22 +95,7 @@ def wanted(inputs: Path) -> list[dict[str, float]]:
 
 def trained(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's last checkpoint, optimizer state included."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    whole = io.BytesIO()
-    dcp_to_torch_save(run / "checkpoints" / f"iter_{STEPS:07}", whole)  # type: ignore[arg-type]
-    whole.seek(0)
-    flat: dict[str, torch.Tensor] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                visit(f"{prefix}.{key}", inner)
-        elif isinstance(value, torch.Tensor):
-            flat[prefix] = value
-
-    visit("", torch.load(whole, weights_only=False))
-    return flat
+    return tensors_of(run / "checkpoints" / f"iter_{STEPS:07}")
 
 
 @pytest.mark.slow

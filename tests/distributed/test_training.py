@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import tensors_of
 from support.runs import make_inputs, read_metrics, recipe
 from support.worlds import run_world
 
@@ -107,21 +108,7 @@ def stop_and_go_on(folder: str) -> Any:
 
 def weights(root: Path, name: str) -> dict[str, torch.Tensor]:
     """All tensors of a run's last checkpoint, optimizer state included."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    out = root / f"{name}.pt"
-    dcp_to_torch_save(root / name / "checkpoints" / "iter_0000020", out)
-    flat: dict[str, torch.Tensor] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                visit(f"{prefix}.{key}", inner)
-        elif isinstance(value, torch.Tensor):
-            flat[prefix] = value
-
-    visit("", torch.load(out, weights_only=False))
-    return flat
+    return tensors_of(root / name / "checkpoints" / "iter_0000020")
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:

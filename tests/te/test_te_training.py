@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import tensors_of
 from support.one_process import train_by_the_book
 from support.runs import make_inputs, read_metrics, recipe, write_pairs
 from support.te_worlds import needs_te, run_te_world
@@ -65,20 +66,7 @@ def train_te(folder: str, forms: list[str]) -> list[tuple[str, set[str]]]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """Weights and moments of a run's last checkpoint."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    dcp_to_torch_save(iteration_folder(run / "checkpoints", STEPS), run / "whole.pt")
-    tensors: dict[str, torch.Tensor] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                visit(f"{prefix}.{key}", inner)
-        elif isinstance(value, torch.Tensor):
-            tensors[prefix] = value
-
-    visit("", torch.load(run / "whole.pt", weights_only=False))
-    return tensors
+    return tensors_of(iteration_folder(run / "checkpoints", STEPS))
 
 
 def check(folder: Path, forms: list[str]) -> None:
